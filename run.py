@@ -1,0 +1,69 @@
+"""Compose a configuration with Hydra, turn it into dataclasses, hand it to vqdm.pipeline.
+
+python run.py +experiment=demo              # the table of the README
+python run.py +experiment=tiny_vq3          # one row of it
+python run.py +experiment=sdxl_vq3 plan=true
+"""
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(
+        f"vqdm needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}. Make the environment with one."
+    )
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from vqdm.compose import overrides_for_rows, register_schemas, to_config
+from vqdm.errors import UserError
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
+register_schemas()
+
+
+def _rows(table, task_overrides: list[str]):
+    """One configuration per row: the row's experiment with the user's own overrides on top."""
+    own = overrides_for_rows(task_overrides)
+    return [to_config(hydra.compose("config", [f"+experiment={row}", *own])) for row in table.rows]
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    from vqdm import pipeline
+    from vqdm.report.tables import read_table
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("vqdm").setLevel(logging.INFO)
+    config = to_config(composed)
+    if config.table is None:
+        pipeline.run(config)
+        return
+    table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
+    pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task)))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {_one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            sys.exit(
+                f"error: no space left ({_one_line(error)}); free some or set results_dir=…, then run the same command"
+            )
+        raise

@@ -1,0 +1,103 @@
+import csv
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from unets import sdxl_unet, small_unet
+
+from vqdm.errors import UserError
+from vqdm.models.specs import layer_specs, matrix_to_weight, skipped_specs, spec_of, weight_to_matrix
+
+SHAPES = Path(__file__).parents[3] / "shared/docs/sdxl_layers.csv"
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return sdxl_unet()
+
+
+def test_paper_selects_771_layers_of_sdxl_and_leaves_23(sdxl):
+    specs = layer_specs(sdxl)
+    assert len(specs) == 771
+    assert Counter(spec.kind for spec in specs) == {"linear": 722, "conv": 49}
+    assert sum(spec.size for spec in specs) == 2_540_953_600
+    assert sum(p.numel() for p in sdxl.parameters()) == 2_567_463_684
+    blocks = Counter(".".join(spec.name.split(".")[: 1 if spec.name.startswith("mid") else 2]) for spec in specs)
+    assert sorted(blocks.values()) == sorted([5, 50, 209, 106, 316, 76, 9])
+    skipped = skipped_specs(sdxl)
+    assert len(skipped) == 23
+    reasons = {spec.name: reason for spec, reason in skipped}
+    assert sum("time_emb_proj" in name for name in reasons) == 17
+    assert {"conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"} <= set(reasons)
+
+
+@pytest.mark.skipif(not SHAPES.exists(), reason=f"the table of SDXL's shapes is not at {SHAPES}")
+def test_shapes_agree_with_the_table(sdxl):
+    def row_of(spec):
+        kernel = spec.conv.kernel[0] if spec.conv else 1
+        return spec.shape[0], spec.shape[1] // kernel**2, kernel
+
+    expected = Counter()
+    with SHAPES.open() as file:
+        for row in csv.DictReader(file):
+            expected[int(row["out"]), int(row["in"]), int(row["k"])] += int(row["count"])
+    assert Counter(map(row_of, layer_specs(sdxl))) == expected
+
+
+def test_order_is_the_modules(sdxl):
+    names = [name for name, _ in sdxl.named_modules()]
+    found = [names.index(spec.name) for spec in layer_specs(sdxl)]
+    assert found == sorted(found)
+
+
+def test_every_linear_and_convolution_is_either_selected_or_has_a_reason():
+    unet = small_unet()
+    unet.down_blocks[0].add_module("conv9", nn.Conv2d(16, 16, 3, groups=4))
+    unet.down_blocks[0].add_module("conv8", nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"))
+    unet.down_blocks[0].add_module("conv7", nn.Conv2d(8, 16, 3))
+    specs, skipped = layer_specs(unet), skipped_specs(unet)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    assert sorted([s.name for s in specs] + [s.name for s, _ in skipped]) == sorted(layers)
+    reasons = {spec.name: reason for spec, reason in skipped}
+    assert "4 groups" in reasons["down_blocks.0.conv9"]
+    assert "circular" in reasons["down_blocks.0.conv8"]
+    assert "is 8, below 16" in reasons["down_blocks.0.conv7"]
+    assert "pattern" in reasons["conv_in"]
+
+
+def test_pattern_and_least_size_are_the_callers():
+    unet = small_unet()
+    assert [spec.name for spec in layer_specs(unet, pattern="^conv_in$", min_size=4)] == ["conv_in"]
+    assert layer_specs(unet, pattern="^conv_in$") == []
+    with pytest.raises(UserError, match="no regular expression"):
+        layer_specs(unet, pattern="(")
+
+
+def test_convolution_as_a_matrix_has_channels_last():
+    conv = nn.Conv2d(5, 7, (3, 2), stride=2, padding=(1, 0), dilation=(1, 2))
+    spec, matrix = spec_of("c", conv), weight_to_matrix(conv.weight)
+    assert spec.shape == tuple(matrix.shape) == (7, 30)
+    for o, c, y, x in ((0, 0, 0, 0), (3, 4, 2, 1), (6, 1, 1, 0)):
+        assert matrix[o, (y * 2 + x) * 5 + c] == conv.weight[o, c, y, x]
+    back = matrix_to_weight(matrix, spec)
+    assert torch.equal(back, conv.weight) and back.stride() == conv.weight.stride()
+    # The matrix multiplies unfolded patches with their channels last.
+    picture = torch.randn(2, 5, 9, 8)
+    patches = nn.functional.unfold(picture, (3, 2), dilation=(1, 2), padding=(1, 0), stride=2)
+    patches = patches.view(2, 5, 6, -1).transpose(1, 2).reshape(2, 30, -1)
+    expected = conv(picture) - conv.bias[:, None, None]
+    assert torch.allclose((matrix @ patches).view_as(expected), expected, atol=1e-5)
+
+
+def test_pointwise_convolution_keeps_its_layout():
+    conv = nn.Conv2d(5, 7, 1)
+    back = matrix_to_weight(weight_to_matrix(conv.weight), spec_of("c", conv))
+    assert torch.equal(back, conv.weight) and back.stride() == conv.weight.stride()
+
+
+def test_linear_is_its_matrix():
+    linear = nn.Linear(6, 4)
+    assert weight_to_matrix(linear.weight) is linear.weight
+    assert matrix_to_weight(linear.weight, spec_of("l", linear)) is linear.weight

@@ -1,0 +1,102 @@
+"""Files that are either whole or absent, and JSON that knows its own checksum. A leaf: the standard library only."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vqdm.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@contextmanager
+def full_disk_is_mendable(path: Path) -> Iterator[None]:
+    """Turn "disk full", "quota exceeded" and "file too large" into a UserError that says what to do.
+
+    A file size limit (ulimit -f) comes as EFBIG and not as a deadly SIGXFSZ, because Python ignores that signal.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"no space left ({os.strerror(error.errno)}) while writing {path}; free space or set results_dir=…; "
+            "finished work is kept and the same command goes on"
+        ) from error
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write beside `path`, then rename over it: a reader or a kill never sees half a file.
+
+    The temporary name is drawn, because two processes may write the same file without a lock (runs, hash caches).
+    No fsync: it would cost more than it saves with thousands of images, and the checksums find what a power cut tore.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        with full_disk_is_mendable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, obj) -> None:
+    """Indented, since these files are read by people too."""
+    atomic_write(path, (json.dumps(obj, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def canonical_json(obj) -> bytes:
+    """The same bytes for equal JSON values. The round trip first makes tuples lists and number keys strings."""
+    plain = json.loads(json.dumps(obj))
+    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
+
+
+def write_sealed(path: Path, obj: dict) -> None:
+    """`write_json` with the sha256 of everything else under "sha256", since nothing else vouches for this file."""
+    write_json(path, obj | {"sha256": hashlib.sha256(canonical_json(obj)).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict | None:
+    """What `write_sealed` wrote, without the seal; None if there is no file, ValueError if it was damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+        raise ValueError("is not readable as JSON") from error
+    seal = content.pop("sha256", None) if isinstance(content, dict) else None
+    if seal != hashlib.sha256(canonical_json(content)).hexdigest():
+        raise ValueError("does not match its own checksum")
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: Path) -> dict:
+    """{size in bytes, sha256}: the form in which manifests and sidecars keep a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def file_fault(path: Path, expected: dict, *, hashed: bool = True) -> str | None:
+    """What is wrong with a file against its `describe_file`, in words, or None. Without `hashed`: its size only."""
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    if size != expected["size"]:
+        return f"has {size} bytes instead of {expected['size']}"
+    if hashed and sha256_file(path) != expected["sha256"]:
+        return "does not match its checksum"
+    return None

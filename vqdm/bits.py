@@ -1,0 +1,75 @@
+"""How many bits a denoiser takes, by three names, counted from its tensors: real ones or, as the plan, on meta."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from vqdm.codecs.weight import QuantizedWeight, SharedCodebooks
+
+
+@dataclass(frozen=True)
+class BitCounts:
+    """bits_per_weight: everything stored ÷ the original denoiser's parameters.
+
+    bits_quantized: quantized weights with all their scales and codebooks ÷ the weights they stand for (16 if there are
+    none). bits_as_in_paper: codes, fp16 codebooks and the 16-bit weights of the other Linear and Conv layers ÷ the
+    original parameters (no scales, biases, norms: paper-facts.md, section 1). bytes: of all tensors.
+    """
+
+    bits_per_weight: float
+    bits_quantized: float
+    bits_as_in_paper: float
+    bytes: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes as stored: every tensor once, floating ones at 16 bit."""
+    unique = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in unique)
+
+
+def count_bits(denoiser: nn.Module, *, original_parameters: int | None = None) -> BitCounts:
+    """The three bit counts of a denoiser, quantized or not. ValueError if it has no parameters.
+
+    original_parameters: of the denoiser before it was quantized; None counts them from the layers' shapes.
+    """
+    quantized = [module for module in denoiser.modules() if isinstance(module, QuantizedWeight)]
+    shared = [module for module in denoiser.modules() if isinstance(module, SharedCodebooks)]
+    coded = [*quantized, *shared]
+    weights = sum(weight.shape[0] * weight.shape[1] for weight in quantized)
+    original = original_parameters or weights + sum(p.numel() for p in _others(denoiser, coded))
+    if original == 0:
+        raise ValueError("a denoiser without parameters has no bits per weight")
+    total = tensor_bytes(_state(denoiser))
+    in_paper = sum(weight.paper_bits() for weight in quantized) + 8 * tensor_bytes(_states(shared))
+    return BitCounts(
+        bits_per_weight=8 * total / original,
+        bits_quantized=8 * tensor_bytes(_states(coded)) / weights if weights else 16.0,
+        bits_as_in_paper=(in_paper + 16 * _unquantized_weights(denoiser)) / original,
+        bytes=total,
+    )
+
+
+def _state(module: nn.Module) -> Iterable[Tensor]:
+    return module.state_dict(keep_vars=True).values()
+
+
+def _states(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [tensor for module in modules for tensor in _state(module)]
+
+
+def _others(denoiser: nn.Module, coded: Iterable[nn.Module]) -> list[Tensor]:
+    """The parameters that the original denoiser has too: those of no quantized weight or codebook set."""
+    new = {id(parameter) for module in coded for parameter in module.parameters()}
+    return [parameter for parameter in denoiser.parameters() if id(parameter) not in new]
+
+
+def _unquantized_weights(denoiser: nn.Module) -> int:
+    """The number of weights of the Linear and Conv layers that stay in 16 bit."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layers = [module for module in denoiser.modules() if isinstance(module, kinds)]
+    return sum(weight.numel() for weight in {id(layer.weight): layer.weight for layer in layers}.values())

@@ -1,0 +1,200 @@
+"""Schema and documentation of every option. Imports no torch; Hydra fills these dataclasses from conf/.
+
+What cannot change a result (device, threads, tracker, folders) is left out of every stage's fingerprint: the
+stages name the parts they take, in `vqdm/stages/graph.py`.
+"""
+
+import dataclasses
+
+from vqdm.errors import UserError
+
+PAPER_LAYERS = (
+    r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"  # released code
+)
+
+
+@dataclasses.dataclass
+class PromptsConfig:
+    """A list of prompts: the first n, or the first n of a seeded shuffle."""
+
+    source: str = "builtin"  # tiny | builtin | file
+    path: str | None = None  # source=file: .json (COCO captions), .csv, .tsv, .jsonl, .txt
+    column: str | None = None  # of a table; None = the first of captions, caption, prompt, text
+    split: str = "train"  # source=tiny: train | validation | test | reference | unseen_pairs
+    n: int | None = 64
+    order: str = "first"  # first | shuffled
+    seed: int = 0  # of the shuffle
+
+
+@dataclasses.dataclass
+class SamplerConfig:
+    scheduler: str = "ddim"  # ddim | euler | euler_ancestral | dpm_solver
+    steps: int = 20
+    guidance: float = 3.0  # classifier-free guidance scale; 0 = none (turbo models)
+    timestep_spacing: str | None = None  # None = the model's own; trailing for turbo models
+    size: int | None = None  # pixels; None = the model's own
+
+
+@dataclasses.dataclass
+class RescaleConfig:
+    """Function-preserving per-channel rescalings: heavy-tailed channels, as large models have them."""
+
+    sigma: float = 0.0  # of log s; 0 = off
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    name: str = "tiny"
+    builtin: str | None = None  # a model shipped with the package
+    path: str | None = None  # or a local diffusers directory
+    hub_id: str | None = None  # or a hub id with a pinned revision
+    revision: str | None = None
+    variant: str | None = None  # file variant, e.g. fp16
+    dtype: str = "float32"  # of the computation
+    layers: str = PAPER_LAYERS  # regular expression of the layers to quantize
+    min_size: int = 16  # layers with fewer inputs or outputs stay in 16 bit
+    rescale: RescaleConfig = dataclasses.field(default_factory=RescaleConfig)
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+
+
+@dataclasses.dataclass
+class CalibrationConfig(PromptsConfig):
+    """Prompts, and calls of the full-precision denoiser recorded on them."""
+
+    recorded_steps: int = 4  # sampling steps whose denoiser calls are kept, evenly spread
+    batch_size: int = 16
+    noise_seed: int = 0
+
+
+@dataclasses.dataclass
+class QuantizeConfig:
+    kind: str = "none"  # none | rtn | additive
+    bits: int = 4  # per weight: of a code (rtn); of all codes together (additive)
+    clip: str = "mse"  # rtn: mse | minmax
+    group_size: int | None = None  # rtn: None = one scale per output channel; additive: weights per code vector
+    codebook_bits: int = 8  # additive: log2 of the codebook size
+    codebooks: str = "layer"  # additive: one set per layer | one for the whole model (layer | model)
+    beam_size: int = 4
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
+    metrics: str = "tiny"  # tiny: the tiny world's evaluators | paired: only against the full-precision images
+    evaluators: str | None = None  # directory; None = those shipped with the package
+    batch_size: int = 32
+    seed: int = 0  # image i starts from the noise of (seed, prompt i)
+    bootstrap: int = 100  # resamples behind the standard errors of FID and KID
+
+
+@dataclasses.dataclass
+class TrackerConfig:
+    kind: str = "wandb"  # wandb | none
+    mode: str = "auto"  # auto: online when a key is set, else offline | offline | online
+    project: str = "vqdm"
+    group: str | None = None
+
+
+@dataclasses.dataclass
+class TinyTrainConfig:
+    """Retrain the tiny world from nothing; step counts are those of the shipped weights."""
+
+    seed: int = 0
+    scenes: int = 150_000
+    batch_size: int = 128
+    vae_steps: int = 4200
+    vae_batch_size: int = 32
+    vae_scenes: int = 100_000
+    text_steps: int = 3000
+    text_scenes: int = 100_000
+    unet_steps: int = 12_000
+    turbo_steps: int = 2500
+    turbo_guidance: float = 3.0
+    attribute_steps: int = 2500
+    clip_steps: int = 1500
+    evaluator_scenes: int = 80_000  # and a quarter as many with unseen pairs
+    reference_scenes: int = 4096
+    init_from: str | None = None  # a diffusers directory whose U-Net to go on from
+
+
+@dataclasses.dataclass
+class Config:
+    name: str = "custom"  # of the experiment; names the run record
+    task: str = "compress"  # compress: calibrate, quantize, generate, evaluate | tiny_train
+    table: str | None = None  # a file of experiments/: run its rows and write its table
+    method: str | None = None  # how tables call this row
+    plan: bool = False  # only say what is done and what would run
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None  # of torch on the CPU; None = all cores
+    results_dir: str = "results"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
+    tiny_train: TinyTrainConfig = dataclasses.field(default_factory=TinyTrainConfig)
+
+
+CHOICES = {
+    "task": ("compress", "tiny_train"),
+    "device": ("auto", "cpu", "cuda"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.sampler.scheduler": ("ddim", "euler", "euler_ancestral", "dpm_solver"),
+    "calibration.source": ("tiny", "builtin", "file"),
+    "calibration.order": ("first", "shuffled"),
+    "evaluate.prompts.source": ("tiny", "builtin", "file"),
+    "evaluate.prompts.order": ("first", "shuffled"),
+    "evaluate.metrics": ("tiny", "paired"),
+    "quantize.kind": ("none", "rtn", "additive"),
+    "quantize.clip": ("mse", "minmax"),
+    "quantize.codebooks": ("layer", "model"),
+    "tracker.kind": ("wandb", "none"),
+    "tracker.mode": ("auto", "offline", "online"),
+}
+POSITIVE = (
+    "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size", "quantize.bits",
+    "quantize.codebook_bits", "quantize.beam_size", "evaluate.batch_size", "evaluate.bootstrap",
+)  # fmt: skip
+
+
+def _value(config: Config, key: str):
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check(config: Config) -> None:
+    """Refuse values that make no sense, before any work; one line that names the key."""
+    for key, choices in CHOICES.items():
+        if _value(config, key) not in choices:
+            raise UserError(f"{key}={_value(config, key)!r} is not one of {', '.join(choices)}")
+    for key in POSITIVE:
+        if _value(config, key) < 1:
+            raise UserError(f"{key}={_value(config, key)} must be at least 1")
+    sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]
+    if config.task == "compress" and len(sources) != 1:
+        found = ", ".join(f"model.{k}" for k in sources) or "none of them"
+        raise UserError(f"give exactly one of model.builtin, model.path, model.hub_id; found {found}")
+    if config.model.hub_id is not None and config.model.revision is None:
+        raise UserError(
+            f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"
+        )
+    _check_quantize(config.quantize)
+
+
+def _check_quantize(config: QuantizeConfig) -> None:
+    if config.kind == "rtn" and config.bits > 8:
+        raise UserError(f"quantize.bits={config.bits} must be 1 to 8 for rtn")
+    if config.kind == "additive":
+        if config.group_size is None or config.group_size < 1:
+            raise UserError(f"quantize.group_size={config.group_size} must be at least 1 for additive codes")
+        if config.codebook_bits > 16:
+            raise UserError(f"quantize.codebook_bits={config.codebook_bits} must be 1 to 16")
+        if config.bits * config.group_size % config.codebook_bits:
+            raise UserError(
+                f"quantize.bits={config.bits} with group_size={config.group_size} is no whole number of "
+                f"{config.codebook_bits}-bit codebooks; choose bits × group_size as a multiple of codebook_bits"
+            )

@@ -1,0 +1,165 @@
+"""Linear and Conv2d whose weight is a QuantizedWeight, and how they take their places in a denoiser."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdm.codecs.weight import SHARED_NAME, AdditiveScheme, QuantizedWeight, Scheme, SharedCodebooks, empty_weight
+from vqdm.errors import UserError
+from vqdm.models.specs import LayerSpec, matrix_to_weight
+
+DECODE_MODES = ("per_call", "cached")
+
+
+class _QuantizedLayer(nn.Module):
+    """`weight` is a QuantizedWeight (it answers `.dtype` and `.device`, as diffusers asks), `bias` a plain parameter.
+
+    decode: "per_call" decodes in every forward; "cached" keeps the decoded weight, outside the state_dict, until any
+    tensor it came from changes. While gradients flow to the quantized weight it is always decoded.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str):
+        super().__init__()
+        if decode not in DECODE_MODES:
+            raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+        if weight.shape != spec.shape:
+            raise ValueError(f"layer {spec.name} is {spec.shape}, the quantized weight {weight.shape}")
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.spec = spec
+        self.decode = decode
+        self._cache: tuple | None = None  # (state of the sources, decoded weight)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the layer computes with, in its own geometry."""
+        if self.decode == "per_call" or (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources())):
+            return matrix_to_weight(self.weight(), self.spec).to(dtype)
+        # A weight decoded in inference mode may not be used where gradients are recorded.
+        state = (dtype, torch.is_inference_mode_enabled(), *(_state(tensor) for tensor in self._sources()))
+        if self._cache is None or self._cache[0] != state:
+            self._cache = (state, matrix_to_weight(self.weight(), self.spec).detach().to(dtype))
+        return self._cache[1]
+
+    def _sources(self) -> list[Tensor]:
+        """Every tensor the decoded weight depends on, shared codebooks included."""
+        shared = getattr(self.weight, "shared", ())
+        return [t for module in (self.weight, *shared) for t in (*module.parameters(), *module.buffers())]
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def _apply(self, fn, recurse=True):
+        self._cache = None
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True):
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cache": None}  # copies decode for themselves
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.kind}, bias={self.bias is not None}, decode={self.decode}"
+
+
+def _state(tensor: Tensor) -> tuple:
+    """Changes whenever the tensor is replaced, moved or written to (inference tensors keep no version)."""
+    return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+
+
+class QuantizedLinear(_QuantizedLayer):
+    """nn.Linear with a quantized weight [out, in]."""
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str = "per_call"
+    ):
+        super().__init__(weight, bias, spec, decode=decode)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.decoded(inputs.dtype), self._bias(inputs.dtype))
+
+
+class QuantizedConv2d(_QuantizedLayer):
+    """nn.Conv2d with a quantized weight, the matrix [out, kh·kw·in_channels].
+
+    UserError for grouped convolutions and for other padding than zeros.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str = "per_call"
+    ):
+        super().__init__(weight, bias, spec, decode=decode)
+        conv = spec.conv
+        if conv.groups != 1 or conv.padding_mode != "zeros":
+            raise UserError(
+                f"layer {spec.name} is a convolution with groups={conv.groups}, padding_mode={conv.padding_mode}; only "
+                "groups=1 with zeros can be quantized: leave it out of the pattern"
+            )
+        self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] // (conv.kernel[0] * conv.kernel[1])
+        self.kernel_size, self.stride, self.padding = conv.kernel, conv.stride, conv.padding
+        self.dilation, self.groups, self.padding_mode = conv.dilation, conv.groups, conv.padding_mode
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight, bias = self.decoded(inputs.dtype), self._bias(inputs.dtype)
+        return F.conv2d(inputs, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+
+def replace_layer(denoiser: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule called `name`. AttributeError if there is none."""
+    denoiser.get_submodule(name)
+    parent, _, child = name.rpartition(".")
+    setattr(denoiser.get_submodule(parent), child, module)
+
+
+def swap(
+    denoiser: nn.Module, spec: LayerSpec, weight: QuantizedWeight, *, decode: str = "per_call"
+) -> QuantizedLinear | QuantizedConv2d:
+    """Replace the layer of `spec` by one with `weight`, which keeps the bias; returns the new layer.
+
+    A weight with shared codebooks brings them to the denoiser's root. ValueError if another set is there already.
+    """
+    old = denoiser.get_submodule(spec.name)
+    kind = QuantizedLinear if spec.conv is None else QuantizedConv2d
+    layer = kind(weight, old.bias, spec, decode=decode)
+    for shared in getattr(weight, "shared", ()):
+        share(denoiser, shared)
+    replace_layer(denoiser, spec.name, layer.train(old.training))
+    return layer
+
+
+def share(denoiser: nn.Module, shared: SharedCodebooks) -> None:
+    """Register the model's one codebook set at the denoiser's root. ValueError if another one is there already."""
+    present = getattr(denoiser, SHARED_NAME, shared)
+    if present is not shared:
+        raise ValueError("the denoiser has other shared codebooks already")
+    if SHARED_NAME not in denoiser._modules:
+        denoiser.add_module(SHARED_NAME, shared)
+
+
+def swap_empty(
+    denoiser: nn.Module, schemes: Iterable[tuple[LayerSpec, Scheme]], *, decode: str = "per_call"
+) -> nn.Module:
+    """Replace layers by empty quantized ones on the layers' device, in place: to load into, or, on meta, to count.
+
+    UserError, with the layer's name, for a group size that does not divide its inputs.
+    """
+    for spec, scheme in schemes:
+        device = denoiser.get_submodule(spec.name).weight.device
+        with device:
+            shared = _empty_shared(denoiser, scheme)
+            try:
+                weight = empty_weight(scheme, spec.shape, shared)
+            except UserError as error:
+                raise UserError(f"layer {spec.name}: {error}") from error
+        swap(denoiser, spec, weight, decode=decode)
+    return denoiser
+
+
+def _empty_shared(denoiser: nn.Module, scheme: Scheme) -> SharedCodebooks | None:
+    if not (isinstance(scheme, AdditiveScheme) and scheme.shared):
+        return None
+    return getattr(denoiser, SHARED_NAME, None) or SharedCodebooks(scheme)

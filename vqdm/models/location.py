@@ -1,0 +1,98 @@
+"""Where a model's files are, and what identifies them. Imports no torch."""
+
+import json
+from pathlib import Path
+
+from vqdm.config import ModelConfig
+from vqdm.errors import UserError
+from vqdm.identity import files_identity
+
+_HERE = Path(__file__).parent
+DENOISERS = ("unet", "transformer")
+
+
+def builtin_directory(name: str) -> Path:
+    shipped = sorted(path.parent.name for path in _HERE.glob("*/model_index.json"))
+    if name not in shipped:
+        raise UserError(f"model.builtin={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")
+    return _HERE / name
+
+
+def check_pipeline_directory(directory: Path) -> Path:
+    """A diffusers directory: a model_index.json that names a denoiser whose config is there."""
+    index = directory / "model_index.json"
+    if not directory.is_dir():
+        raise UserError(f"model.path={directory} is no directory; give a diffusers pipeline directory")
+    if not index.is_file():
+        raise UserError(
+            f"{directory} has no model_index.json; give a directory written by a pipeline's save_pretrained"
+        )
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{index} is not JSON ({error}); download the model again") from error
+    for part in DENOISERS:
+        if part in parts and (directory / part / "config.json").is_file():
+            return directory
+    raise UserError(
+        f"{directory} holds no denoiser (unet/config.json or transformer/config.json); download the model again"
+    )
+
+
+def evaluators_directory(path: str | None) -> Path:
+    directory = _HERE / "tiny_evaluators" if path is None else Path(path)
+    if not (directory / "attribute_net.safetensors").is_file():
+        raise UserError(f"no evaluators in {directory}; give evaluate.evaluators=DIR as tiny_train writes it")
+    return directory
+
+
+def local_directory(config: ModelConfig) -> Path | None:
+    """The checked directory of a shipped or local model; None for a model of the hub."""
+    if config.builtin is not None:
+        return check_pipeline_directory(builtin_directory(config.builtin))
+    return None if config.path is None else check_pipeline_directory(Path(config.path))
+
+
+def model_identity(config: ModelConfig, *, cache: Path) -> str:
+    """sha256 of the files, or the hub id at its pinned revision."""
+    directory = local_directory(config)
+    return f"{config.hub_id}@{config.revision}" if directory is None else files_identity(directory, cache)
+
+
+def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
+    """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line where neither works."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = {
+        "repo_id": config.hub_id,
+        "revision": config.revision,
+        "allow_patterns": ["*.json", "*.txt", "*.model", f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"],
+        "ignore_patterns": ["vae_1_0/*", "*/flax*", "*/openvino*"],
+    }  # fmt: skip
+    try:
+        return check_pipeline_directory(Path(snapshot_download(**wanted, local_files_only=True)))
+    except (LocalEntryNotFoundError, UserError) as error:
+        if not allow_network:
+            raise _not_here(config, "not in the hub's cache") from error
+    try:
+        return check_pipeline_directory(Path(snapshot_download(**wanted)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise _not_here(config, f"cannot be downloaded: {type(error).__name__}") from error
+
+
+def _not_here(config: ModelConfig, why: str) -> UserError:
+    folder = f"models/{config.name}"
+    return UserError(
+        f"{config.hub_id} is {why}; where there is network, run `hf download {config.hub_id} --revision {config.revision} "
+        f"--local-dir {folder}`, copy that folder here, and add `model.hub_id=null model.path={folder}` to this command"
+    )
+
+
+def full_precision_bytes(config: ModelConfig) -> int:
+    """Bytes of the denoiser's own safetensors files (of the configured variant), as they lie on disk."""
+    directory = local_directory(config) or download(config, allow_network=False)
+    part = next(part for part in DENOISERS if (directory / part / "config.json").is_file())
+    files = [path for path in (directory / part).glob("*.safetensors")]
+    own = [path for path in files if config.variant is None or f".{config.variant}" in path.name] or files
+    return sum(path.stat().st_size for path in own)

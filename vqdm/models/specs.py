@@ -1,0 +1,114 @@
+"""Which layers of a denoiser are quantized, and each of them as a matrix [out, in]."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vqdm.errors import UserError
+
+# The released code's (paper-facts.md, section 1): 771 layers, 98.97 % of SDXL's U-Net.
+PAPER_PATTERN = r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """What F.conv2d needs beside the weight. padding: (rows, columns), "same" or "valid"."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str = "zeros"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """All that a codec's caller knows of a layer."""
+
+    name: str  # of the module in the denoiser
+    kind: str  # "linear" | "conv"
+    shape: tuple[int, int]  # [out, in] of the matrix; of a convolution [out, kh·kw·in_channels]
+    conv: ConvGeometry | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+
+def weight_to_matrix(weight: Tensor) -> Tensor:
+    """A layer's weight as [out, in]: Linear as is; Conv2d [out, in, kh, kw] as [out, kh·kw·in], channels last.
+
+    So consecutive inputs of a convolution are channels at one kernel tap (design.md 2).
+    """
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def matrix_to_weight(matrix: Tensor, spec: LayerSpec) -> Tensor:
+    """The inverse of `weight_to_matrix`: the weight that the layer of `spec` computes with, in the default layout.
+
+    A mere permutation would be in channels_last layout and have F.conv2d choose that for its output.
+    """
+    if spec.conv is None:
+        return matrix
+    out, taps = matrix.shape[0], math.prod(spec.conv.kernel)
+    rows = matrix.reshape(out, taps, -1).transpose(1, 2).reshape(out, -1)
+    return rows.view(out, -1, *spec.conv.kernel)
+
+
+def layer_specs(denoiser: nn.Module, *, pattern: str = PAPER_PATTERN, min_size: int = 16) -> list[LayerSpec]:
+    """The layers to quantize, in module order: Linear and Conv2d whose name `pattern` finds (re.search).
+
+    Layers with fewer than `min_size` inputs (input channels) or outputs are left out. UserError for an invalid pattern.
+    """
+    return [spec for spec, reason in _specs(denoiser, pattern, min_size) if reason is None]
+
+
+def skipped_specs(
+    denoiser: nn.Module, *, pattern: str = PAPER_PATTERN, min_size: int = 16
+) -> list[tuple[LayerSpec, str]]:
+    """Every other Linear and Conv2d of the denoiser, with the reason why it stays in 16 bit."""
+    return [(spec, reason) for spec, reason in _specs(denoiser, pattern, min_size) if reason is not None]
+
+
+def _specs(denoiser: nn.Module, pattern: str, min_size: int) -> Iterator[tuple[LayerSpec, str | None]]:
+    try:
+        selected = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"the layer pattern is no regular expression: {pattern!r} ({error})") from error
+    for name, module in denoiser.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            yield spec_of(name, module), _reason_to_skip(name, module, selected=selected, min_size=min_size)
+
+
+def spec_of(name: str, module: nn.Linear | nn.Conv2d) -> LayerSpec:
+    """The spec of one layer that is not quantized yet."""
+    weight = module.weight
+    if isinstance(module, nn.Linear):
+        return LayerSpec(name, "linear", tuple(weight.shape))
+    geometry = ConvGeometry(
+        kernel=module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+    )
+    return LayerSpec(name, "conv", (weight.shape[0], weight[0].numel()), geometry)
+
+
+def _reason_to_skip(name: str, module: nn.Module, *, selected: re.Pattern, min_size: int) -> str | None:
+    if not selected.search(name):
+        return "the pattern does not select it"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"it is a convolution of {module.groups} groups"
+    smallest = min(module.weight.shape[:2])
+    if smallest < min_size:
+        return f"min(in, out) is {smallest}, below {min_size}"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"it is a convolution with padding_mode {module.padding_mode}"
+    return None

@@ -1,0 +1,44 @@
+"""Which code made an artifact: git commit and library versions, found out without importing any of the libraries."""
+
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("vqdm", "torch", "diffusers", "transformers", "numpy")
+
+
+@cache
+def git_state() -> dict:
+    """{"git_sha", "dirty"} of the checkout this package runs from; both None where it is not a checkout.
+
+    Looks for .git right there: an installed package must not report the repository its environment lies in.
+    """
+    if not (CHECKOUT / ".git").exists():
+        return {"git_sha": None, "dirty": None}
+    changes = _git("status", "--porcelain")
+    return {"git_sha": _git("rev-parse", "--verify", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    """A git command's output, or None where git is absent, slow or has nothing to say (no commit yet)."""
+    command = ["git", "-C", str(CHECKOUT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None

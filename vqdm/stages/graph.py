@@ -1,0 +1,125 @@
+"""Which stages a configuration needs, and what identifies each. Imports no torch: plan=true runs in a second.
+
+A stage's configuration names exactly what can change its output. `VERSIONS` are bumped whenever a stage's code
+may give other output from the same configuration.
+"""
+
+import dataclasses
+from dataclasses import asdict
+from pathlib import Path
+
+from vqdm.config import Config, PromptsConfig
+from vqdm.errors import UserError
+from vqdm.identity import files_identity
+from vqdm.models.location import evaluators_directory, model_identity
+from vqdm.prompts import PromptList, load_prompts
+from vqdm.store import Stage
+
+VERSIONS = {"calibrate": 1, "quantize": 1, "generate": 1, "evaluate": 1, "tiny_train": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """The stages of one experiment; None = not needed."""
+
+    calibration_prompts: PromptList | None
+    calibrate: Stage | None
+    quantize: Stage | None
+    prompts: PromptList
+    images: Stage
+    teacher_images: Stage | None  # the same captions and noise, full precision
+    evaluate: Stage
+
+    def stages(self) -> list[Stage]:
+        found = [self.calibrate, self.quantize, self.teacher_images, self.images, self.evaluate]
+        return [stage for stage in found if stage is not None]
+
+
+def read_prompts(config: PromptsConfig) -> PromptList:
+    return load_prompts(
+        source=config.source,
+        path=config.path,
+        column=config.column,
+        n=config.n,
+        order=config.order,
+        seed=config.seed,
+        split=config.split,
+    )
+
+
+def _stage(name: str, label: str, config: dict, **upstream: Stage | str) -> Stage:
+    return Stage(name, VERSIONS[name], label, config, upstream)
+
+
+def _pick(config, *names: str) -> dict:
+    everything = asdict(config)
+    return {name: everything[name] for name in names}
+
+
+def _calibrate(config: Config, prompts: PromptList, model: str) -> Stage:
+    settings = _pick(config.calibration, "recorded_steps", "batch_size", "noise_seed")
+    settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
+    settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+    label = f"{config.model.name}-{config.calibration.source}-{len(prompts.prompts)}"
+    return _stage("calibrate", label, settings, model=model)
+
+
+def quantizer_name(config: Config) -> str:
+    """Short name of the quantizer for labels: rtn4, vq3, …"""
+    kinds = {"none": "fp", "rtn": f"rtn{config.quantize.bits}", "additive": f"vq{config.quantize.bits}"}
+    return kinds[config.quantize.kind]
+
+
+_QUANTIZE_OPTIONS = {
+    "rtn": ("kind", "bits", "clip", "group_size"),
+    "additive": ("kind", "bits", "group_size", "codebook_bits", "codebooks", "beam_size", "seed"),
+}
+
+
+def _quantize(config: Config, calibrate: Stage, model: str) -> Stage:
+    settings = _pick(config.quantize, *_QUANTIZE_OPTIONS[config.quantize.kind])
+    settings |= _pick(config.model, "layers", "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
+    label = f"{config.model.name}-{quantizer_name(config)}"
+    return _stage("quantize", label, settings, calibrate=calibrate, model=model)
+
+
+def _images(config: Config, model: str, quantize: Stage | None) -> Stage:
+    """The number of images stays out: they are extendable. Every batch keeps its own prompts beside it."""
+    settings = {"sampler": asdict(config.model.sampler), "dtype": config.model.dtype}
+    settings |= _pick(config.evaluate, "batch_size", "seed") | {"rescale": asdict(config.model.rescale)}
+    prompts = _pick(config.evaluate.prompts, "source", "split", "column", "order", "seed")
+    settings["prompts"] = prompts | {"file": Path(config.evaluate.prompts.path or "").name}
+    label = f"{config.model.name}-{'fp' if quantize is None else quantizer_name(config)}"
+    return _stage("generate", label, settings, model=model, **({} if quantize is None else {"quantize": quantize}))
+
+
+def build_graph(config: Config, *, cache: Path) -> Graph:
+    """Reads the prompt lists, locates the model and evaluators: whatever is missing is said here, before any work."""
+    model = model_identity(config.model, cache=cache)
+    quantized = config.quantize.kind != "none"
+    calibration_prompts = read_prompts(config.calibration) if quantized else None
+    prompts = read_prompts(config.evaluate.prompts)
+    calibrate = _calibrate(config, calibration_prompts, model) if quantized else None
+    quantize = _quantize(config, calibrate, model) if quantized else None
+    images = _images(config, model, quantize)
+    teacher_images = _images(config, model, None) if quantized else None
+    settings = _pick(config.evaluate, "metrics", "bootstrap") | {"n": len(prompts.prompts), "prompts": prompts.sha256}
+    upstream: dict[str, Stage | str] = {"images": images}
+    if teacher_images is not None:
+        upstream["teacher_images"] = teacher_images
+    if config.evaluate.metrics == "tiny":
+        _needs_tiny_captions(prompts)
+        upstream["evaluators"] = files_identity(evaluators_directory(config.evaluate.evaluators), cache)
+    evaluate = _stage("evaluate", images.label, settings, **upstream)
+    return Graph(calibration_prompts, calibrate, quantize, prompts, images, teacher_images, evaluate)
+
+
+def _needs_tiny_captions(prompts: PromptList) -> None:
+    from vqdm.tiny.captions import requested
+
+    strange = next((p for p in prompts.prompts if requested(p.text) is None), None)
+    if strange is not None:
+        raise UserError(
+            f"evaluate.metrics=tiny scores captions of the tiny world, and prompt {strange.id} ({strange.text[:60]!r}) "
+            "is none; use evaluate.metrics=paired"
+        )

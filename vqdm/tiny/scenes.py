@@ -1,0 +1,179 @@
+"""The tiny world: procedural scenes of one or two coloured shapes on a patterned background, 32×32.
+
+A scene is drawn from (seed, split, index) alone. Which split a scene may belong to is decided by a hash of
+its attributes, so train, validation, test and reference share no scene. Six (shape, colour) pairs never
+occur in those splits; the split `unseen_pairs` has one of them in every scene.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from vqdm.seeds import numpy_generator
+
+IMAGE_SIZE = 32
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+COLOURS = {
+    "red": (215, 30, 35),
+    "orange": (245, 140, 20),
+    "yellow": (245, 225, 40),
+    "green": (35, 150, 50),
+    "blue": (30, 65, 215),
+    "purple": (130, 40, 160),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+RADII = {"small": 4.5, "large": 7.0}  # pixels; the smallest object is 9 pixels wide
+BACKGROUNDS = {
+    "gray": (135, 135, 135),
+    "pink": (240, 175, 195),
+    "cyan": (130, 215, 225),
+    "brown": (125, 85, 55),
+}
+PATTERNS = ("plain", "striped", "dotted", "checkered")
+LAYOUTS = ("single", "left", "above")  # of two objects, the first is left of / above the second
+
+UNSEEN_PAIRS = frozenset(
+    {
+        ("circle", "purple"),
+        ("square", "orange"),
+        ("triangle", "blue"),
+        ("diamond", "red"),
+        ("cross", "yellow"),
+        ("ring", "green"),
+    }
+)
+_BUCKETS = {"validation": (0,), "test": (1,), "reference": (2,), "train": tuple(range(3, 16))}
+SPLITS = (*_BUCKETS, "unseen_pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    size: str
+    x: float  # centre, pixels
+    y: float
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.shape, self.colour
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    layout: str
+    background: str
+    pattern: str
+
+    @property
+    def key(self) -> str:
+        """The attributes without the positions: what the splits are disjoint in."""
+        things = [f"{t.size} {t.colour} {t.shape}" for t in self.things]
+        return "/".join([self.layout, *things, self.pattern, self.background])
+
+
+def _bucket(scene: Scene) -> int:
+    return hashlib.sha256(scene.key.encode()).digest()[0] % 16
+
+
+def _belongs(scene: Scene, split: str) -> bool:
+    unseen = any(thing.pair in UNSEEN_PAIRS for thing in scene.things)
+    if split == "unseen_pairs":
+        return unseen
+    return not unseen and _bucket(scene) in _BUCKETS[split]
+
+
+def _draw(rng: np.random.Generator) -> Scene:
+    layout = LAYOUTS[rng.choice(3, p=(0.3, 0.35, 0.35))]
+    middle = IMAGE_SIZE / 2
+    if layout == "single":
+        centres = [middle + rng.uniform(-6, 6, 2)]
+    else:
+        along = np.array([8.0, 24.0]) + rng.uniform(-0.75, 0.75, 2)
+        across = middle + rng.uniform(-6, 6, 2)
+        centres = list(zip(along, across, strict=True) if layout == "left" else zip(across, along, strict=True))
+    things = tuple(
+        Thing(
+            shape=SHAPES[rng.integers(len(SHAPES))],
+            colour=tuple(COLOURS)[rng.integers(len(COLOURS))],
+            size=tuple(RADII)[rng.integers(len(RADII))],
+            x=float(x),
+            y=float(y),
+        )
+        for x, y in centres
+    )
+    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    return Scene(things, layout, background, PATTERNS[rng.integers(len(PATTERNS))])
+
+
+def draw_scene(seed: int, split: str, index: int) -> Scene:
+    """Scene number `index` of a split; rejects until the scene belongs to the split."""
+    rng = numpy_generator(seed, f"scene/{split}", index)
+    while True:
+        scene = _draw(rng)
+        if _belongs(scene, split):
+            return scene
+
+
+def draw_scenes(seed: int, split: str, indices: Iterable[int]) -> list[Scene]:
+    return [draw_scene(seed, split, index) for index in indices]
+
+
+def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Distance to the outline in pixels, negative inside (exact on the axes, close enough elsewhere)."""
+    ax, ay = np.abs(dx), np.abs(dy)
+    if shape == "circle":
+        return np.hypot(dx, dy) - radius
+    if shape == "square":
+        return np.maximum(ax, ay) - 0.86 * radius
+    if shape == "diamond":
+        return (ax + ay - 1.15 * radius) / np.sqrt(2)
+    if shape == "triangle":  # point up; the image's y axis points down
+        return np.maximum(dy - 0.75 * radius, (1.8 * ax - dy - 0.95 * radius) / 2.06)
+    if shape == "cross":
+        arm = 0.32 * radius
+        return np.minimum(np.maximum(ax - arm, ay - radius), np.maximum(ax - radius, ay - arm))
+    if shape == "ring":
+        return np.abs(np.hypot(dx, dy) - 0.74 * radius) - 0.28 * radius
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _pattern_tile(pattern: str) -> np.ndarray:
+    """[32, 32] in {0, 1}: where the background is darkened."""
+    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
+    if pattern == "plain":
+        return np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    if pattern == "striped":
+        return (y % 8 < 4).astype(np.float32)
+    if pattern == "dotted":
+        return (np.hypot(x % 8 - 3.5, y % 8 - 3.5) < 2.2).astype(np.float32)
+    if pattern == "checkered":
+        return ((x // 8 + y // 8) % 2).astype(np.float32)
+    raise ValueError(f"unknown pattern {pattern!r}")
+
+
+def render(scenes: Sequence[Scene]) -> np.ndarray:
+    """uint8 [n, 32, 32, 3], edges antialiased."""
+    tiles = np.stack([_pattern_tile(pattern) for pattern in PATTERNS])
+    base = np.array([BACKGROUNDS[s.background] for s in scenes], np.float32)
+    dark = tiles[[PATTERNS.index(s.pattern) for s in scenes]]
+    images = base[:, None, None, :] * (1 - 0.28 * dark[..., None])
+    centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+    for slot in range(2):
+        for shape in SHAPES:
+            rows = [i for i, s in enumerate(scenes) if len(s.things) > slot and s.things[slot].shape == shape]
+            if not rows:
+                continue
+            things = [scenes[i].things[slot] for i in rows]
+            dx = centres[None, None, :] - np.array([t.x for t in things], np.float32)[:, None, None]
+            dy = centres[None, :, None] - np.array([t.y for t in things], np.float32)[:, None, None]
+            radius = np.array([RADII[t.size] for t in things], np.float32)[:, None, None]
+            cover = np.clip(0.5 - _signed_distance(shape, dx, dy, radius), 0, 1)[..., None]
+            colour = np.array([COLOURS[t.colour] for t in things], np.float32)[:, None, None, :]
+            images[rows] = images[rows] * (1 - cover) + colour * cover
+    return np.rint(images).astype(np.uint8)

@@ -1,0 +1,81 @@
+"""Experiment tracking: the only file that imports wandb. Without it, a tracker that does nothing."""
+
+import logging
+import os
+from pathlib import Path
+
+from vqdm.config import TrackerConfig
+from vqdm.errors import UserError
+
+log = logging.getLogger("vqdm")
+MAX_IMAGES = 32
+
+
+class NullTracker:
+    id: str | None = None
+
+    def log(self, values: dict) -> None:
+        """Numbers, by name; slashes make sections."""
+
+    def table(self, name: str, rows: list[dict]) -> None:
+        """A table of records with the same keys."""
+
+    def images(self, name: str, paths: list[Path], captions: list[str]) -> None:
+        """At most 32 images with captions."""
+
+    def finish(self, *, failed: bool) -> None:
+        """Always called, also when the run fails."""
+
+
+class WandbTracker(NullTracker):
+    def __init__(self, run):
+        self.run, self.id = run, run.id
+
+    def log(self, values: dict) -> None:
+        self.run.log(values)
+
+    def table(self, name: str, rows: list[dict]) -> None:
+        import wandb
+
+        if rows:
+            columns = list(rows[0])
+            self.run.log({name: wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])})
+
+    def images(self, name: str, paths: list[Path], captions: list[str]) -> None:
+        import wandb
+
+        shown = zip(paths[:MAX_IMAGES], captions, strict=False)
+        self.run.log({name: [wandb.Image(str(path), caption=caption) for path, caption in shown]})
+
+    def finish(self, *, failed: bool) -> None:
+        self.run.finish(exit_code=1 if failed else 0, quiet=True)
+
+
+def _mode(config: TrackerConfig) -> str:
+    """Offline unless a key is there: without network, an online start blocks for minutes."""
+    if config.mode != "auto":
+        return config.mode
+    return "online" if os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline" else "offline"
+
+
+def start_tracker(config: TrackerConfig, *, name: str, run_id: str, settings: dict, directory: Path) -> NullTracker:
+    """One run per experiment; its id is the result's fingerprint, so a resumed run continues the same one."""
+    if config.kind == "none":
+        return NullTracker()
+    import wandb
+
+    mode = _mode(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        run = wandb.init(
+            project=config.project, group=config.group, name=name, id=run_id, config=settings, dir=str(directory),
+            mode=mode, resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, init_timeout=60, console="off"),
+        )  # fmt: skip
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        raise UserError(
+            f"Weights & Biases does not start ({error}); use tracker.mode=offline or tracker=none"
+        ) from error
+    if mode == "offline":
+        log.info("tracker: offline; upload with `wandb sync %s`", Path(run.dir).parent)
+    return WandbTracker(run)
