@@ -48,7 +48,7 @@ class WandbTracker(NullTracker):
         self.run.log({name: [wandb.Image(str(path), caption=caption) for path, caption in shown]})
 
     def finish(self, *, failed: bool) -> None:
-        self.run.finish(exit_code=1 if failed else 0, quiet=True)
+        self.run.finish(exit_code=1 if failed else 0)
 
 
 def _mode(config: TrackerConfig) -> str:
