@@ -12,9 +12,7 @@ import sys
 from pathlib import Path
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-    sys.exit(
-        f"vqdm needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}. Make the environment with one."
-    )
+    sys.exit(f"vqdm needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}. Make the environment with one.")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

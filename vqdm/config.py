@@ -174,6 +174,14 @@ def check(config: Config) -> None:
     for key in POSITIVE:
         if _value(config, key) < 1:
             raise UserError(f"{key}={_value(config, key)} must be at least 1")
+    for key in ("calibration", "evaluate.prompts"):
+        prompts = _value(config, key)
+        if (prompts.source == "file") != (prompts.path is not None):
+            raise UserError(
+                f"{key}.path={prompts.path} does not fit {key}.source={prompts.source}: a file, and only it, needs a path"
+            )
+        if prompts.n is not None and prompts.n < 1:
+            raise UserError(f"{key}.n={prompts.n} must be at least 1")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]
     if config.task == "compress" and len(sources) != 1:
         found = ", ".join(f"model.{k}" for k in sources) or "none of them"

@@ -43,7 +43,7 @@ def load_quantized_(denoiser: nn.Module, path: Path, *, decode: str = "cached") 
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and run the same command again") from error
     if metadata.get("format") != "vqdm" or metadata.get("version") != FORMAT_VERSION:
@@ -59,4 +59,5 @@ def load_quantized_(denoiser: nn.Module, path: Path, *, decode: str = "cached") 
     for kind, names in (("lacks the tensor", missing), ("has the unknown tensor", extra)):
         if names:
             raise UserError(f"{path} {kind} {names[0]} ({len(names)} in all); it belongs to another model")
-    denoiser.to(device=parameter.device, dtype=parameter.dtype).eval().requires_grad_(False)
+    nn.Module.to(denoiser, device=parameter.device, dtype=parameter.dtype)  # diffusers' own warns of nothing
+    denoiser.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 
 def kid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Unbiased squared MMD with kernel (x·y/d + 1)³ over the full sets (Binkowski et al. 2018), not over random subsets."""
+    """Unbiased squared MMD, kernel (x·y/d + 1)³, over the full sets, not random subsets (Binkowski et al. 2018)."""
     from torchmetrics.image.kid import poly_mmd
 
     real, fake = real.double(), fake.double()

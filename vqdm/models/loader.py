@@ -1,5 +1,6 @@
 """Load a diffusers pipeline, ready to sample: the tiny model and SDXL through the same lines."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,6 +33,9 @@ def load_pipeline(config: ModelConfig, *, device: str):
     from diffusers import DiffusionPipeline
 
     directory = model_directory(config)
+    warnings.filterwarnings(
+        "ignore", message=".*`torch_dtype` is deprecated", category=FutureWarning
+    )  # older: only this
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             directory,

@@ -64,10 +64,11 @@ def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    weights = "*.safetensors" if config.variant is None else f"*.{config.variant}.safetensors"
     wanted = {
         "repo_id": config.hub_id,
         "revision": config.revision,
-        "allow_patterns": ["*.json", "*.txt", "*.model", f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"],
+        "allow_patterns": ["*.json", "*.txt", "*.model", weights],
         "ignore_patterns": ["vae_1_0/*", "*/flax*", "*/openvino*"],
     }  # fmt: skip
     try:
@@ -84,8 +85,8 @@ def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
 def _not_here(config: ModelConfig, why: str) -> UserError:
     folder = f"models/{config.name}"
     return UserError(
-        f"{config.hub_id} is {why}; where there is network, run `hf download {config.hub_id} --revision {config.revision} "
-        f"--local-dir {folder}`, copy that folder here, and add `model.hub_id=null model.path={folder}` to this command"
+        f"{config.hub_id} is {why}; where there is network, run `hf download {config.hub_id} "
+        f"--revision {config.revision} --local-dir {folder}`, copy that folder here, and add `model.hub_id=null model.path={folder}` to this command"
     )
 
 

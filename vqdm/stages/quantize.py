@@ -131,7 +131,7 @@ def quantize(
     atomic_write(directory / MODEL_FILE, content)
     left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
-    denoiser.to(device=device, dtype=dtype)
+    nn.Module.to(denoiser, device=device, dtype=dtype)
     error = _output_error(denoiser, calls, device)
     log.info(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",

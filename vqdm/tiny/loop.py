@@ -6,7 +6,6 @@ checkpoint and ends with the same weights, bit for bit (same threads, same libra
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +38,13 @@ def _save(path: Path, step: int, model: nn.Module, average: dict, optimizer: tor
             tensors[f"{key}.{names[parameter]}"] = state[key]
     partial = path.with_suffix(".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _load(path: Path, model: nn.Module, average: dict, optimizer: torch.optim.AdamW) -> int:
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for key in average:
         average[key].copy_(tensors[f"average.{key}"])

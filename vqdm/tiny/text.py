@@ -4,6 +4,7 @@ As SDXL's: a CLIPTextModel and a CLIPTextModelWithProjection whose penultimate h
 image tower exists for this training only; no evaluator takes part.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ class ContrastivePair(nn.Module):
                 nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
                 nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
             )
-            for a, b in zip(channels, channels[1:], strict=False)
+            for a, b in itertools.pairwise(channels)
         ]  # fmt: skip
         self.image_tower = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 192))
         self.log_scale = nn.Parameter(torch.tensor(2.5))

@@ -173,7 +173,10 @@ def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_enco
         vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer,
         unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
-    pipeline.to(torch.float16)
+    parts = (unet, vae, text_encoder, text_encoder_2)
+    for part in parts:
+        torch.nn.Module.to(part, torch.float16)
     shutil.rmtree(directory, ignore_errors=True)
     pipeline.save_pretrained(directory)
-    pipeline.to(torch.float32)
+    for part in parts:
+        torch.nn.Module.to(part, torch.float32)

@@ -1,0 +1,143 @@
+"""Imports run one way, every experiment composes, and nothing heavy is imported where speed is promised."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+
+from vqdm.compose import register_schemas, to_config
+from vqdm.errors import UserError
+from vqdm.report.tables import read_table
+
+ROOT = Path(__file__).resolve().parent.parent
+# a module may import from its own layer and from those after it
+LAYERS = (
+    ("vqdm.compose",),
+    ("vqdm.pipeline",),
+    ("vqdm.report",),
+    ("vqdm.stages", "vqdm.tiny.train", "vqdm.tracker"),
+    ("vqdm.tiny.evaluators", "vqdm.tiny.turbo", "vqdm.tiny.unet", "vqdm.tiny.text", "vqdm.tiny.vae", "vqdm.tiny.loop"),
+    ("vqdm.hub", "vqdm.metrics"),
+    ("vqdm.layers", "vqdm.models", "vqdm.codecs", "vqdm.bits", "vqdm.prompts", "vqdm.tiny"),
+    ("vqdm",),  # leaves: config, store, seeds, bitpack, kmeans, …
+)
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+TABLES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+
+
+def _layer(module: str) -> int:
+    matches = [
+        (len(name), depth)
+        for depth, names in enumerate(LAYERS)
+        for name in names
+        if f"{module}.".startswith(f"{name}.")
+    ]
+    return max(matches)[1]
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = sorted((ROOT / "vqdm").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_module)
+def test_imports_run_one_way(path):
+    module = _module(path)
+    own = {name for name in _imports(path) if name.startswith("vqdm") and _is_module(name)}
+    upwards = sorted(name for name in own if _layer(name) < _layer(module))
+    assert not upwards, f"{module} imports from a layer above it: {upwards}"
+
+
+def _is_module(name: str) -> bool:
+    relative = Path(*name.split("."))
+    return (ROOT / relative.with_suffix(".py")).is_file() or (ROOT / relative / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"), [("wandb", {"vqdm.tracker"}), ("hydra", {"vqdm.compose"}), ("pickle", set())]
+)
+def test_a_library_is_imported_in_one_place(library, allowed):
+    users = {_module(p) for p in SOURCES if any(n.split(".")[0] == library for n in _imports(p))}
+    assert users <= allowed
+
+
+def test_nothing_uses_torchs_global_random_state():
+    names = ("torch.manual_seed", "np.random.seed", "random.seed")
+    users = {_module(path) for path in SOURCES if any(name in path.read_text() for name in names)}
+    assert users == {"vqdm.seeds"}
+
+
+def compose(*overrides: str):
+    register_schemas()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return to_config(hydra.compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name):
+    config = compose(f"+experiment={name}")
+    assert config.table == name or config.name == name
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_names_experiments(name):
+    table = read_table(ROOT / "experiments" / f"{name}.yaml")
+    assert set(table.rows) <= set(EXPERIMENTS)
+    assert {compose(f"+experiment={row}").model.name for row in table.rows} == {table.model}
+
+
+@pytest.mark.parametrize("kind", ["model", "calibration", "quantize", "evaluate", "tracker", "tiny_train"])
+def test_every_option_of_a_group_composes(kind):
+    names = sorted(path.stem for path in (ROOT / "conf" / kind).glob("*.yaml"))
+    for name in names:
+        extra = ["calibration.path=captions.json"] if (kind, name) == ("calibration", "file") else []
+        compose(f"{kind}={name}", *extra)
+
+
+def test_the_command_line_wins_over_the_experiment():
+    config = compose("+experiment=tiny_rtn4", "model=tiny_outlier", "quantize.bits=2")
+    assert (config.model.name, config.quantize.bits, config.quantize.kind) == ("tiny_outlier", 2, "rtn")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["quantize=rtn", "quantize.bits=0"], "quantize.bits=0"),
+        (["quantize=rtn", "quantize.bits=9"], "1 to 8"),
+        (["quantize=vq3", "quantize.group_size=7"], "no whole number"),
+        (["quantize=vq3", "quantize.group_size=null"], "group_size"),
+        (["quantize.kind=nonsense"], "quantize.kind='nonsense'"),
+        (["device=tpu"], "device='tpu'"),
+        (["model.builtin=null"], "exactly one of"),
+        (["model.path=somewhere"], "exactly one of"),
+        (["model.builtin=null", "model.hub_id=some/model"], "model.revision"),
+        (["calibration=file"], "calibration.path"),
+        (["evaluate.batch_size=0"], "evaluate.batch_size=0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(overrides, said):
+    with pytest.raises(UserError) as error:
+        compose(*overrides)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_plan_needs_imports_no_torch():
+    code = "import sys, vqdm.pipeline, vqdm.stages.graph, vqdm.report.tables; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
