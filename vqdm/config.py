@@ -178,7 +178,7 @@ def check(config: Config) -> None:
         prompts = _value(config, key)
         if (prompts.source == "file") != (prompts.path is not None):
             raise UserError(
-                f"{key}.path={prompts.path} does not fit {key}.source={prompts.source}: a file, and only it, needs a path"
+                f"{key}.path={prompts.path} does not fit {key}.source={prompts.source}: only a file has a path"
             )
         if prompts.n is not None and prompts.n < 1:
             raise UserError(f"{key}.n={prompts.n} must be at least 1")

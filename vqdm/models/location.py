@@ -86,7 +86,8 @@ def _not_here(config: ModelConfig, why: str) -> UserError:
     folder = f"models/{config.name}"
     return UserError(
         f"{config.hub_id} is {why}; where there is network, run `hf download {config.hub_id} "
-        f"--revision {config.revision} --local-dir {folder}`, copy that folder here, and add `model.hub_id=null model.path={folder}` to this command"
+        f"--revision {config.revision} --local-dir {folder}`, copy that folder here, and add "
+        f"`model.hub_id=null model.path={folder}` to this command"
     )
 
 

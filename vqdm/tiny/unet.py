@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from vqdm.seeds import derive, seeded_initialisation
 from vqdm.tiny.data import SceneSet
@@ -74,7 +75,7 @@ class LatentSet:
     def _compute(scenes, vae, tokenizer, text_encoder, text_encoder_2, path: Path) -> None:
         columns: dict[str, list[torch.Tensor]] = {"latents": [], "text": [], "pooled": []}
         ids = token_ids(tokenizer, scenes.captions)
-        for rows in torch.arange(len(scenes)).split(512):
+        for rows in tqdm(torch.arange(len(scenes)).split(512), desc="latents", unit="batch"):
             text, pooled = encode_text(text_encoder, text_encoder_2, ids[rows])
             columns["latents"].append(vae.encode(scenes.images(rows)).latent_dist.mean)
             columns["text"].append(text.bfloat16())
