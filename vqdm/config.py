@@ -8,7 +8,7 @@ import dataclasses
 
 from vqdm.errors import UserError
 
-PAPER_LAYERS = (
+PAPER_PATTERN = (
     r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"  # released code
 )
 
@@ -52,7 +52,7 @@ class ModelConfig:
     revision: str | None = None
     variant: str | None = None  # file variant, e.g. fp16
     dtype: str = "float32"  # of the computation
-    layers: str = PAPER_LAYERS  # regular expression of the layers to quantize
+    layers: str = PAPER_PATTERN  # regular expression of the layers to quantize
     min_size: int = 16  # layers with fewer inputs or outputs stay in 16 bit
     rescale: RescaleConfig = dataclasses.field(default_factory=RescaleConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)

@@ -67,7 +67,20 @@ def _ready(config: Config, store: Store) -> Graph:
             problems.append(str(error))
     if problems:
         raise UserError(" — and: ".join(problems))
+    if graph.quantize is not None and store.status(graph.quantize) != "done":
+        _check_layers(config)
     return graph
+
+
+def _check_layers(config: Config) -> None:
+    """The scheme fits every layer, known from the shapes; says the bits to come."""
+    from vqdm.models.loader import denoiser_on_meta
+    from vqdm.stages.quantize import planned_bits
+
+    bits = planned_bits(
+        denoiser_on_meta(config.model), config.quantize, pattern=config.model.layers, min_size=config.model.min_size
+    )
+    log.info("%s: will take %.3f bits per weight, %.2f MiB", config.name, bits.bits_per_weight, bits.bytes / 2**20)
 
 
 def _print_plan(config: Config, store: Store) -> None:

@@ -1,5 +1,6 @@
 """Load a diffusers pipeline, ready to sample: the tiny model and SDXL through the same lines."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def load_pipeline(config: ModelConfig, *, device: str):
     if config.rescale.sigma:
         rescale_(denoiser, sigma=config.rescale.sigma, seed=config.rescale.seed)
     return pipeline.to(device)
+
+
+def denoiser_on_meta(config: ModelConfig) -> nn.Module:
+    """The denoiser with shapes and no values, from its config file alone."""
+    import diffusers
+
+    directory = model_directory(config)
+    part = next(part for part in DENOISERS if (directory / part / "config.json").is_file())
+    settings = json.loads((directory / part / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        return getattr(diffusers, settings["_class_name"]).from_config(settings)
 
 
 def set_sampler(pipeline, sampler: SamplerConfig) -> None:

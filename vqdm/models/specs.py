@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vqdm.config import PAPER_PATTERN
 from vqdm.errors import UserError
-
-# The released code's (paper-facts.md, section 1): 771 layers, 98.97 % of SDXL's U-Net.
-PAPER_PATTERN = r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"
 
 
 @dataclass(frozen=True)

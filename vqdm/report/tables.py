@@ -86,7 +86,7 @@ def _protocol(records: list[dict], results: Path) -> dict:
     different = next((r["experiment"] for r, p in zip(records, protocols, strict=True) if p != protocols[0]), None)
     if different is not None:
         raise UserError(
-            f"{different} and {records[0]['experiment']} were scored by different protocols; run both with the same options"
+            f"{different} and {records[0]['experiment']} were scored by different protocols; run them alike"
         )
     return {"model": records[0]["model"], **protocols[0]}
 

@@ -11,12 +11,20 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
-from vqdm.bits import count_bits
+from vqdm.bits import BitCounts, count_bits
 from vqdm.codecs import additive, rtn
-from vqdm.codecs.weight import SHARED_NAME, AdditiveScheme, QuantizedWeight, Scheme, SharedCodebooks, empty_weight
+from vqdm.codecs.weight import (
+    SHARED_NAME,
+    AdditiveScheme,
+    QuantizedWeight,
+    ScalarScheme,
+    Scheme,
+    SharedCodebooks,
+    empty_weight,
+)
 from vqdm.config import QuantizeConfig
 from vqdm.hub import MODEL_FILE, denoiser_bytes
-from vqdm.layers import swap
+from vqdm.layers import swap, swap_empty
 from vqdm.models.recording import OUTPUT, Call, play_back
 from vqdm.models.specs import LayerSpec, layer_specs, skipped_specs, weight_to_matrix
 from vqdm.seeds import torch_generator
@@ -29,15 +37,31 @@ def _matrix(denoiser: nn.Module, spec: LayerSpec) -> torch.Tensor:
     return weight_to_matrix(denoiser.get_submodule(spec.name).weight.detach().float())
 
 
-def _shared_codebooks(directory: Path, denoiser: nn.Module, specs: list[LayerSpec], config: QuantizeConfig):
-    """One codebook set for the model: read back if a killed run has learned it already."""
-    scheme = AdditiveScheme(
+def scheme_for(config: QuantizeConfig) -> Scheme:
+    """The scheme that a configuration asks of every layer."""
+    if config.kind == "rtn":
+        return ScalarScheme(codec="rtn", bits=config.bits, group_size=config.group_size)
+    return AdditiveScheme(
         num_codebooks=config.bits * config.group_size // config.codebook_bits,
         codebook_bits=config.codebook_bits,
         group_size=config.group_size,
-        shared=True,
+        shared=config.codebooks == "model",
     )
-    name = SHARED_NAME
+
+
+def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str, min_size: int) -> BitCounts:
+    """What the quantized denoiser will take, from its shapes alone: `denoiser` is on the meta device, and changed.
+
+    UserError, with the layer's name, where the scheme does not fit a layer.
+    """
+    scheme = scheme_for(config)
+    swap_empty(denoiser, [(spec, scheme) for spec in layer_specs(denoiser, pattern=pattern, min_size=min_size)])
+    return count_bits(denoiser)
+
+
+def _shared_codebooks(directory: Path, denoiser: nn.Module, specs: list[LayerSpec], *, config: QuantizeConfig):
+    """One codebook set for the model: read back if a killed run has learned it already."""
+    scheme, name = scheme_for(config), SHARED_NAME
     if read_item(directory, name) is None:
         shared = additive.train_shared_codebooks(
             (_matrix(denoiser, spec) for spec in specs),
@@ -52,14 +76,15 @@ def _shared_codebooks(directory: Path, denoiser: nn.Module, specs: list[LayerSpe
     return shared
 
 
-def _encode(matrix: torch.Tensor, spec: LayerSpec, config: QuantizeConfig, shared) -> QuantizedWeight:
+def _encode(matrix: torch.Tensor, spec: LayerSpec, *, config: QuantizeConfig, shared) -> QuantizedWeight:
     if config.kind == "rtn":
         return rtn.encode(matrix, bits=config.bits, clip=config.clip, group_size=config.group_size, layer=spec.name)
+    scheme = scheme_for(config)
     return additive.encode(
         matrix,
-        num_codebooks=config.bits * config.group_size // config.codebook_bits,
-        codebook_bits=config.codebook_bits,
-        group_size=config.group_size,
+        num_codebooks=scheme.num_codebooks,
+        codebook_bits=scheme.codebook_bits,
+        group_size=scheme.group_size,
         beam_size=config.beam_size,
         shared=shared,
         generator=torch_generator(config.seed, "encode", spec.name),
@@ -88,7 +113,7 @@ def _quantize_layer(directory: Path, denoiser: nn.Module, spec: LayerSpec, *, co
     if record is None:
         began = time.monotonic()
         matrix = _matrix(denoiser, spec)
-        weight = _encode(matrix, spec, config, shared)
+        weight = _encode(matrix, spec, config=config, shared=shared)
         record = _record(spec, matrix, weight, time.monotonic() - began)
         write_item(directory, spec.name, {file: to_bytes(weight.state_dict())}, record)
     else:
@@ -120,7 +145,7 @@ def quantize(
     dtype = next(denoiser.parameters()).dtype
     shared = None
     if config.kind == "additive" and config.codebooks == "model":
-        shared = _shared_codebooks(directory, denoiser, specs, config)
+        shared = _shared_codebooks(directory, denoiser, specs, config=config)
     records = []
     with tqdm(specs, desc=f"quantize {directory.name}", unit="layer") as progress:
         for spec in progress:

@@ -1,0 +1,69 @@
+"""The floors and ceilings beside the tiny model's scores: what real renders, the VAE and wrong captions reach.
+
+python scripts/tiny_floors.py [--n 2000] [--model vqdm/models/tiny] [--evaluators vqdm/models/tiny_evaluators]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vqdm.config import ModelConfig
+from vqdm.metrics.attributes import as_seen, look
+from vqdm.metrics.tiny_world import Evaluators, features_of, fidelity_scores, to_tensor, unpaired_scores
+from vqdm.models.loader import load_pipeline
+from vqdm.seeds import numpy_generator
+from vqdm.tiny.data import SceneSet
+from vqdm.tiny.vae import reconstruction_psnr
+
+SHOWN = ("fid", "kid", "clip_score", "fidelity", "all_right")
+
+
+def reconstruct(vae, images: np.ndarray) -> np.ndarray:
+    """uint8 images through the VAE and back."""
+    batches = [vae.decode(vae.encode(to_tensor(part)).latent_dist.mean).sample for part in np.array_split(images, 16)]
+    pixels = (torch.cat(batches).clamp(-1, 1) + 1) * 127.5
+    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def score(evaluators: Evaluators, images: np.ndarray, captions: list[str]) -> dict:
+    columns = features_of(evaluators, images, captions)
+    return unpaired_scores(evaluators, columns, captions, resamples=20, seed=0)
+
+
+@torch.no_grad()
+def main() -> None:
+    package = Path(__file__).resolve().parent.parent / "vqdm" / "models"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--model", type=Path, default=package / "tiny")
+    parser.add_argument("--evaluators", type=Path, default=package / "tiny_evaluators")
+    options = parser.parse_args()
+    scenes = SceneSet(seed=0, split="test", n=options.n)
+    evaluators = Evaluators.load(options.evaluators)
+    vae = load_pipeline(ModelConfig(path=str(options.model)), device="cpu").vae
+    order = numpy_generator(0, "shuffled captions").permutation(options.n)
+    shuffled = [scenes.captions[i] for i in order]
+    rows = {
+        "real renders": score(evaluators, scenes.pixels, scenes.captions),
+        "VAE reconstructions": score(evaluators, reconstruct(vae, scenes.pixels), scenes.captions),
+        "real renders, captions shuffled": score(evaluators, scenes.pixels, shuffled),
+        "perfect attribute network": fidelity_scores(scenes.captions, [as_seen(s) for s in scenes.scenes]),
+    }
+    print("| images |" + "".join(f" {name} |" for name in SHOWN) + "\n|---" + "|---" * len(SHOWN) + "|")
+    for name, scores in rows.items():
+        cells = (f"{scores[m]['value']:.4f} ± {scores[m]['se']:.4f}" if m in scores else "–" for m in SHOWN)
+        print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
+    seen = look(evaluators.net, features_of(evaluators, scenes.pixels, scenes.captions)["features"])
+    exact = np.mean([one == as_seen(scene) for one, scene in zip(seen, scenes.scenes, strict=True)])
+    about = {"n": options.n, "attribute_net_exact": round(float(exact), 4)}
+    about["vae_psnr_db"] = round(reconstruction_psnr(vae, scenes.images(torch.arange(options.n))), 2)
+    train = set(SceneSet(seed=0, split="train", n=150_000).captions)
+    about["captions_seen_verbatim_in_training"] = round(float(np.mean([c in train for c in scenes.captions])), 4)
+    print(json.dumps(about))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The whole way, as a user goes it: run.py in a process of its own, on the shipped tiny model."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny_world import ROOT, SMALL, command, environment, run
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The results of one small demo."""
+    results = tmp_path_factory.mktemp("demo")
+    done = run("+experiment=demo", *SMALL, f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
+    return results
+
+
+def _table(results: Path) -> list[dict]:
+    with (results / "tables" / "demo.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_demo_writes_its_table(finished):
+    rows = _table(finished)
+    assert [row["method"] for row in rows] == ["full precision", "RTN 4 bit", "RTN 3 bit", "VQ 3 bit"]
+    wanted = ["bits_per_weight", "bits_quantized", "mib", "fid", "kid", "clip_score", "fidelity", "psnr_to_fp"]
+    assert set(wanted) <= set(rows[0])
+    assert {f"{name}_se" for name in wanted[3:]} <= set(rows[0])
+    assert float(rows[1]["psnr_to_fp"]) > float(rows[2]["psnr_to_fp"]), "4 bits must be nearer to the original than 3"
+    assert rows[0]["psnr_to_fp"] == ""
+    assert all(0 <= float(row["fidelity"]) <= 1 for row in rows)
+    assert (finished / "tables" / "demo.md").is_file()
+    assert (finished / "figures" / "demo.png").is_file()
+
+
+def test_bits_are_those_of_the_file_on_disk(finished):
+    for row in _table(finished)[1:]:
+        runs = [json.loads(path.read_text()) for path in (finished / "runs").rglob("*.json")]
+        record = next(r for r in runs if r["method"] == row["method"])
+        file = finished / record["directories"]["quantize"] / "denoiser.safetensors"
+        assert float(row["mib"]) == pytest.approx(file.stat().st_size / 2**20, rel=1e-5)
+        header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+        assert record["bits"]["bytes"] == file.stat().st_size - header
+
+
+def test_a_second_run_makes_nothing_again(finished):
+    before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
+    table = (finished / "tables" / "demo.csv").read_bytes()
+    done = run("+experiment=demo", *SMALL, f"results_dir={finished}")
+    assert done.returncode == 0, done.stderr
+    after = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
+    assert (finished / "tables" / "demo.csv").read_bytes() == table
+
+
+def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
+    table = (finished / "tables" / "demo.csv").read_bytes()
+    for pattern in (
+        "stages/quantize/tiny-rtn4-*/denoiser.safetensors",
+        "stages/generate/tiny-rtn4-*/images/000005.png",
+    ):
+        file = next(finished.glob(pattern))
+        good = file.read_bytes()
+        middle = len(good) // 2
+        file.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+        done = run("+experiment=demo", *SMALL, f"results_dir={finished}")
+        assert done.returncode == 0, done.stderr
+        assert file.parent.parent.name in done.stderr or file.parent.name in done.stderr
+        assert file.read_bytes() == good
+    assert (finished / "tables" / "demo.csv").read_bytes() == table
+
+
+def test_killed_twice_the_table_is_the_same(finished, tmp_path):
+    pause = random.Random(0)
+    for _ in range(2):
+        process = subprocess.Popen(
+            command("+experiment=demo", *SMALL, f"results_dir={tmp_path}"), cwd=ROOT, env=environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(pause.uniform(4, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run("+experiment=demo", *SMALL, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tables" / "demo.csv").read_bytes() == (finished / "tables" / "demo.csv").read_bytes()
+
+
+def test_more_images_keep_those_that_are_there(finished):
+    images = next((finished / "stages" / "generate").glob("tiny-fp-*/images"))
+    before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
+    small = [o for o in SMALL if not o.startswith("evaluate.prompts.n")]
+    done = run("+experiment=tiny_fp", *small, "evaluate.prompts.n=20", f"results_dir={finished}")
+    assert done.returncode == 0, done.stderr
+    after = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
+    assert len(after) == 20
+    assert {name: after[name] for name in before} == before
+
+
+def test_plan_lists_what_is_done(finished):
+    done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "plan=true")
+    lines = [line for line in done.stdout.splitlines() if "stages" in line]
+    assert [line.split()[0] for line in lines] == ["calibrate", "quantize", "generate", "generate", "evaluate"]
+    assert all(line.split()[1] == "done" for line in lines)
+    done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "quantize.bits=2", "plan=true")
+    states = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if "rtn2" in line}
+    assert states == {"quantize": "to", "generate": "to", "evaluate": "to"}
+
+
+def test_another_model_writes_another_table(finished):
+    done = run("+experiment=demo", *SMALL, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={finished}")
+    assert done.returncode == 0, done.stderr
+    assert (finished / "tables" / "demo-tiny_outlier.csv").is_file()
+
+
+def test_the_turbo_experiment_runs(tmp_path):
+    done = run("+experiment=tiny_turbo_vq3", *SMALL, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_tiny_train_runs_in_seconds(tmp_path):
+    done = run("+experiment=tiny_train", "tiny_train=smoke", "threads=1", f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    directory = next((tmp_path / "stages" / "tiny_train").iterdir())
+    world = (f"model.path={directory}/tiny", f"evaluate.evaluators={directory}/tiny_evaluators", "model.builtin=null")
+    done = run("+experiment=tiny_rtn3", *SMALL, *world, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["coco/captions_val2017.json", "prompts/PartiPrompts.tsv"])
+def test_real_captions_calibrate(tmp_path, name):
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{SHARED / name} is not here")
+    done = run("+experiment=tiny_rtn4", *SMALL, "calibration=file", f"calibration.path={SHARED / name}",
+               "calibration.n=4", f"results_dir={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "unknown" in done.stderr and "truncated" in done.stderr
+    prompts = next((tmp_path / "stages" / "calibrate").glob("*/prompts.jsonl")).read_text().splitlines()
+    assert len(prompts) == 4
+
+
+def _tiny_without_unet(tmp_path: Path) -> str:
+    directory = tmp_path / "broken"
+    directory.mkdir()
+    (directory / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline", "unet": ["a", "b"]}')
+    return str(directory)
+
+
+def _file(tmp_path: Path, name: str, content: str) -> str:
+    path = tmp_path / name
+    path.write_text(content)
+    return str(path)
+
+
+BAD = {
+    "unknown option": (lambda t: ["quantize.bitz=3"], "bitz"),
+    "unknown experiment": (lambda t: ["+experiment=tiny_vq33"], "tiny_vq33"),
+    "unknown table": (lambda t: ["table=nonsense"], "nonsense"),
+    "no bits": (lambda t: ["quantize=rtn", "quantize.bits=0"], "quantize.bits=0"),
+    "not a number": (lambda t: ["quantize=rtn", "quantize.bits=three"], "three"),
+    "group size does not divide": (
+        lambda t: ["quantize=rtn4", "quantize.group_size=24", "evaluate.prompts.n=4"], "group_size 24 does not divide",
+    ),
+    "missing prompt file": (
+        lambda t: ["quantize=rtn4", "calibration=file", "calibration.path=nowhere.csv"], "nowhere.csv",
+    ),
+    "malformed COCO": (
+        lambda t: ["quantize=rtn4", "calibration=file", f"calibration.path={_file(t, 'bad.json', '{')}"], "bad.json",
+    ),
+    "empty list": (
+        lambda t: ["quantize=rtn4", "calibration=file", f"calibration.path={_file(t, 'empty.txt', '')}"], "empty.txt",
+    ),
+    "no denoiser": (lambda t: ["model.builtin=null", f"model.path={_tiny_without_unet(t)}"], "denoiser"),
+    "hub out of reach": (
+        lambda t: ["+experiment=sdxl_vq3", "calibration=builtin", "evaluate=tiny", "evaluate.metrics=paired"],
+        "stabilityai/stable-diffusion-xl-base-1.0",
+    ),
+    "hub and captions missing": (lambda t: ["+experiment=sdxl_vq3"], "captions_train2017.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_before_any_work(case, tmp_path):
+    make, said = BAD[case]
+    done = run(*make(tmp_path), "tracker=none", f"results_dir={tmp_path / 'results'}", HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode != 0
+    assert said in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert not list((tmp_path / "results").glob("stages/*/*/manifest.json"))
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written_counts(tmp_path):
+    """A limit on the size of files stands for a full disk; without it the same command completes."""
+    results = tmp_path / "results"
+    arguments = command("+experiment=tiny_rtn4", *SMALL, f"results_dir={results}")
+    limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "bash", *arguments]  # 600 KiB; the denoiser takes two MiB
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode not in (0, -signal.SIGXFSZ)
+    assert done.stderr.splitlines()[-1].startswith("error: no space left")
+    assert not list(results.glob("stages/quantize/*/manifest.json"))
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_share_the_work(tmp_path):
+    both = [
+        subprocess.Popen(
+            command(f"+experiment={name}", *SMALL, f"results_dir={tmp_path}"),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("tiny_rtn4", "tiny_rtn3")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("calibrate: 100%" in text for text in said) == 1, "the shared calibration is made once"
+
+
+def test_an_unsupported_python_is_one_line(tmp_path):
+    fake = tmp_path / "sitecustomize.py"
+    fake.write_text("import sys\nsys.version_info = (3, 10, 0, 'final', 0)\n")
+    extra = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = run("+experiment=demo", **extra)
+    assert done.returncode != 0
+    assert done.stderr.startswith("vqdm needs Python 3.11") and len(done.stderr.splitlines()) == 1
