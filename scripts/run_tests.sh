@@ -6,4 +6,4 @@ sh "$(dirname "$0")/setup.sh"
 cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"
+exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"

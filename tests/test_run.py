@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_world import ROOT, SMALL, command, environment, run
 
+demo = pytest.mark.xdist_group("demo")  # tests that share one finished demo run in one process
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -29,6 +30,7 @@ def _table(results: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@demo
 def test_the_demo_writes_its_table(finished):
     rows = _table(finished)
     assert [row["method"] for row in rows] == ["full precision", "RTN 4 bit", "RTN 3 bit", "VQ 3 bit"]
@@ -42,6 +44,7 @@ def test_the_demo_writes_its_table(finished):
     assert (finished / "figures" / "demo.png").is_file()
 
 
+@demo
 def test_bits_are_those_of_the_file_on_disk(finished):
     for row in _table(finished)[1:]:
         runs = [json.loads(path.read_text()) for path in (finished / "runs").rglob("*.json")]
@@ -52,6 +55,7 @@ def test_bits_are_those_of_the_file_on_disk(finished):
         assert record["bits"]["bytes"] == file.stat().st_size - header
 
 
+@demo
 def test_a_second_run_makes_nothing_again(finished):
     before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
     table = (finished / "tables" / "demo.csv").read_bytes()
@@ -62,6 +66,7 @@ def test_a_second_run_makes_nothing_again(finished):
     assert (finished / "tables" / "demo.csv").read_bytes() == table
 
 
+@demo
 def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
     table = (finished / "tables" / "demo.csv").read_bytes()
     for pattern in (
@@ -79,6 +84,7 @@ def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
     assert (finished / "tables" / "demo.csv").read_bytes() == table
 
 
+@demo
 def test_killed_twice_the_table_is_the_same(finished, tmp_path):
     pause = random.Random(0)
     for _ in range(2):
@@ -94,6 +100,7 @@ def test_killed_twice_the_table_is_the_same(finished, tmp_path):
     assert (tmp_path / "tables" / "demo.csv").read_bytes() == (finished / "tables" / "demo.csv").read_bytes()
 
 
+@demo
 def test_more_images_keep_those_that_are_there(finished):
     images = next((finished / "stages" / "generate").glob("tiny-fp-*/images"))
     before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
@@ -105,6 +112,7 @@ def test_more_images_keep_those_that_are_there(finished):
     assert {name: after[name] for name in before} == before
 
 
+@demo
 def test_plan_lists_what_is_done(finished):
     done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "plan=true")
     lines = [line for line in done.stdout.splitlines() if "stages" in line]
@@ -115,6 +123,7 @@ def test_plan_lists_what_is_done(finished):
     assert states == {"quantize": "to", "generate": "to", "evaluate": "to"}
 
 
+@demo
 def test_another_model_writes_another_table(finished):
     done = run("+experiment=demo", *SMALL, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={finished}")
     assert done.returncode == 0, done.stderr
