@@ -5,7 +5,6 @@ python run.py +experiment=tiny_vq3          # one row of it
 python run.py +experiment=sdxl_vq3 plan=true
 """
 
-import errno
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,13 +33,10 @@ def _rows(table, task_overrides: list[str]):
     return [to_config(hydra.compose("config", [f"+experiment={row}", *own])) for row in table.rows]
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
+def _run(composed: DictConfig) -> None:
     from vqdm import pipeline
     from vqdm.report.tables import read_table
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("vqdm").setLevel(logging.INFO)
     config = to_config(composed)
     if config.table is None:
         pipeline.run(config)
@@ -48,20 +45,26 @@ def main(composed: DictConfig) -> None:
     pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task)))
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("vqdm").setLevel(logging.INFO)
+    try:
+        _run(composed)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the other jobs go on
+        sys.exit(_line(error))  # past Hydra, which would add lines of its own
+
+
+def _line(error: BaseException) -> str:
+    return f"error: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_one_line(error)}")
+        sys.exit(_line(error))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            sys.exit(
-                f"error: no space left ({_one_line(error)}); free some or set results_dir=…, then run the same command"
-            )
-        raise

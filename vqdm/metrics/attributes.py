@@ -22,6 +22,7 @@ VALUES = {
        for kind, v in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("size", tuple(RADII)))},
 }  # fmt: skip
 KINDS = ("count", "relation", "shape", "colour", "size", "background", "pattern")
+MISSING = (None, None, None)  # counterpart of a requested thing that is not in the picture: agrees in nothing
 
 
 class _Residual(nn.Module):
@@ -99,11 +100,10 @@ def targets_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 def _pairings(request: Request, seen: Seen) -> list[list[tuple]]:
     """Ways to pair requested with seen things, the one that agrees with the layout first."""
-    straight = list(zip(request.things, seen.things, strict=False))
     if len(request.things) == 1:
         return [[(request.things[0], thing)] for thing in seen.things]
-    crossed = list(zip(request.things, reversed(seen.things), strict=False))
-    return [straight, crossed] if len(seen.things) == 2 else [straight, [(request.things[1], seen.things[0])]]
+    first, second = seen.things if len(seen.things) == 2 else (*seen.things, MISSING)
+    return [list(zip(request.things, order, strict=True)) for order in ((first, second), (second, first))]
 
 
 def _agreements(pairs: list[tuple]) -> list[tuple[str, bool]]:
@@ -115,19 +115,12 @@ def _agreements(pairs: list[tuple]) -> list[tuple[str, bool]]:
     return found
 
 
-def _missing(request: Request, pairs: list[tuple]) -> list[tuple[str, bool]]:
-    """Attributes of requested things that have no counterpart: all wrong."""
-    paired = [id(wanted) for wanted, _ in pairs]
-    lost = [wanted for wanted in request.things if id(wanted) not in paired]
-    return [(kind, False) for wanted in lost for kind in ("shape", "colour", "size") if getattr(wanted, kind)]
-
-
 def fidelity(request: Request, seen: Seen) -> dict[str, tuple[int, int]]:
     """Per attribute kind (found, asked). Things are paired the best way; a swap costs the relation, not the colours."""
     options = _pairings(request, seen)
     scored = [(sum(ok for _, ok in _agreements(pairs)), -order, pairs) for order, pairs in enumerate(options)]
     _, order, pairs = max(scored, key=lambda option: option[:2])
-    results = [("count", len(request.things) == len(seen.things)), *_agreements(pairs), *_missing(request, pairs)]
+    results = [("count", len(request.things) == len(seen.things)), *_agreements(pairs)]
     if request.layout != "single":
         results.append(("relation", seen.layout == request.layout and order == 0))
     for kind in ("background", "pattern"):

@@ -5,6 +5,7 @@ may give other output from the same configuration.
 """
 
 import dataclasses
+import functools
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,8 +36,11 @@ class Graph:
         return [stage for stage in found if stage is not None]
 
 
+_load = functools.lru_cache(maxsize=8)(load_prompts)  # the rows of a table share their lists
+
+
 def read_prompts(config: PromptsConfig) -> PromptList:
-    return load_prompts(
+    return _load(
         source=config.source,
         path=config.path,
         column=config.column,

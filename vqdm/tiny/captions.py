@@ -5,6 +5,7 @@ The grammar is small, but leaves things out as people do: a size or the backgrou
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def _noun_phrase(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """One caption; at most 21 words."""
+    """One caption; at most 22 words."""
     things = [_noun_phrase(thing, rng) for thing in scene.things]
     text = things[0] if scene.layout == "single" else _pick(rng, RELATIONS[scene.layout]).format(*things)
     if rng.random() < 0.85:
@@ -79,7 +80,10 @@ def requested(caption: str) -> Request | None:
     """The attributes a caption asks for, or None when it is no caption of the tiny world."""
     things: list[RequestedThing] = []
     size = colour = background = pattern = relation = None
-    for word in caption.lower().split():
+    words = caption.lower().split()
+    if not set(words) <= _words():
+        return None
+    for word in words:
         if word in _SIZE_OF:
             size = _SIZE_OF[word]
         elif word in COLOURS:
@@ -101,6 +105,11 @@ def requested(caption: str) -> Request | None:
         ordered = tuple(reversed(things)) if relation in _SWAPS else tuple(things)
         return Request(ordered, _LAYOUT_OF[relation], background, pattern)
     return None
+
+
+@functools.cache
+def _words() -> frozenset[str]:
+    return frozenset(vocabulary())
 
 
 def vocabulary() -> list[str]:

@@ -92,13 +92,14 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = loss_of(torch.Generator("cpu").manual_seed(derive(seed, purpose, step)))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"{purpose}: loss is {loss.item()} at step {step}; {checkpoint} is the last good state"
-            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):  # before the weights are touched
+            raise FloatingPointError(
+                f"{purpose}: loss is {loss.item()}, norm of the gradient {norm.item()} at step {step}; "
+                f"the last good state is {checkpoint}"
+            )
         optimizer.step()
         decay = min(average_decay, (step + 1) / (step + 10))
         with torch.no_grad():

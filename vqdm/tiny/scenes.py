@@ -165,10 +165,9 @@ def render(scenes: Sequence[Scene]) -> np.ndarray:
     images = base[:, None, None, :] * (1 - 0.28 * dark[..., None])
     centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     for slot in range(2):
-        for shape in SHAPES:
-            rows = [i for i, s in enumerate(scenes) if len(s.things) > slot and s.things[slot].shape == shape]
-            if not rows:
-                continue
+        there = [i for i, s in enumerate(scenes) if len(s.things) > slot]
+        for shape in dict.fromkeys(scenes[i].things[slot].shape for i in there):
+            rows = [i for i in there if scenes[i].things[slot].shape == shape]
             things = [scenes[i].things[slot] for i in rows]
             dx = centres[None, None, :] - np.array([t.x for t in things], np.float32)[:, None, None]
             dy = centres[None, :, None] - np.array([t.y for t in things], np.float32)[:, None, None]

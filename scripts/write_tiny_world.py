@@ -1,0 +1,24 @@
+"""Write scenes of the tiny world as pictures and official COCO annotations, to read with any COCO loader.
+
+python scripts/write_tiny_world.py DIRECTORY [--split test] [--n 2000] [--seed 0]
+"""
+
+import argparse
+from pathlib import Path
+
+from vqdm.tiny.data import write_coco
+from vqdm.tiny.scenes import SPLITS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(write_coco(options.directory, seed=options.seed, split=options.split, n=options.n))
+
+
+if __name__ == "__main__":
+    main()
