@@ -7,7 +7,7 @@ load, nothing is done.
 """
 
 import importlib.abc
-import importlib.machinery
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -31,11 +31,13 @@ def _define_missing_schemas(package: Path) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    asked = False
+
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "torchvision":
+        if fullname != "torchvision" or self.asked:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        self.asked = True
+        spec = importlib.util.find_spec(fullname)  # by the other finders
         if spec is not None and spec.origin:
             _define_missing_schemas(Path(spec.origin).parent)
         return spec

@@ -55,7 +55,10 @@ def _mode(config: TrackerConfig) -> str:
     """Offline unless a key is there: without network, an online start blocks for minutes."""
     if config.mode != "auto":
         return config.mode
-    return "online" if os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline" else "offline"
+    asked = os.environ.get("WANDB_MODE")
+    if asked in ("offline", "disabled"):
+        return asked
+    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
 def start_tracker(config: TrackerConfig, *, name: str, run_id: str, settings: dict, directory: Path) -> NullTracker:

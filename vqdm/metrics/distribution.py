@@ -28,7 +28,10 @@ def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 
 def kid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Unbiased squared MMD, kernel (x·y/d + 1)³, over the full sets, not random subsets (Binkowski et al. 2018)."""
+    """Unbiased squared MMD with kernel (x·y/d + 1)³ (Binkowski et al. 2018): once, not averaged over random subsets.
+
+    Of the larger set, only as many rows as the smaller one has are used, the first ones.
+    """
     from torchmetrics.image.kid import poly_mmd
 
     real, fake = real.double(), fake.double()

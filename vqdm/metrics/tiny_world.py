@@ -21,6 +21,11 @@ class Evaluators:
     tokenizer: object
     reference: torch.Tensor  # features of real renders [n, 64]
 
+    def standardised(self, features: torch.Tensor) -> torch.Tensor:
+        """Features in units of their spread over the reference: what distances, FID and KID are taken of."""
+        std, mean = torch.std_mean(self.reference, dim=0)
+        return (features - mean) / std.clamp(min=1e-6)
+
     @classmethod
     def load(cls, directory: Path) -> "Evaluators":
         net = AttributeNet()
@@ -75,13 +80,13 @@ def _ratio(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
 
 def unpaired_scores(evaluators: Evaluators, columns: dict, captions: list[str], *, resamples: int, seed: int) -> dict:
     """FID, KID, CLIP score and fidelity of one set of images."""
-    real, fake = evaluators.reference, columns["features"]
+    real, fake = (evaluators.standardised(f) for f in (evaluators.reference, columns["features"]))
     scores = {}
     for name, statistic in (("fid", fid), ("kid", kid)):
         error = bootstrap_error(lambda rows, s=statistic: s(real, rows), fake, resamples=resamples, seed=seed)
         scores[name] = {"value": statistic(real, fake), "se": error}
     scores["clip_score"] = mean_and_error(columns["cosines"].numpy())
-    return scores | fidelity_scores(captions, look(evaluators.net, fake))
+    return scores | fidelity_scores(captions, look(evaluators.net, columns["features"]))
 
 
 def _agreement(one: Seen, other: Seen) -> float:
@@ -95,8 +100,9 @@ def _agreement(one: Seen, other: Seen) -> float:
 
 def paired_scores(evaluators: Evaluators, columns: dict, originals: dict, *, resamples: int, seed: int) -> dict:
     """Distance of features, FID and attribute agreement, against the full-precision images of the same noise."""
-    fake, real = columns["features"], originals["features"]
-    pairs = zip(look(evaluators.net, fake), look(evaluators.net, real), strict=True)
+    raw = (columns["features"], originals["features"])
+    fake, real = map(evaluators.standardised, raw)
+    pairs = zip(*(look(evaluators.net, features) for features in raw), strict=True)
     error = bootstrap_error(lambda rows: fid(real, rows), fake, resamples=resamples, seed=seed)
     return {
         "distance_to_fp": mean_and_error(feature_distance(fake, real).numpy()),

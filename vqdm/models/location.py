@@ -1,6 +1,7 @@
 """Where a model's files are, and what identifies them. Imports no torch."""
 
 import json
+import re
 from pathlib import Path
 
 from vqdm.config import ModelConfig
@@ -32,7 +33,7 @@ def check_pipeline_directory(directory: Path) -> Path:
     except ValueError as error:
         raise UserError(f"{index} is not JSON ({error}); download the model again") from error
     for part in DENOISERS:
-        if part in parts and (directory / part / "config.json").is_file():
+        if isinstance(parts, dict) and part in parts and (directory / part / "config.json").is_file():
             return directory
     raise UserError(
         f"{directory} holds no denoiser (unet/config.json or transformer/config.json); download the model again"
@@ -62,7 +63,7 @@ def model_identity(config: ModelConfig, *, cache: Path) -> str:
 def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
     """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line where neither works."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     weights = "*.safetensors" if config.variant is None else f"*.{config.variant}.safetensors"
     wanted = {
@@ -75,17 +76,21 @@ def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
         return check_pipeline_directory(Path(snapshot_download(**wanted, local_files_only=True)))
     except (LocalEntryNotFoundError, UserError) as error:
         if not allow_network:
-            raise _not_here(config, "not in the hub's cache") from error
+            raise _not_here(config, "is not in the hub's cache") from error
+    except HFValidationError as error:
+        raise UserError(f"model.hub_id={config.hub_id!r} is no hub id; give owner/name") from error
     try:
         return check_pipeline_directory(Path(snapshot_download(**wanted)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise _not_here(config, f"cannot be downloaded: {type(error).__name__}") from error
+    except UserError:
+        raise
+    except Exception as error:  # of requests, httpx or httpx2, by the version of huggingface_hub
+        raise _not_here(config, f"cannot be downloaded ({type(error).__name__})") from error
 
 
 def _not_here(config: ModelConfig, why: str) -> UserError:
     folder = f"models/{config.name}"
     return UserError(
-        f"{config.hub_id} is {why}; where there is network, run `hf download {config.hub_id} "
+        f"{config.hub_id} {why}; where there is network, run `hf download {config.hub_id} "
         f"--revision {config.revision} --local-dir {folder}`, copy that folder here, and add "
         f"`model.hub_id=null model.path={folder}` to this command"
     )
@@ -95,6 +100,7 @@ def full_precision_bytes(config: ModelConfig) -> int:
     """Bytes of the denoiser's own safetensors files (of the configured variant), as they lie on disk."""
     directory = local_directory(config) or download(config, allow_network=False)
     part = next(part for part in DENOISERS if (directory / part / "config.json").is_file())
-    files = [path for path in (directory / part).glob("*.safetensors")]
-    own = [path for path in files if config.variant is None or f".{config.variant}" in path.name] or files
-    return sum(path.stat().st_size for path in own)
+    files = list((directory / part).glob("*.safetensors"))
+    variant = f".{config.variant}" if config.variant else ""  # x.fp16.safetensors, x.fp16-00001-of-00002.safetensors
+    own = [path for path in files if re.fullmatch(rf"[^.]+{re.escape(variant)}(-\d+-of-\d+)?\.safetensors", path.name)]
+    return sum(path.stat().st_size for path in own or files)

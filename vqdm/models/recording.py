@@ -3,6 +3,8 @@
 A call is kept with all its tensors by keyword, so the same code serves every architecture.
 """
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -47,8 +49,9 @@ class Recorder:
     def _keep(self, module, args, kwargs, output):
         if self._position in self.steps:
             call: Call = {}
-            _flatten("", dict(zip(("sample", "timestep"), args, strict=False)) | kwargs, call)
-            call[OUTPUT] = (output[0] if isinstance(output, tuple) else output.sample).detach().cpu()
+            names = inspect.signature(module.forward).parameters
+            _flatten("", dict(zip(names, args, strict=False)) | kwargs, call)
+            _flatten(OUTPUT, output[0] if isinstance(output, tuple) else output.sample, call)
             self.calls.append(call)
         self._position += 1
 

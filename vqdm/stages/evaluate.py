@@ -82,7 +82,7 @@ def _protocol(prompts: PromptList, config: EvaluateConfig, evaluators) -> dict:
     }
     if evaluators is not None:
         protocol["fid"] = (
-            f"64 features of the tiny world's attribute network, against {len(evaluators.reference)} renders; "
+            f"64 standardised features of the tiny world's attribute network, {len(evaluators.reference)} renders; "
             "not comparable with Inception FIDs"
         )
         protocol["clip_score"] = "raw cosine of the tiny world's open_clip model"
