@@ -67,9 +67,13 @@ def _altered(tmp_path, change) -> str:
 
 
 def _rename_scheme(tensors, metadata):
-    schemes = json.loads(metadata["schemes"])
-    schemes["somewhere.else"] = schemes.pop(next(iter(schemes)))
-    metadata["schemes"] = json.dumps(schemes)
+    about = json.loads(metadata["vqdm"])
+    about["schemes"]["somewhere.else"] = about["schemes"].pop(next(iter(about["schemes"])))
+    metadata["vqdm"] = json.dumps(about)
+
+
+def _other_version(tensors, metadata):
+    metadata["vqdm"] = json.dumps(json.loads(metadata["vqdm"]) | {"version": 99})
 
 
 @pytest.mark.parametrize(
@@ -77,8 +81,9 @@ def _rename_scheme(tensors, metadata):
     [
         (lambda tensors, metadata: tensors.pop("conv_in.weight"), "lacks the tensor conv_in.weight"),
         (lambda tensors, metadata: tensors.update(more=torch.zeros(1)), "unknown tensor more"),
-        (lambda tensors, metadata: metadata.update(version="99"), "version 1"),
-        (lambda tensors, metadata: metadata.update(format="other"), "version 1"),
+        (_other_version, "version 99"),
+        (lambda tensors, metadata: metadata.update(vqdm="{"), "does not say what it holds"),
+        (lambda tensors, metadata: metadata.pop("vqdm"), "does not say what it holds"),
         (_rename_scheme, "somewhere.else"),
     ],
 )

@@ -18,7 +18,8 @@ from vqdm.layers import swap_empty
 from vqdm.models.specs import layer_specs
 
 MODEL_FILE = "denoiser.safetensors"
-FORMAT_VERSION = "1"
+METADATA = "vqdm"
+FORMAT_VERSION = 1
 
 
 def quantized_weights(denoiser: nn.Module) -> dict[str, QuantizedWeight]:
@@ -34,8 +35,23 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
 def denoiser_bytes(denoiser: nn.Module) -> bytes:
     """The file's content, for a full-precision or quantized denoiser."""
     schemes = {name: weight.scheme.to_dict() for name, weight in quantized_weights(denoiser).items()}
-    metadata = {"format": "vqdm", "version": FORMAT_VERSION, "schemes": json.dumps(schemes, separators=(",", ":"))}
-    return to_bytes({name: _stored(tensor) for name, tensor in denoiser.state_dict().items()}, metadata)
+    about = json.dumps({"version": FORMAT_VERSION, "schemes": schemes}, separators=(",", ":"))
+    # one metadata key: safetensors writes several in random order, and the same model must give the same bytes
+    return to_bytes({name: _stored(tensor) for name, tensor in denoiser.state_dict().items()}, {METADATA: about})
+
+
+def _schemes(path: Path, metadata: dict[str, str]) -> dict[str, Scheme]:
+    """Layer name -> scheme, from the file's metadata; UserError for anything else."""
+    try:
+        about = json.loads(metadata.get(METADATA, "{}"))
+        version, schemes = about["version"], dict(about["schemes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say what it holds ({error!r}); it is no vqdm file, or damaged") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this vqdm reads version {FORMAT_VERSION}; quantize again"
+        )
+    return {name: Scheme.from_dict(fields) for name, fields in schemes.items()}
 
 
 def load_quantized_(denoiser: nn.Module, path: Path, *, decode: str = "cached") -> None:
@@ -46,9 +62,7 @@ def load_quantized_(denoiser: nn.Module, path: Path, *, decode: str = "cached") 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and run the same command again") from error
-    if metadata.get("format") != "vqdm" or metadata.get("version") != FORMAT_VERSION:
-        raise UserError(f"{path} is no vqdm file of version {FORMAT_VERSION}; quantize again with this version")
-    schemes = {name: Scheme.from_dict(fields) for name, fields in json.loads(metadata["schemes"]).items()}
+    schemes = _schemes(path, metadata)
     parameter = next(denoiser.parameters())
     specs = {spec.name: spec for spec in layer_specs(denoiser, pattern=".", min_size=1)}
     strange = next((name for name in schemes if name not in specs), None)

@@ -225,17 +225,25 @@ def _refuse_collision(directory: Path, stage: Stage) -> None:
     )
 
 
-def _stored_identity(directory: Path) -> dict | None:
+def _stored_config(directory: Path) -> dict | None:
+    """None if there is none, or none that can be read: it is written anew then."""
     try:
         config = json.loads((directory / CONFIG).read_bytes())
-        return {key: config[key] for key in ("stage", "version", "config", "upstream")}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return config if isinstance(config, dict) else None
+
+
+def _stored_identity(directory: Path) -> dict | None:
+    config = _stored_config(directory) or {}
+    keys = ("stage", "version", "config", "upstream")
+    return {key: config[key] for key in keys} if set(keys) <= set(config) else None
 
 
 def _write_config(directory: Path, stage: Stage, *, extendable: bool) -> None:
     config = stage.identity | {"label": stage.label, "fingerprint": stage.fingerprint, "extendable": extendable}
-    write_json(directory / CONFIG, config)
+    if _stored_config(directory) != json.loads(canonical_json(config)):
+        write_json(directory / CONFIG, config)
 
 
 def _write_manifest(directory: Path, stage: Stage, *, seconds: float, environment: dict, summary: dict | None) -> None:
