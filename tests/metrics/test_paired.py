@@ -126,7 +126,8 @@ def test_agreement_counts_equal_attributes_slot_by_slot():
 
 def test_paired_scores_of_the_same_images_and_of_others():
     net = AttributeNet().eval().requires_grad_(False)
-    evaluators = Evaluators(net, torch.nn.Identity(), None, torch.zeros(1, 64))
+    reference = net(to_tensor(render([draw_scene(0, "reference", i) for i in range(40)])))
+    evaluators = Evaluators(net, torch.nn.Identity(), None, reference)
     images = render([draw_scene(0, "test", i) for i in range(40)])
     columns = {"features": net(to_tensor(images))}
     same = paired_scores(evaluators, columns, columns, resamples=3, seed=0)
@@ -135,7 +136,8 @@ def test_paired_scores_of_the_same_images_and_of_others():
     assert same["fid_to_fp"]["value"] == pytest.approx(0, abs=1e-4)
     others = {"features": net(to_tensor(255 - images))}
     away = paired_scores(evaluators, others, columns, resamples=3, seed=0)
-    distances = np.linalg.norm((others["features"] - columns["features"]).numpy(), axis=1)
+    spread = reference.numpy().std(axis=0, ddof=1)  # distances are in units of the reference's spread
+    distances = np.linalg.norm((others["features"] - columns["features"]).numpy() / spread, axis=1)
     assert away["distance_to_fp"]["value"] == pytest.approx(distances.mean(), rel=1e-5)
     assert away["fid_to_fp"]["value"] > 10 * abs(same["fid_to_fp"]["value"])
 
