@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny_world import ROOT, SMALL, command, environment, run
 
 demo = pytest.mark.xdist_group("demo")  # tests that share one finished demo run in one process
@@ -142,6 +143,20 @@ def test_tiny_train_runs_in_seconds(tmp_path):
     world = (f"model.path={directory}/tiny", f"evaluate.evaluators={directory}/tiny_evaluators", "model.builtin=null")
     done = run("+experiment=tiny_rtn3", *SMALL, *world, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
+
+
+def test_training_goes_on_from_a_pipeline(tmp_path):
+    start = ROOT / "vqdm" / "models" / "tiny"
+    smoke = ("tiny_train=smoke", f"tiny_train.init_from={start}", "threads=1")
+    done = run("+experiment=tiny_train", *smoke, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    trained = next((tmp_path / "stages" / "tiny_train").iterdir()) / "tiny"
+    same = {part: (trained / part / "model.safetensors").read_bytes() for part in ("text_encoder", "text_encoder_2")}
+    assert same == {part: (start / part / "model.safetensors").read_bytes() for part in same}
+    file = "unet/diffusion_pytorch_model.safetensors"
+    old, new = load_file(start / file), load_file(trained / file)
+    moved = sum(float((new[name].float() - old[name].float()).square().sum()) for name in old)
+    assert 0 < moved < 0.01 * sum(float(tensor.float().square().sum()) for tensor in old.values())
 
 
 @pytest.mark.parametrize("name", ["coco/captions_val2017.json", "prompts/PartiPrompts.tsv"])

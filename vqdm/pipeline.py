@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vqdm.config import Config
 from vqdm.errors import UserError
-from vqdm.stages.graph import VERSIONS, Graph, build_graph
-from vqdm.store import Stage, Store
+from vqdm.stages.graph import Graph, build_graph, tiny_train_stage
+from vqdm.store import Store
 
 log = logging.getLogger("vqdm")
 
@@ -123,6 +123,7 @@ class _Models:
 
         if quantized is None:
             return self.teacher
+        self.__dict__.pop("teacher", None)  # one pipeline at a time, so that a small GPU will do
         pipeline = load_pipeline(self.config.model, device=self.device.name)
         load_quantized_(denoiser_of(pipeline), quantized / MODEL_FILE)
         return pipeline
@@ -273,8 +274,7 @@ def _show_images(tracker, images: Path, graph: Graph) -> None:
 
 def _tiny_train(config: Config, store: Store) -> dict | None:
     """Train the tiny world into its own stage; `scripts/publish_tiny.py` makes it the shipped one."""
-    settings = asdict(config.tiny_train)
-    stage = Stage("tiny_train", VERSIONS["tiny_train"], f"tiny-seed{config.tiny_train.seed}", settings)
+    stage = tiny_train_stage(config.tiny_train, cache=_cache(store))
     if config.plan:
         print(f"tiny_train {store.status(stage)} {store.directory(stage)}")
         return None

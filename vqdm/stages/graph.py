@@ -9,10 +9,10 @@ import functools
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm.config import Config, PromptsConfig
+from vqdm.config import Config, PromptsConfig, TinyTrainConfig
 from vqdm.errors import UserError
 from vqdm.identity import files_identity
-from vqdm.models.location import evaluators_directory, model_identity
+from vqdm.models.location import check_pipeline_directory, evaluators_directory, model_identity
 from vqdm.prompts import PromptList, load_prompts
 from vqdm.store import Stage
 
@@ -127,3 +127,10 @@ def _needs_tiny_captions(prompts: PromptList) -> None:
             f"evaluate.metrics=tiny scores captions of the tiny world, and prompt {strange.id} ({strange.text[:60]!r}) "
             "is none; use evaluate.metrics=paired"
         )
+
+
+def tiny_train_stage(config: TinyTrainConfig, *, cache: Path) -> Stage:
+    settings = asdict(config)
+    start = settings.pop("init_from")
+    upstream = {} if start is None else {"init_from": files_identity(check_pipeline_directory(Path(start)), cache)}
+    return _stage("tiny_train", f"tiny-seed{config.seed}", settings, **upstream)

@@ -4,6 +4,7 @@ Every part is kept when it is done; a killed run goes on from its last checkpoin
 package ships it: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
 """
 
+import functools
 import logging
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from vqdm.config import TinyTrainConfig
 from vqdm.metrics.attributes import AttributeNet
 from vqdm.metrics.tiny_clip import CLIP_CONFIG, CLIP_NAME
+from vqdm.models.location import check_pipeline_directory
 from vqdm.store import atomic_write, write_json
 from vqdm.tiny.data import SceneSet
 from vqdm.tiny.evaluators import train_attribute_net, train_clip
@@ -33,6 +35,8 @@ from vqdm.tiny.unet import SCHEDULE, LatentSet, train_unet
 from vqdm.tiny.vae import train_vae
 
 log = logging.getLogger("vqdm")
+DDIM = SCHEDULE | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # as SDXL's
+TRAILING = SCHEDULE | {"timestep_spacing": "trailing"}  # as SDXL-Turbo's
 EVALUATOR_SEED = 1  # of the evaluators' scenes: none of them is drawn like the denoiser's
 
 
@@ -48,82 +52,89 @@ def _part(path: Path, train: Callable, load: Callable):
 
 
 def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
-    """Fill a stage directory; returns the step counts and scores for the manifest."""
+    """Fill a stage directory; returns the step counts for the manifest.
+
+    With `init_from`, VAE and text encoders are that pipeline's, and its U-Net goes on from there.
+    """
     work = directory / "training"
     work.mkdir(parents=True, exist_ok=True)
-    seed = config.seed
-
-    def scenes(count: int) -> SceneSet:
-        return SceneSet(seed=seed, split="train", n=count)
-
-    vae = _part(
-        work / "vae",
-        lambda: train_vae(
-            scenes(config.vae_scenes),
-            directory=work,
-            steps=config.vae_steps,
-            batch_size=config.vae_batch_size,
-            seed=seed,
-        ),
-        AutoencoderKL.from_pretrained,
-    )
-    tokenizer, text_encoder, text_encoder_2 = _text_encoders(work, config, scenes)
+    start = None if config.init_from is None else check_pipeline_directory(Path(config.init_from))
+    vae = _vae(work, config, start)
+    tokenizer, text_encoder, text_encoder_2 = _text_encoders(work, config, start)
     _train_evaluators(directory, work, tokenizer, config=config)
-    latents = LatentSet(
-        scenes(config.scenes), vae, tokenizer, text_encoder, text_encoder_2, path=work / "latents.safetensors"
+    shared = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    unet, turbo = _denoisers(work, config, start, shared=shared)
+    save_pipeline(directory / "tiny", unet, DDIMScheduler(**DDIM), **shared)
+    save_pipeline(directory / "tiny_turbo", turbo, EulerAncestralDiscreteScheduler(**TRAILING), **shared)
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    return {"steps": {name: value for name, value in vars(config).items() if name.endswith("_steps")}}
+
+
+def _scenes(config: TinyTrainConfig, count: int) -> SceneSet:
+    return SceneSet(seed=config.seed, split="train", n=count)
+
+
+def _vae(work: Path, config: TinyTrainConfig, start: Path | None) -> AutoencoderKL:
+    def make() -> AutoencoderKL:
+        if start is not None:
+            return AutoencoderKL.from_pretrained(start / "vae")
+        return train_vae(
+            _scenes(config, config.vae_scenes), directory=work / "checkpoints", steps=config.vae_steps,
+            batch_size=config.vae_batch_size, seed=config.seed,
+        )  # fmt: skip
+
+    return _part(work / "vae", make, AutoencoderKL.from_pretrained)
+
+
+TEXT_PARTS = {
+    "tokenizer": CLIPTokenizer,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+
+
+def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> tuple:
+    """(tokenizer, text_encoder, text_encoder_2)."""
+
+    @functools.cache
+    def made() -> dict:
+        if start is not None:
+            loaded = {name: kind.from_pretrained(start / name) for name, kind in TEXT_PARTS.items()}
+            # transformers keeps the 16 bit of the files
+            return {name: part if name == "tokenizer" else part.float() for name, part in loaded.items()}
+        parts = train_text_encoders(
+            _scenes(config, config.text_scenes), directory=work / "checkpoints", steps=config.text_steps,
+            batch_size=config.batch_size, seed=config.seed,
+        )  # fmt: skip
+        return dict(zip(TEXT_PARTS, parts, strict=True))
+
+    return tuple(
+        _part(work / name, lambda name=name: made()[name], kind.from_pretrained) for name, kind in TEXT_PARTS.items()
     )
-    init_from = None if config.init_from is None else Path(config.init_from) / "unet"
+
+
+def _denoisers(work: Path, config: TinyTrainConfig, start: Path | None, *, shared: dict) -> tuple:
+    """(unet, turbo)."""
+    settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
+
+    @functools.cache
+    def latents() -> LatentSet:
+        path = work / "checkpoints" / "latents.safetensors"
+        return LatentSet(_scenes(config, config.scenes), **shared, path=path)
+
     unet = _part(
         work / "unet",
         lambda: train_unet(
-            latents,
-            directory=work,
-            steps=config.unet_steps,
-            batch_size=config.batch_size,
-            seed=seed,
-            init_from=init_from,
+            latents(), steps=config.unet_steps, init_from=None if start is None else start / "unet", **settings
         ),
         UNet2DConditionModel.from_pretrained,
     )
     turbo = _part(
         work / "turbo",
-        lambda: distil_turbo(
-            unet, latents, directory=work, steps=config.turbo_steps, batch_size=config.batch_size, seed=seed,
-            guidance=config.turbo_guidance,
-        ),
+        lambda: distil_turbo(unet, latents(), steps=config.turbo_steps, guidance=config.turbo_guidance, **settings),
         UNet2DConditionModel.from_pretrained,
-    )  # fmt: skip
-    shared = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    save_pipeline(
-        directory / "tiny",
-        unet,
-        DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        **shared,
     )
-    save_pipeline(
-        directory / "tiny_turbo",
-        turbo,
-        EulerAncestralDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing"),
-        **shared,
-    )
-    for leftover in ("latents.safetensors", "unet.safetensors", "turbo.safetensors", "vae.safetensors"):
-        (work / leftover).unlink(missing_ok=True)
-    return {"steps": {name: value for name, value in vars(config).items() if name.endswith("_steps")}}
-
-
-def _text_encoders(work: Path, config: TinyTrainConfig, scenes):
-    if not (work / "text_encoder_2").exists():
-        parts = train_text_encoders(
-            scenes(config.text_scenes), directory=work, steps=config.text_steps, batch_size=config.batch_size,
-            seed=config.seed,
-        )  # fmt: skip
-        for name, part in zip(("tokenizer", "text_encoder", "text_encoder_2"), parts, strict=True):
-            _part(work / name, lambda part=part: part, lambda path: path)
-    return (
-        CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        CLIPTextModel.from_pretrained(work / "text_encoder"),
-        CLIPTextModelWithProjection.from_pretrained(work / "text_encoder_2"),
-    )
+    return unet, turbo
 
 
 def evaluator_scenes(count: int) -> SceneSet:
@@ -141,7 +152,7 @@ def _train_evaluators(directory: Path, work: Path, tokenizer, *, config: TinyTra
     if (folder / "attribute_net.safetensors").exists():  # written last
         return
     scenes = evaluator_scenes(config.evaluator_scenes)
-    settings = {"directory": work, "batch_size": config.batch_size, "seed": config.seed}
+    settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
     net = train_attribute_net(scenes, steps=config.attribute_steps, **settings)
     clip = train_clip(scenes, tokenizer, steps=config.clip_steps, **settings)
     save_evaluators(folder, net, clip, tokenizer, reference_scenes=config.reference_scenes)

@@ -64,7 +64,8 @@ def encode_text(text_encoder, text_encoder_2, ids: torch.Tensor) -> tuple[torch.
 class LatentSet:
     """Latents and text states of a SceneSet, computed once and kept beside the checkpoints."""
 
-    def __init__(self, scenes: SceneSet, vae, tokenizer, text_encoder, text_encoder_2, *, path: Path):
+    def __init__(self, scenes: SceneSet, *, vae, tokenizer, text_encoder, text_encoder_2, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             self._compute(scenes, vae, tokenizer, text_encoder, text_encoder_2, path)
         tensors = load_file(path)
