@@ -171,6 +171,17 @@ def test_real_captions_calibrate(tmp_path, name):
     assert len(prompts) == 4
 
 
+def test_any_captions_can_be_compared_with_full_precision(tmp_path):
+    own = ("evaluate.prompts.source=builtin", "evaluate.metrics=paired", f"results_dir={tmp_path}")
+    done = run("+experiment=tiny_rtn4", *SMALL, *own)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(next((tmp_path / "stages" / "evaluate").glob("*/metrics.json")).read_text())["metrics"]
+    assert set(metrics) == {"psnr_to_fp"}
+    done = run("+experiment=tiny_rtn4", *SMALL, own[0], own[2])
+    assert done.returncode != 0
+    assert "evaluate.metrics=paired" in done.stderr
+
+
 def _tiny_without_unet(tmp_path: Path) -> str:
     directory = tmp_path / "broken"
     directory.mkdir()
