@@ -48,8 +48,7 @@ def main() -> None:
         print(f"uninterrupted: {seconds:.0f} s", flush=True)
         for number in range(options.kills):
             process = start(arguments, broken, log=log)
-            # mostly short pauses, so that the ten kills spread over the whole run and do not all meet a finished one
-            moment = pause.uniform(1, max(2.0, 2.5 * seconds / options.kills))
+            moment = pause.uniform(4, 4 + 2 * seconds / options.kills)  # a start takes seconds; ten spread over the run
             time.sleep(moment)
             met = "running" if process.poll() is None else "finished"
             process.send_signal(signal.SIGKILL)
