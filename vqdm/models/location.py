@@ -62,7 +62,7 @@ def model_identity(config: ModelConfig, *, cache: Path) -> str:
 
 def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
     """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line where neither works."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     weights = "*.safetensors" if config.variant is None else f"*.{config.variant}.safetensors"
@@ -80,6 +80,8 @@ def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
     except HFValidationError as error:
         raise UserError(f"model.hub_id={config.hub_id!r} is no hub id; give owner/name") from error
     try:
+        # one question first: a download out of reach would be tried again for half a minute, at many lines
+        HfApi().model_info(config.hub_id, revision=config.revision, timeout=10)
         return check_pipeline_directory(Path(snapshot_download(**wanted)))
     except UserError:
         raise
