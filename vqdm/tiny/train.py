@@ -5,6 +5,7 @@ package ships it: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
 """
 
 import functools
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -189,5 +190,7 @@ def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_enco
         torch.nn.Module.to(part, torch.float16)
     shutil.rmtree(directory, ignore_errors=True)
     pipeline.save_pretrained(directory)
+    for path in directory.glob("*/config.json"):  # diffusers notes where a part was loaded from: a path of this machine
+        write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
     for part in parts:
         torch.nn.Module.to(part, torch.float32)
