@@ -1,0 +1,41 @@
+"""The README's commands are real: every `python run.py …` line in it composes, every script it names is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import hydra
+import pytest
+
+from vqdm.compose import register_schemas, to_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = re.findall(r"(?:python|sh) (?:run\.py|scripts/)[^\n`#]*", "\n".join(page.read_text() for page in PAGES))
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_a_command_of_the_docs_is_real(command):
+    _, script, *arguments = shlex.split(command.replace("…", ""))
+    assert (ROOT / script).is_file()
+    if script != "run.py":
+        return
+    overrides = [argument for argument in arguments if not argument.startswith("--")]
+    single = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]  # of a sweep, the first value
+    register_schemas()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        to_config(hydra.compose("config", single))
+
+
+def test_the_readmes_table_is_the_published_one():
+    import csv
+
+    readme = (ROOT / "README.md").read_text()
+    with (ROOT / "results" / "published" / "demo.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert f"| {row['method']} | {float(row['bits_per_weight']):.2f} | {float(row['mib']):.2f} |" in readme
+            assert f"{float(row['fidelity']):.3f} ± {float(row['fidelity_se']):.3f}" in readme
