@@ -17,7 +17,7 @@ demo = pytest.mark.xdist_group("demo")  # tests that share one finished demo run
 SHARED = ROOT.parent / "shared" / "data"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The results of one small demo."""
     results = tmp_path_factory.mktemp("demo")
