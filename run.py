@@ -13,7 +13,10 @@ from pathlib import Path
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     sys.exit(f"vqdm needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}. Make the environment with one.")
 
-import hydra
+try:
+    import hydra
+except ModuleNotFoundError:
+    sys.exit("error: the packages are not installed here; run `sh scripts/setup.sh`, then `.venv/bin/python run.py …`")
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode

@@ -163,8 +163,7 @@ def test_training_goes_on_from_a_pipeline(tmp_path):
 def test_real_captions_calibrate(tmp_path, name):
     if not (SHARED / name).is_file():
         pytest.skip(f"{SHARED / name} is not here")
-    done = run("+experiment=tiny_rtn4", *SMALL, "calibration=file", f"calibration.path={SHARED / name}",
-               "calibration.n=4", f"results_dir={tmp_path}")  # fmt: skip
+    done = run("+experiment=tiny_rtn4", *SMALL, f"calibration.path={SHARED / name}", f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "unknown" in done.stderr and "truncated" in done.stderr
     prompts = next((tmp_path / "stages" / "calibrate").glob("*/prompts.jsonl")).read_text().splitlines()

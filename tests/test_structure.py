@@ -114,6 +114,11 @@ def test_the_command_line_wins_over_the_experiment():
     assert (config.model.name, config.quantize.bits, config.quantize.kind) == ("tiny_outlier", 2, "rtn")
 
 
+def test_a_path_makes_the_source_a_file():
+    config = compose("+experiment=tiny_vq3", "calibration.path=captions.json")
+    assert (config.calibration.source, config.evaluate.prompts.source) == ("file", "tiny")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -18,12 +18,16 @@ class PromptsConfig:
     """A list of prompts: the first n, or the first n of a seeded shuffle."""
 
     source: str = "builtin"  # tiny | builtin | file
-    path: str | None = None  # source=file: .json (COCO captions), .csv, .tsv, .jsonl, .txt
+    path: str | None = None  # .json (COCO captions), .csv, .tsv, .jsonl or .txt; a path makes the source a file
     column: str | None = None  # of a table; None = the first of captions, caption, prompt, text
     split: str = "train"  # source=tiny: train | validation | test | reference | unseen_pairs
     n: int | None = 64
     order: str = "first"  # first | shuffled
     seed: int = 0  # of the shuffle
+
+    def __post_init__(self):
+        if self.path is not None:
+            self.source = "file"
 
 
 @dataclasses.dataclass
@@ -176,10 +180,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}={_value(config, key)} must be at least 1")
     for key in ("calibration", "evaluate.prompts"):
         prompts = _value(config, key)
-        if (prompts.source == "file") != (prompts.path is not None):
-            raise UserError(
-                f"{key}.path={prompts.path} does not fit {key}.source={prompts.source}: only a file has a path"
-            )
+        if prompts.source == "file" and prompts.path is None:
+            raise UserError(f"{key}.path is missing: {key}.source=file needs the path of a caption file")
         if prompts.n is not None and prompts.n < 1:
             raise UserError(f"{key}.n={prompts.n} must be at least 1")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]
