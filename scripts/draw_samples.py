@@ -4,13 +4,12 @@ python scripts/draw_samples.py results/stages/generate/tiny-fp-<fp8> docs/images
 """
 
 import argparse
-import json
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vqdm.stages.layout import image_path
+from vqdm.stages.layout import captions_of, image_path
 
 COLUMNS, CELL, TEXT, GAP = 8, 112, 62, 6
 
@@ -21,8 +20,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--count", type=int, default=32)
     options = parser.parse_args()
-    items = sorted((options.directory / "items").glob("*.json"))
-    captions = [text for item in items for _, text in json.loads(item.read_text())["record"]["prompts"]]
+    captions = captions_of(options.directory, options.count)
     rows = -(-options.count // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (CELL + GAP), rows * (CELL + TEXT + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)

@@ -8,6 +8,8 @@ import dataclasses
 
 from vqdm.errors import UserError
 
+PROMPT_SOURCES = ("tiny", "builtin", "file")
+PROMPT_ORDERS = ("first", "shuffled")
 PAPER_PATTERN = (
     r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"  # released code
 )
@@ -146,10 +148,10 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.sampler.scheduler": ("ddim", "euler", "euler_ancestral", "dpm_solver"),
-    "calibration.source": ("tiny", "builtin", "file"),
-    "calibration.order": ("first", "shuffled"),
-    "evaluate.prompts.source": ("tiny", "builtin", "file"),
-    "evaluate.prompts.order": ("first", "shuffled"),
+    "calibration.source": PROMPT_SOURCES,
+    "calibration.order": PROMPT_ORDERS,
+    "evaluate.prompts.source": PROMPT_SOURCES,
+    "evaluate.prompts.order": PROMPT_ORDERS,
     "evaluate.metrics": ("tiny", "paired"),
     "quantize.kind": ("none", "rtn", "additive"),
     "quantize.clip": ("mse", "minmax"),

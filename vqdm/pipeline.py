@@ -35,14 +35,14 @@ def run_table(table, configs: list[Config]) -> None:
         for config in configs:
             run(config)
         return
-    graphs = [_ready(config, Store(Path(config.results_dir))) for config in configs]  # all checks before any work
+    store = Store(Path(configs[0].results_dir))  # one command, so one folder
+    graphs = [_ready(config, store) for config in configs]  # all checks before any work
     records = []
     for config, graph in zip(configs, graphs, strict=True):
         log.info("— %s", config.name)
         config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-        records.append(_compress(config, Store(Path(config.results_dir)), graph))
-    model = configs[0].model.name
-    text, files = write_table(table, records, model=model, results=Path(configs[0].results_dir))
+        records.append(_compress(config, store, graph))
+    text, files = write_table(table, records, model=configs[0].model.name, results=store.root)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
 
@@ -98,10 +98,10 @@ def _print_plan(config: Config, store: Store) -> None:
 
 
 def _images_made(directory: Path, graph: Graph, config: Config) -> int:
-    size = config.evaluate.batch_size
-    batches = range(0, len(graph.prompts), size)
-    there = [start for start in batches if (directory / "items" / f"{start:06d}.json").is_file()]
-    return sum(min(size, len(graph.prompts) - start) for start in there)
+    from vqdm.stages.layout import batches
+
+    ranges = batches(len(graph.prompts), config.evaluate.batch_size)
+    return sum(len(rows) for name, rows in ranges if (directory / "items" / f"{name}.json").is_file())
 
 
 class _Models:
@@ -185,7 +185,7 @@ def _run_stages(config: Config, store: Store, graph: Graph, device, tracker) -> 
     tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
     tracker.table("metrics", [{"metric": name, **score} for name, score in scores["metrics"].items()])
     _show_images(tracker, images, graph)
-    return {"bits": _bits(config, store, graph, models)}
+    return {"bits": _bits(config, store, graph)}
 
 
 def _quantize(
@@ -220,8 +220,7 @@ def _quantize(
     quantized = store.ensure(graph.quantize, make_quantized, environment=environment)
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
     tracker.table("layers", [{**layer, "scheme": layer["scheme"]["codec"]} for layer in layers])
-    summary = json.loads((quantized / "manifest.json").read_text())["summary"]
-    tracker.log({f"quantize/{name}": value for name, value in summary.items()})
+    tracker.log({f"quantize/{name}": value for name, value in store.summary(graph.quantize).items()})
     return quantized
 
 
@@ -250,10 +249,10 @@ def _evaluate(config: Config, store: Store, graph: Graph, images: Path, original
     return json.loads((directory / "metrics.json").read_text())
 
 
-def _bits(config: Config, store: Store, graph: Graph, models: _Models) -> dict:
+def _bits(config: Config, store: Store, graph: Graph) -> dict:
     """bits and file size, from the quantize stage, or of the model as it is: all of it at 16 bit."""
     if graph.quantize is not None:
-        return json.loads((store.directory(graph.quantize) / "manifest.json").read_text())["summary"]
+        return store.summary(graph.quantize)
     from vqdm.models.location import full_precision_bytes
 
     return {

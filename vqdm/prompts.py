@@ -15,11 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from vqdm.config import PROMPT_ORDERS as ORDERS
+from vqdm.config import PROMPT_SOURCES as SOURCES
 from vqdm.errors import UserError
 from vqdm.seeds import numpy_generator
 
-SOURCES = ("tiny", "builtin", "file")
-ORDERS = ("first", "shuffled")
 TEXT_COLUMNS = ("captions", "caption", "prompt", "Prompt", "text", "TEXT")
 WORLD_SEED = 0  # of the tiny world's scenes and captions; its denoiser was trained on the split "train" of this seed
 TINY_LENGTH = 1_000_000  # a split never ends; it is called a list of this length so that it can be shuffled

@@ -136,6 +136,10 @@ class Store:
                 _write_manifest(directory, stage, seconds=seconds, environment=environment, summary=summary)
         return directory
 
+    def summary(self, stage: Stage) -> dict:
+        """What `make` returned when the stage, which is done, was made."""
+        return json.loads((self.directory(stage) / MANIFEST).read_bytes())["summary"]
+
     @contextmanager
     def open(self, stage: Stage) -> Iterator[Path]:
         """The locked directory of a stage that can always be extended (images). Its items alone say what is done."""
@@ -329,10 +333,7 @@ def _entry(directory: Path, runs: list[str]) -> StageEntry:
 
 def _state(directory: Path) -> Literal["done", "partial", "open"]:
     """As far as the directory itself tells; sizes only. "open" is a stage of `Store.open`, which never gets done."""
-    try:
-        config = json.loads((directory / CONFIG).read_bytes())
-        if config["extendable"]:
-            return "open"
-        return "partial" if _faults(directory, config["fingerprint"], hashed=False) else "done"
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return "partial"
+    config = _stored_config(directory) or {}
+    if config.get("extendable"):
+        return "open"
+    return "partial" if _faults(directory, config.get("fingerprint", ""), hashed=False) else "done"

@@ -93,7 +93,10 @@ def test_bootstrap_error_of_a_mean_is_its_standard_error():
 
 def test_bootstrap_error_agrees_with_a_direct_loop_and_hangs_on_its_seed_alone():
     rows = features(150, 4, seed=6)
-    statistic = lambda r: float((r**2).mean() / r.mean())  # noqa: E731
+
+    def statistic(r):
+        return float((r**2).mean() / r.mean())
+
     torch.manual_seed(1)
     error = bootstrap_error(statistic, rows, resamples=1200, seed=3)
     torch.manual_seed(2)

@@ -21,6 +21,11 @@ class Evaluators:
     tokenizer: object
     reference: torch.Tensor  # features of real renders [n, 64]
 
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> torch.Tensor:
+        """The attribute network's, of uint8 [n, 32, 32, 3]: float [n, 64]."""
+        return self.net(to_tensor(images))
+
     def standardised(self, features: torch.Tensor) -> torch.Tensor:
         """Features in units of their spread over the reference: what distances, FID and KID are taken of."""
         std, mean = torch.std_mean(self.reference, dim=0)
@@ -40,12 +45,10 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@torch.no_grad()
 def features_of(evaluators: Evaluators, images: np.ndarray, captions: list[str]) -> dict[str, torch.Tensor]:
-    pixels = to_tensor(images)
     return {
-        "features": evaluators.net(pixels),
-        "cosines": cosines(evaluators.clip, evaluators.tokenizer, pixels, captions),
+        "features": evaluators.features(images),
+        "cosines": cosines(evaluators.clip, evaluators.tokenizer, to_tensor(images), captions),
     }
 
 

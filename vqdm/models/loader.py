@@ -2,14 +2,13 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from vqdm.config import ModelConfig, SamplerConfig
 from vqdm.errors import UserError
-from vqdm.models.location import DENOISERS, download, local_directory
+from vqdm.models.location import DENOISERS, denoiser_directory, model_directory
 from vqdm.models.rescale import rescale_
 
 SCHEDULERS = {
@@ -25,18 +24,13 @@ def denoiser_of(pipeline) -> nn.Module:
     return next(getattr(pipeline, name) for name in DENOISERS if getattr(pipeline, name, None) is not None)
 
 
-def model_directory(config: ModelConfig) -> Path:
-    return local_directory(config) or download(config)
-
-
 def load_pipeline(config: ModelConfig, *, device: str):
     """A diffusers text-to-image pipeline in evaluation mode, with the model's sampler and rescaling applied."""
     from diffusers import DiffusionPipeline
 
     directory = model_directory(config)
-    warnings.filterwarnings(
-        "ignore", message=".*`torch_dtype` is deprecated", category=FutureWarning
-    )  # older: only this
+    # the name that older versions of diffusers know, too
+    warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated", category=FutureWarning)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             directory,
@@ -62,9 +56,8 @@ def denoiser_on_meta(config: ModelConfig) -> nn.Module:
     """The denoiser with shapes and no values, from its config file alone."""
     import diffusers
 
-    directory = model_directory(config)
-    part = next(part for part in DENOISERS if (directory / part / "config.json").is_file())
-    settings = json.loads((directory / part / "config.json").read_text(encoding="utf-8"))
+    directory = denoiser_directory(model_directory(config))
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         return getattr(diffusers, settings["_class_name"]).from_config(settings)
 

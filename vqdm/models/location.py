@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vqdm.config import ModelConfig
@@ -32,9 +33,16 @@ def check_pipeline_directory(directory: Path) -> Path:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{index} is not JSON ({error}); download the model again") from error
-    for part in DENOISERS:
-        if isinstance(parts, dict) and part in parts and (directory / part / "config.json").is_file():
-            return directory
+    named = [part for part in DENOISERS if isinstance(parts, dict) and part in parts]
+    denoiser_directory(directory, named)
+    return directory
+
+
+def denoiser_directory(directory: Path, parts: Sequence[str] = DENOISERS) -> Path:
+    """The one of a pipeline directory's `parts` that holds its U-Net or transformer."""
+    for part in parts:
+        if (directory / part / "config.json").is_file():
+            return directory / part
     raise UserError(
         f"{directory} holds no denoiser (unet/config.json or transformer/config.json); download the model again"
     )
@@ -52,6 +60,11 @@ def local_directory(config: ModelConfig) -> Path | None:
     if config.builtin is not None:
         return check_pipeline_directory(builtin_directory(config.builtin))
     return None if config.path is None else check_pipeline_directory(Path(config.path))
+
+
+def model_directory(config: ModelConfig, *, allow_network: bool = True) -> Path:
+    """Where the model's files lie, downloaded if need be."""
+    return local_directory(config) or download(config, allow_network=allow_network)
 
 
 def model_identity(config: ModelConfig, *, cache: Path) -> str:
@@ -100,9 +113,7 @@ def _not_here(config: ModelConfig, why: str) -> UserError:
 
 def full_precision_bytes(config: ModelConfig) -> int:
     """Bytes of the denoiser's own safetensors files (of the configured variant), as they lie on disk."""
-    directory = local_directory(config) or download(config, allow_network=False)
-    part = next(part for part in DENOISERS if (directory / part / "config.json").is_file())
-    files = list((directory / part).glob("*.safetensors"))
+    files = list(denoiser_directory(model_directory(config, allow_network=False)).glob("*.safetensors"))
     variant = f".{config.variant}" if config.variant else ""  # x.fp16.safetensors, x.fp16-00001-of-00002.safetensors
     own = [path for path in files if re.fullmatch(rf"[^.]+{re.escape(variant)}(-\d+-of-\d+)?\.safetensors", path.name)]
     return sum(path.stat().st_size for path in own or files)

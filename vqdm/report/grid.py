@@ -1,31 +1,20 @@
 """A picture of what the methods do: rows = prompts, columns = methods, same noise."""
 
-import io
-import json
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from vqdm.atomic import atomic_write
-from vqdm.stages.layout import image_path
+from vqdm.stages.layout import captions_of, image_path, png_bytes
 
 CELL, GAP, MARGIN, TOP = 128, 6, 220, 30
-
-
-def _captions(directory: Path, count: int) -> list[str]:
-    texts: list[str] = []
-    for item in sorted((directory / "items").glob("*.json")):
-        texts += [text for _, text in json.loads(item.read_text())["record"]["prompts"]]
-        if len(texts) >= count:
-            break
-    return texts[:count]
 
 
 def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8) -> None:
     """The first `count` prompts of each run record; images are enlarged or shrunk to 128 pixels."""
     directories = [results / record["directories"]["generate"] for record in records]
-    captions = _captions(directories[0], count)
+    captions = captions_of(directories[0], count)
     width = MARGIN + len(records) * (CELL + GAP)
     sheet = Image.new("RGB", (width, TOP + len(captions) * (CELL + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
@@ -39,6 +28,4 @@ def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8
             image = Image.open(image_path(directory, row)).convert("RGB")
             kind = Image.Resampling.NEAREST if image.width < CELL else Image.Resampling.LANCZOS
             sheet.paste(image.resize((CELL, CELL), kind), (MARGIN + column * (CELL + GAP), y))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="png")
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, png_bytes(sheet))

@@ -35,9 +35,13 @@ def read_table(path: Path) -> Table:
     return Table(path.stem, content["title"], content["model"], rows, metrics)
 
 
+def _scored(record: dict, results: Path) -> dict:
+    """{metrics, protocol} of a run record."""
+    return json.loads((results / record["directories"]["evaluate"] / "metrics.json").read_text())
+
+
 def _row(table: Table, record: dict, results: Path) -> dict:
-    bits = record["bits"]
-    scores = json.loads((results / record["directories"]["evaluate"] / "metrics.json").read_text())["metrics"]
+    bits, scores = record["bits"], _scored(record, results)["metrics"]
     row = {
         "method": record["method"],
         "bits_per_weight": bits["bits_per_weight"],
@@ -80,9 +84,7 @@ def to_markdown(table: Table, data, protocol: dict) -> str:
 
 def _protocol(records: list[dict], results: Path) -> dict:
     """The one protocol of all rows; rows that differ in it cannot stand in one table."""
-    protocols = [
-        json.loads((results / r["directories"]["evaluate"] / "metrics.json").read_text())["protocol"] for r in records
-    ]
+    protocols = [_scored(record, results)["protocol"] for record in records]
     different = next((r["experiment"] for r, p in zip(records, protocols, strict=True) if p != protocols[0]), None)
     if different is not None:
         raise UserError(

@@ -16,6 +16,7 @@ from vqdm.models.loader import denoiser_of, sample
 from vqdm.models.recording import Call, Recorder, evenly_spread
 from vqdm.prompts import PromptList, one_line, token_report
 from vqdm.seeds import torch_generator
+from vqdm.stages.layout import batches
 from vqdm.store import atomic_write, read_item, write_item
 
 log = logging.getLogger("vqdm")
@@ -29,10 +30,9 @@ def calibrate(
     tokens = token_report(prompts, pipeline.tokenizer, pipeline.tokenizer.model_max_length)
     log.info("calibration: %s; %s", prompts.origin, one_line(tokens))
     steps = evenly_spread(sampler.steps, config.recorded_steps)
-    for start in tqdm(range(0, len(prompts.prompts), config.batch_size), desc="calibrate", unit="batch"):
-        name = f"{start:06d}"
+    for name, rows in tqdm(batches(len(prompts), config.batch_size), desc="calibrate", unit="batch"):
         if read_item(directory, name) is None:
-            batch = prompts.prompts[start : start + config.batch_size]
+            batch = prompts.prompts[rows.start : rows.stop]
             generators = [torch_generator(config.noise_seed, "calibration", p.id) for p in batch]
             with Recorder(denoiser_of(pipeline), steps=steps) as recorder:
                 sample(pipeline, [p.text for p in batch], sampler=sampler, generators=generators, output="latent")

@@ -12,6 +12,7 @@ from vqdm.metrics import tiny_world
 from vqdm.metrics.paired import SMALLEST_ERROR, psnr
 from vqdm.prompts import PromptList
 from vqdm.stages.generate import load_images
+from vqdm.stages.layout import batches
 from vqdm.store import write_json
 
 BATCH = 128  # images in memory at a time
@@ -20,14 +21,14 @@ BATCH = 128  # images in memory at a time
 def evaluate(
     directory: Path, images: Path, originals: Path | None, prompts: PromptList, *,
     config: EvaluateConfig, evaluators_directory: Path | None,
-) -> dict:  # fmt: skip
+) -> None:  # fmt: skip
     """Write `metrics.json`: {metrics: {name: {value, se}}, protocol: {...}} of the images of `prompts`.
 
     originals: the full-precision images of the same captions and noise, or None for those themselves.
     """
     evaluators = None if evaluators_directory is None else tiny_world.Evaluators.load(evaluators_directory)
     columns: dict[str, list] = {}
-    for rows in tqdm(_ranges(len(prompts.prompts)), desc=f"evaluate {directory.name}", unit="batch"):
+    for _, rows in tqdm(batches(len(prompts), BATCH), desc=f"evaluate {directory.name}", unit="batch"):
         captions = [p.text for p in prompts.prompts[rows.start : rows.stop]]
         for name, values in _score_batch(images, originals, rows, captions=captions, evaluators=evaluators).items():
             columns.setdefault(name, []).append(values)
@@ -35,11 +36,6 @@ def evaluate(
     scores = _scores(joined, prompts, evaluators, config=config)
     content = {"metrics": scores, "protocol": _protocol(prompts, config, evaluators)}
     write_json(directory / "metrics.json", content)
-    return content
-
-
-def _ranges(count: int) -> list[range]:
-    return [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
 
 
 def _score_batch(images: Path, originals: Path | None, rows: range, *, captions, evaluators) -> dict[str, torch.Tensor]:
@@ -51,8 +47,7 @@ def _score_batch(images: Path, originals: Path | None, rows: range, *, captions,
             raise UserError(f"{images} holds images of {own.shape[1:3]} pixels, {originals} of {theirs.shape[1:3]}")
         columns["psnr"] = torch.from_numpy(psnr(own, theirs))
         if evaluators is not None:
-            found = tiny_world.features_of(evaluators, theirs, captions)
-            columns["original_features"] = found["features"]
+            columns["original_features"] = evaluators.features(theirs)
     return columns
 
 

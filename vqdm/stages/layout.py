@@ -1,7 +1,32 @@
-"""Where a stage's files are, for those who only read them. Imports nothing heavy."""
+"""How images lie in a stage's directory, for those who write and those who only read them. Imports nothing heavy."""
 
+import io
+import json
 from pathlib import Path
+
+from PIL import Image
 
 
 def image_path(directory: Path, index: int) -> Path:
     return directory / "images" / f"{index:06d}.png"
+
+
+def batches(count: int, size: int) -> list[tuple[str, range]]:
+    """Fixed index ranges, each with the name of its item."""
+    return [(f"{start:06d}", range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def captions_of(directory: Path, count: int) -> list[str]:
+    """The captions of the first `count` images, from the items' records."""
+    texts: list[str] = []
+    for item in sorted((directory / "items").glob("*.json")):
+        texts += [text for _, text in json.loads(item.read_text())["record"]["prompts"]]
+        if len(texts) >= count:
+            break
+    return texts[:count]
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
-from vqdm.bits import BitCounts, count_bits
+from vqdm.bits import BitCounts, count_bits, tensor_bytes
 from vqdm.codecs import additive, rtn
 from vqdm.codecs.weight import (
     SHARED_NAME,
@@ -94,13 +94,12 @@ def _encode(matrix: torch.Tensor, spec: LayerSpec, *, config: QuantizeConfig, sh
 
 def _record(spec: LayerSpec, matrix: torch.Tensor, weight: QuantizedWeight, seconds: float) -> dict:
     """One line of the per-layer table; the error is relative to the weight's own power."""
-    stored = sum(t.numel() * t.element_size() for t in weight.state_dict().values())
     error = (weight().float() - matrix).square().sum() / matrix.square().sum().clamp(min=1e-30)
     return {
         "name": spec.name,
         "shape": list(spec.shape),
         "scheme": weight.scheme.to_dict(),
-        "bits": 8 * stored / matrix.numel(),
+        "bits": 8 * tensor_bytes(weight.state_dict(keep_vars=True).values()) / matrix.numel(),
         "relative_weight_error": float(error),
         "seconds": round(seconds, 3),
     }
@@ -123,7 +122,7 @@ def _quantize_layer(directory: Path, denoiser: nn.Module, spec: LayerSpec, *, co
     return record
 
 
-def _output_error(denoiser: nn.Module, calls: list[Call], device: str) -> float:
+def _output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> float:
     """Relative squared error of the denoiser's own output on the recorded calls, as stored (16-bit floats)."""
     wrong = power = 0.0
     for call in calls:
@@ -162,4 +161,4 @@ def quantize(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
         len(records), len(left), bits.bits_per_weight, error,
     )  # fmt: skip
-    return {**asdict(bits), "file_bytes": len(content), "relative_output_error": error}
+    return {**bits.to_dict(), "file_bytes": len(content), "relative_output_error": error}

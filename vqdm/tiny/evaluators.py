@@ -45,19 +45,6 @@ def train_attribute_net(scenes: SceneSet, *, directory: Path, steps: int, batch_
     return net.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def attribute_accuracy(net: AttributeNet, scenes: SceneSet) -> float:
-    """Share of right attributes over all heads (a missing second thing does not count)."""
-    right = total = 0
-    for rows in torch.arange(len(scenes)).split(256):
-        logits = net.logits(net(scenes.images(rows)))
-        for name, target in targets_of([scenes.scenes[i] for i in rows]).items():
-            there = target >= 0
-            right += int((logits[name].argmax(-1) == target)[there].sum())
-            total += int(there.sum())
-    return right / total
-
-
 def train_clip(scenes: SceneSet, tokenizer, *, directory: Path, steps: int, batch_size: int, seed: int):
     """An open_clip model of our own config, on captions × renders."""
     config_dir = directory / "open_clip_config"

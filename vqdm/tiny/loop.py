@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
+from vqdm.atomic import atomic_write
 from vqdm.seeds import derive
 
 
@@ -36,9 +37,7 @@ def _save(path: Path, step: int, model: nn.Module, average: dict, optimizer: tor
     for parameter, state in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{names[parameter]}"] = state[key]
-    partial = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
-    partial.replace(path)
+    atomic_write(path, to_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata={"step": str(step)}))
 
 
 def _load(path: Path, model: nn.Module, average: dict, optimizer: torch.optim.AdamW) -> int:

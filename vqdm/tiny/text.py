@@ -90,11 +90,3 @@ def train_text_encoders(scenes: SceneSet, *, directory: Path, steps: int, batch_
     pair.load_state_dict(average, strict=False)
     pair.eval().requires_grad_(False)
     return tokenizer, pair.text_encoder, pair.text_encoder_2
-
-
-@torch.no_grad()
-def retrieval_accuracy(tokenizer, text_encoder_2, images: nn.Module, scenes: SceneSet) -> float:
-    """Share of captions whose own image is the nearest of all n (second encoder)."""
-    text = F.normalize(text_encoder_2(token_ids(tokenizer, scenes.captions)).text_embeds, dim=-1)
-    seen = F.normalize(images(scenes.images(torch.arange(len(scenes)))).split((64, 128), dim=-1)[1], dim=-1)
-    return float(((text @ seen.T).argmax(1) == torch.arange(len(scenes))).float().mean())

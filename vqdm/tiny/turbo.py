@@ -62,8 +62,8 @@ def distil_turbo(
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         clean, text, pooled = latents.batch(batch_size, generator)
         index = torch.randint(GRID, (batch_size,), generator=generator)
-        coarse = (torch.rand(batch_size, generator=generator) < 0.5).long()
-        index = torch.where(coarse.bool(), index // 5 * 5, index)  # half of the draws on the 4-step grid
+        coarse = torch.rand(batch_size, generator=generator) < 0.5
+        index = torch.where(coarse, index // 5 * 5, index)  # half of the draws on the 4-step grid
         noise = torch.randn(clean.shape, generator=generator)
         noisy = level_at(index).sqrt() * clean + (1 - level_at(index)).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
