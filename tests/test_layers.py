@@ -6,18 +6,14 @@ from torch import nn
 from unets import output, small_unet
 
 from vqdm.codecs import additive, rtn
-from vqdm.codecs.weight import (
-    SHARED_NAME,
-    AdditiveScheme,
-    ScalarScheme,
-    ScalarWeight,
-    SharedCodebooks,
-    empty_weight,
-)
 from vqdm.errors import UserError
 from vqdm.layers import QuantizedConv2d, QuantizedLinear, replace_layer, share, swap, swap_empty
 from vqdm.models.specs import layer_specs, matrix_to_weight, spec_of, weight_to_matrix
 from vqdm.seeds import torch_generator
+from vqdm.weights.additive import AdditiveScheme, SharedCodebooks
+from vqdm.weights.base import SHARED_NAME
+from vqdm.weights.registry import empty_weight
+from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 
 PADDINGS = [1, (0, 2), "same", "valid"]
 
@@ -140,7 +136,7 @@ def test_state_dict_round_trip_from_empty(pair, kind):
     swap_empty(empty, schemes).load_state_dict(denoiser.half().state_dict(), strict=True)
     assert torch.equal(empty.float()(pictures()), denoiser.float()(pictures()))
     names = set(denoiser.state_dict())
-    assert (f"{SHARED_NAME}.codebooks" in names) == (kind == "shared")
+    assert (f"{SHARED_NAME}.codebooks.codebooks" in names) == (kind == "shared")
     assert ("conv.weight.codebooks" in names) == (kind == "vectors")
     assert {"conv.weight.codes", "conv.weight.scales", "conv.bias"} <= names
 
@@ -175,10 +171,10 @@ def test_empty_weights_have_the_real_bytes_on_meta(scheme, size):
 def test_deepcopy_of_a_denoiser_refers_to_the_copied_codebooks(pair):
     denoiser = quantized_pair(pair, kind="shared")
     copied = copy.deepcopy(denoiser)
-    assert copied.conv.weight.shared[0] is copied.shared_codebooks is copied.head[0].weight.shared[0]
-    assert copied.shared_codebooks is not denoiser.shared_codebooks
+    assert copied.conv.weight.shared[0] is copied.shared.codebooks is copied.head[0].weight.shared[0]
+    assert copied.shared.codebooks is not denoiser.shared.codebooks
     before = denoiser(pictures())
-    copied.shared_codebooks.codebooks.data.zero_()
+    copied.shared.codebooks.codebooks.data.zero_()
     assert torch.equal(denoiser(pictures()), before)
     assert float(copied.conv.weight().detach().abs().max()) == 0
 
@@ -191,8 +187,10 @@ def test_moving_a_denoiser_moves_shared_codebooks(pair):
 
 def test_two_codebook_sets_do_not_fit_into_one_denoiser(pair):
     denoiser = quantized_pair(pair, kind="shared")
-    with pytest.raises(ValueError, match="other shared codebooks"):
-        share(denoiser, SharedCodebooks(AdditiveScheme(num_codebooks=2, codebook_bits=4, shared=True)))
+    with pytest.raises(ValueError, match="another shared part codebooks"):
+        share(
+            denoiser, "codebooks", SharedCodebooks(AdditiveScheme(num_codebooks=2, codebook_bits=4, shared="codebooks"))
+        )
 
 
 @torch.no_grad()
@@ -212,7 +210,7 @@ def test_cached_weight_follows_every_change(pair, change):
     elif change == "codes":
         layer.weight.set_codes(7 - layer.weight.unpacked_codes())
     else:
-        denoiser.shared_codebooks.codebooks.mul_(2)
+        denoiser.shared.codebooks.codebooks.mul_(2)
     plain = copy.deepcopy(denoiser)
     plain.conv.decode = plain.head[0].decode = "per_call"
     inputs = pictures().double() if change == "to" else pictures()
@@ -257,7 +255,7 @@ def test_weights_check_their_parts():
     with pytest.raises(TypeError, match="ScalarScheme"):
         ScalarWeight(AdditiveScheme(num_codebooks=2), (8, 8))
     with pytest.raises(ValueError, match="if and only if"):
-        empty_weight(AdditiveScheme(num_codebooks=2, shared=True), (8, 8))
+        empty_weight(AdditiveScheme(num_codebooks=2, shared="codebooks"), (8, 8))
     with pytest.raises(ValueError, match="codes must be"):
         empty_weight(ScalarScheme(bits=2), (8, 8)).set_codes(torch.zeros(8, 4, dtype=torch.int64))
 

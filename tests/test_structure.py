@@ -22,6 +22,7 @@ LAYERS = (
     ("vqdm.tiny.evaluators", "vqdm.tiny.turbo", "vqdm.tiny.unet", "vqdm.tiny.text", "vqdm.tiny.vae", "vqdm.tiny.loop"),
     ("vqdm.hub", "vqdm.metrics"),
     ("vqdm.layers", "vqdm.models", "vqdm.codecs", "vqdm.bits", "vqdm.prompts", "vqdm.tiny"),
+    ("vqdm.weights",),
     ("vqdm",),  # leaves: config, store, seeds, bitpack, kmeans, …
 )
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from vqdm.codecs.weight import QuantizedWeight, SharedCodebooks
+from vqdm.weights.base import QuantizedWeight, SharedPart
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,13 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in unique)
 
 
-def count_bits(denoiser: nn.Module, *, original_parameters: int | None = None) -> BitCounts:
-    """The three bit counts of a denoiser, quantized or not. ValueError if it has no parameters.
-
-    original_parameters: of the denoiser before it was quantized; None counts them from the layers' shapes.
-    """
+def count_bits(denoiser: nn.Module) -> BitCounts:
+    """The three bit counts of a denoiser, quantized or not. ValueError if it has no parameters."""
     quantized = [module for module in denoiser.modules() if isinstance(module, QuantizedWeight)]
-    shared = [module for module in denoiser.modules() if isinstance(module, SharedCodebooks)]
+    shared = [module for module in denoiser.modules() if isinstance(module, SharedPart)]
     coded = [*quantized, *shared]
     weights = sum(weight.shape[0] * weight.shape[1] for weight in quantized)
-    original = original_parameters or weights + sum(p.numel() for p in _others(denoiser, coded))
+    original = weights + sum(p.numel() for p in _others(denoiser, coded))
     if original == 0:
         raise ValueError("a denoiser without parameters has no bits per weight")
     total = tensor_bytes(_state(denoiser))
@@ -63,7 +60,7 @@ def _states(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _others(denoiser: nn.Module, coded: Iterable[nn.Module]) -> list[Tensor]:
-    """The parameters that the original denoiser has too: those of no quantized weight or codebook set."""
+    """The parameters that the original denoiser has too: those of no quantized weight or shared part."""
     new = {id(parameter) for module in coded for parameter in module.parameters()}
     return [parameter for parameter in denoiser.parameters() if id(parameter) not in new]
 

@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from vqdm.codecs.weight import QuantizedWeight, Scheme
 from vqdm.errors import UserError
 from vqdm.layers import swap_empty
 from vqdm.models.specs import layer_specs
+from vqdm.weights.base import QuantizedWeight, Scheme
+from vqdm.weights.registry import scheme_from_dict
 
 MODEL_FILE = "denoiser.safetensors"
 METADATA = "vqdm"
@@ -51,7 +52,7 @@ def _schemes(path: Path, metadata: dict[str, str]) -> dict[str, Scheme]:
         raise UserError(
             f"{path} has format version {version}, this vqdm reads version {FORMAT_VERSION}; quantize again"
         )
-    return {name: Scheme.from_dict(fields) for name, fields in schemes.items()}
+    return {name: scheme_from_dict(fields) for name, fields in schemes.items()}
 
 
 def load_quantized_(denoiser: nn.Module, path: Path, *, decode: str = "cached") -> None:

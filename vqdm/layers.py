@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdm.codecs.weight import SHARED_NAME, AdditiveScheme, QuantizedWeight, Scheme, SharedCodebooks, empty_weight
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec, matrix_to_weight
+from vqdm.weights.base import SHARED_NAME, QuantizedWeight, Scheme, SharedPart
+from vqdm.weights.registry import empty_shared, empty_weight
 
 DECODE_MODES = ("per_call", "cached")
 
@@ -43,9 +44,9 @@ class _QuantizedLayer(nn.Module):
         return self._cache[1]
 
     def _sources(self) -> list[Tensor]:
-        """Every tensor the decoded weight depends on, shared codebooks included."""
-        shared = getattr(self.weight, "shared", ())
-        return [t for module in (self.weight, *shared) for t in (*module.parameters(), *module.buffers())]
+        """Every tensor the decoded weight depends on, the shared part included."""
+        modules = (self.weight, *self.weight.shared)
+        return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
@@ -120,24 +121,30 @@ def swap(
 ) -> QuantizedLinear | QuantizedConv2d:
     """Replace the layer of `spec` by one with `weight`, which keeps the bias; returns the new layer.
 
-    A weight with shared codebooks brings them to the denoiser's root. ValueError if another set is there already.
+    A weight with a shared part brings it to the denoiser's root. ValueError if another one is there already.
     """
     old = denoiser.get_submodule(spec.name)
     kind = QuantizedLinear if spec.conv is None else QuantizedConv2d
     layer = kind(weight, old.bias, spec, decode=decode)
-    for shared in getattr(weight, "shared", ()):
-        share(denoiser, shared)
+    for shared in weight.shared:
+        share(denoiser, weight.scheme.shared_key, shared)
     replace_layer(denoiser, spec.name, layer.train(old.training))
     return layer
 
 
-def share(denoiser: nn.Module, shared: SharedCodebooks) -> None:
-    """Register the model's one codebook set at the denoiser's root. ValueError if another one is there already."""
-    present = getattr(denoiser, SHARED_NAME, shared)
-    if present is not shared:
-        raise ValueError("the denoiser has other shared codebooks already")
+def share(denoiser: nn.Module, key: str, part: SharedPart) -> None:
+    """Register a shared part at the denoiser's root. ValueError if another one has this key already."""
+    parts = _shared_parts(denoiser)
+    if key not in parts:
+        parts[key] = part
+    elif parts[key] is not part:
+        raise ValueError(f"the denoiser has another shared part {key} already")
+
+
+def _shared_parts(denoiser: nn.Module) -> nn.ModuleDict:
     if SHARED_NAME not in denoiser._modules:
-        denoiser.add_module(SHARED_NAME, shared)
+        denoiser.add_module(SHARED_NAME, nn.ModuleDict())
+    return denoiser.get_submodule(SHARED_NAME)
 
 
 def swap_empty(
@@ -159,7 +166,9 @@ def swap_empty(
     return denoiser
 
 
-def _empty_shared(denoiser: nn.Module, scheme: Scheme) -> SharedCodebooks | None:
-    if not (isinstance(scheme, AdditiveScheme) and scheme.shared):
+def _empty_shared(denoiser: nn.Module, scheme: Scheme) -> SharedPart | None:
+    """The one that is there already, or an empty one; None if the scheme has none."""
+    if scheme.shared_key is None:
         return None
-    return getattr(denoiser, SHARED_NAME, None) or SharedCodebooks(scheme)
+    parts = _shared_parts(denoiser)
+    return parts[scheme.shared_key] if scheme.shared_key in parts else empty_shared(scheme)

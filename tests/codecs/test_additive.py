@@ -5,9 +5,10 @@ import torch
 
 from vqdm.codecs import additive
 from vqdm.codecs.additive import choose_codes, encode, train_shared_codebooks
-from vqdm.codecs.weight import AdditiveScheme, Scheme, SharedCodebooks
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
+from vqdm.weights.additive import AdditiveScheme, SharedCodebooks
+from vqdm.weights.registry import scheme_from_dict
 
 
 def matrix(out=64, inputs=64, seed=0):
@@ -48,7 +49,7 @@ def test_shapes_types_and_scheme():
     assert quantized.scales.shape == (64,)
     assert quantized.dtype == quantized().dtype == torch.float16
     assert quantized.scheme.name == "3x4g8"
-    assert Scheme.from_dict(quantized.scheme.to_dict()) == quantized.scheme
+    assert scheme_from_dict(quantized.scheme.to_dict()) == quantized.scheme
 
 
 def test_error_falls_with_the_number_of_codebooks():
@@ -149,8 +150,8 @@ def test_what_cannot_be_encoded_is_refused():
     with pytest.raises(UserError, match="selects none"):
         train_shared_codebooks([], num_codebooks=2, generator=generator())
     with pytest.raises(ValueError, match="cannot use codebooks"):
-        small(matrix(), shared=SharedCodebooks(AdditiveScheme(num_codebooks=3, codebook_bits=4, shared=True)))
+        small(matrix(), shared=SharedCodebooks(AdditiveScheme(num_codebooks=3, codebook_bits=4, shared="codebooks")))
     with pytest.raises(UserError, match="1 or more codebooks"):
         AdditiveScheme(num_codebooks=0)
     with pytest.raises(UserError, match="not a weight scheme"):
-        Scheme.from_dict({"kind": "additive", "surprise": 1})
+        scheme_from_dict({"kind": "additive", "surprise": 1})

@@ -9,17 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor
 
-from vqdm.codecs.weight import (
-    STORED,
-    AdditiveScheme,
-    AdditiveWeight,
-    SharedCodebooks,
-    check_matrix,
-    check_shared,
-    sum_codewords,
-)
+from vqdm.codecs.checks import check_matrix
 from vqdm.errors import UserError
 from vqdm.kmeans import assign, kmeans
+from vqdm.weights.additive import AdditiveScheme, AdditiveWeight, SharedCodebooks, check_shared, sum_codewords
+from vqdm.weights.base import STORED
 
 CHUNK = 1 << 22  # distances held at once by the beam search
 REFINED_CODEWORDS = 4096  # in all: beyond it the normal equations (fp64, squared) take more than 128 MB
@@ -47,7 +41,10 @@ def encode(
     layer: the name for messages. UserError for non-finite weights and a group size that does not divide `in`.
     """
     scheme = AdditiveScheme(
-        num_codebooks=num_codebooks, codebook_bits=codebook_bits, group_size=group_size, shared=shared is not None
+        num_codebooks=num_codebooks,
+        codebook_bits=codebook_bits,
+        group_size=group_size,
+        shared=None if shared is None else "codebooks",
     )
     check_matrix(weight, layer=layer, group_size=group_size)
     check_shared(scheme, shared)
@@ -83,7 +80,7 @@ def train_shared_codebooks(
     Weights are taken one at a time, in order. UserError if there is none, and as in `encode`.
     """
     scheme = AdditiveScheme(
-        num_codebooks=num_codebooks, codebook_bits=codebook_bits, group_size=group_size, shared=True
+        num_codebooks=num_codebooks, codebook_bits=codebook_bits, group_size=group_size, shared="codebooks"
     )
     parts = []
     for i, weight in enumerate(weights):

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from vqdm.codecs.weight import STORED, ScalarScheme, ScalarWeight, check_matrix
+from vqdm.codecs.checks import check_matrix
 from vqdm.errors import UserError
+from vqdm.weights.base import STORED
+from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 
 CHUNK = 1 << 22  # weights searched at once
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16

@@ -13,15 +13,6 @@ from tqdm import tqdm
 
 from vqdm.bits import BitCounts, count_bits, tensor_bytes
 from vqdm.codecs import additive, rtn
-from vqdm.codecs.weight import (
-    SHARED_NAME,
-    AdditiveScheme,
-    QuantizedWeight,
-    ScalarScheme,
-    Scheme,
-    SharedCodebooks,
-    empty_weight,
-)
 from vqdm.config import QuantizeConfig
 from vqdm.hub import MODEL_FILE, denoiser_bytes
 from vqdm.layers import swap, swap_empty
@@ -29,6 +20,10 @@ from vqdm.models.recording import OUTPUT, Call, play_back
 from vqdm.models.specs import LayerSpec, layer_specs, skipped_specs, weight_to_matrix
 from vqdm.seeds import torch_generator
 from vqdm.store import atomic_write, read_item, write_item, write_json
+from vqdm.weights.additive import AdditiveScheme, SharedCodebooks
+from vqdm.weights.base import QuantizedWeight, Scheme
+from vqdm.weights.registry import empty_weight, scheme_from_dict
+from vqdm.weights.scalar import ScalarScheme
 
 log = logging.getLogger("vqdm")
 
@@ -45,7 +40,7 @@ def scheme_for(config: QuantizeConfig) -> Scheme:
         num_codebooks=config.bits * config.group_size // config.codebook_bits,
         codebook_bits=config.codebook_bits,
         group_size=config.group_size,
-        shared=config.codebooks == "model",
+        shared="codebooks" if config.codebooks == "model" else None,
     )
 
 
@@ -61,7 +56,7 @@ def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str, m
 
 def _shared_codebooks(directory: Path, denoiser: nn.Module, specs: list[LayerSpec], *, config: QuantizeConfig):
     """One codebook set for the model: read back if a killed run has learned it already."""
-    scheme, name = scheme_for(config), SHARED_NAME
+    scheme, name = scheme_for(config), "shared_codebooks"
     if read_item(directory, name) is None:
         shared = additive.train_shared_codebooks(
             (_matrix(denoiser, spec) for spec in specs),
@@ -116,7 +111,7 @@ def _quantize_layer(directory: Path, denoiser: nn.Module, spec: LayerSpec, *, co
         record = _record(spec, matrix, weight, time.monotonic() - began)
         write_item(directory, spec.name, {file: to_bytes(weight.state_dict())}, record)
     else:
-        weight = empty_weight(Scheme.from_dict(record["scheme"]), spec.shape, shared)
+        weight = empty_weight(scheme_from_dict(record["scheme"]), spec.shape, shared)
         weight.load_state_dict(load((directory / file).read_bytes()))
     swap(denoiser, spec, weight)
     return record

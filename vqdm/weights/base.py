@@ -1,0 +1,120 @@
+"""The quantized weight: one module that an encoder makes, a layer decodes, distillation trains and a file stores.
+
+Its integer buffers are packed bytes, its float parameters fp16 as stored. A weight built from (scheme, shape) alone is
+empty: ready for `load_state_dict`, or, on the meta device, the plan whose bytes are summed before anything is run.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vqdm.bitpack import pack, packed_bytes, unpack
+from vqdm.errors import UserError
+
+STORED = torch.float16  # every float parameter of a quantized weight on disk
+LARGEST = torch.finfo(STORED).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """The codec that made a weight, and the numbers that fix the shapes of its tensors."""
+
+    kind: ClassVar[str]
+    codec: str
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def shared_key(self) -> str | None:
+        """The name, among the denoiser's shared parts, of the one this scheme decodes with; None: it has no such."""
+        return None
+
+    def to_dict(self) -> dict:
+        """As JSON: the dataclass's fields and `kind`; `registry.scheme_from_dict` is the inverse."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+class SharedPart(nn.Module):
+    """What many weights of a denoiser decode with: one parameter, stored once, in the denoiser's `SHARED_NAME`."""
+
+
+SHARED_NAME = "shared"  # an nn.ModuleDict at the denoiser's root: Scheme.shared_key -> SharedPart
+
+
+def stored_parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=STORED))
+
+
+class QuantizedWeight(nn.Module):
+    """A weight [out, in] held as packed codes and float parameters; calling it decodes it.
+
+    The result has the dtype of the float parameters: fp16 as stored, fp32 after `.float()`, say for training.
+    A shared part is referred to through a tuple, which nn.Module does not register: it is not in this module's
+    state_dict, and a deepcopy of the whole denoiser refers to the copied part.
+    """
+
+    scheme_type: ClassVar[type[Scheme]]
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], shared: SharedPart | None = None):
+        super().__init__()
+        if not isinstance(scheme, self.scheme_type):
+            raise TypeError(f"{type(self).__name__} is described by {self.scheme_type.__name__}, not {scheme}")
+        if (scheme.shared_key is None) != (shared is None):
+            raise ValueError(f"{scheme.name} takes a shared part if and only if its scheme says so")
+        self.scheme = scheme
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.shared = () if shared is None else (shared,)
+
+    def forward(self) -> Tensor:
+        """The decoded weight [out, in]."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the float parameters, hence of the decoded weight (diffusers asks layers for `weight.dtype`)."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def paper_bits(self) -> int:
+        """Stored bits as the paper counts them: codes, and codebooks that are this weight's own; no scales."""
+        return 8 * sum(buffer.numel() for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme.name}, shape={self.shape}"
+
+
+class FixedWidthWeight(QuantizedWeight):
+    """A weight whose codes all have one width: `codes` is their packed stream."""
+
+    def _add_codes(self, shape: tuple[int, ...], width: int) -> None:
+        self.codes_shape, self.code_width = shape, width
+        size = packed_bytes(math.prod(shape), width)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
+
+    def unpacked_codes(self) -> Tensor:
+        """int32, in the shape of the codes."""
+        return unpack(self.codes, self.code_width, math.prod(self.codes_shape)).view(self.codes_shape)
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Replace all codes by integers in the shape of the codes."""
+        if tuple(codes.shape) != self.codes_shape:
+            raise ValueError(f"codes must be {self.codes_shape}, not {tuple(codes.shape)}")
+        self.codes.copy_(pack(codes, self.code_width))
+
+
+def check_groups(in_features: int, *, layer: str = "", group_size: int | None = None) -> None:
+    """UserError, with the layer's name, unless `group_size` divides the inputs."""
+    if group_size is not None and (group_size < 1 or in_features % group_size):
+        where = f" of layer {layer}" if layer else ""
+        raise UserError(
+            f"group_size {group_size} does not divide in_features {in_features}{where}: "
+            "choose a divisor, or leave the layer out of the pattern"
+        )

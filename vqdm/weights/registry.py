@@ -1,0 +1,28 @@
+"""The kinds of quantized weights, by the name their scheme has in files."""
+
+from vqdm.errors import UserError
+from vqdm.weights.additive import AdditiveWeight, SharedCodebooks
+from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart
+from vqdm.weights.scalar import ScalarWeight
+
+WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.scheme_type.kind: kind for kind in (ScalarWeight, AdditiveWeight)}
+SHARED_PARTS: dict[str, type[SharedPart]] = {"additive": SharedCodebooks}
+
+
+def scheme_from_dict(fields: dict) -> Scheme:
+    """The inverse of `Scheme.to_dict`. UserError for what no known scheme reads."""
+    numbers = {key: value for key, value in fields.items() if key != "kind"}
+    try:
+        return WEIGHTS[fields["kind"]].scheme_type(**numbers)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"not a weight scheme of this version: {fields} ({error})") from error
+
+
+def empty_weight(scheme: Scheme, shape: tuple[int, int], shared: SharedPart | None = None) -> QuantizedWeight:
+    """A weight [out, in] with every tensor allocated and nothing in it, on the current default device (meta too)."""
+    return WEIGHTS[scheme.kind](scheme, shape, shared)
+
+
+def empty_shared(scheme: Scheme) -> SharedPart | None:
+    """The shared part that the scheme decodes with, empty; None if it has none."""
+    return None if scheme.shared_key is None else SHARED_PARTS[scheme.kind](scheme)
