@@ -31,9 +31,12 @@ register_schemas()
 
 
 def _rows(table, task_overrides: list[str]):
-    """One configuration per row: the row's experiment with the user's own overrides on top."""
+    """The configurations of every row, one per calibration seed: the user's own overrides on top."""
     own = overrides_for_rows(task_overrides)
-    return [to_config(hydra.compose("config", [f"+experiment={row}", *own])) for row in table.rows]
+    return [
+        [to_config(hydra.compose("config", [*overrides, *own])) for overrides in row.overrides_of_runs()]
+        for row in table.rows
+    ]
 
 
 def _run(composed: DictConfig) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from vqdm.config import ModelConfig
 from vqdm.metrics.attributes import as_seen, look
-from vqdm.metrics.tiny_world import Evaluators, features_of, fidelity_scores, to_tensor, unpaired_scores
+from vqdm.metrics.tiny_world import Evaluators, features_of, fidelity_scores, mean_and_error, set_scores, to_tensor
 from vqdm.models.loader import load_pipeline
 from vqdm.seeds import numpy_generator
 from vqdm.tiny.data import SceneSet
@@ -30,7 +30,8 @@ def reconstruct(vae, images: np.ndarray) -> np.ndarray:
 
 def score(evaluators: Evaluators, images: np.ndarray, captions: list[str]) -> dict:
     columns = features_of(evaluators, images, captions)
-    return unpaired_scores(evaluators, columns, captions, resamples=20, seed=0)
+    scores = set_scores(evaluators, columns, captions, resamples=20, seed=0)
+    return scores | {"clip_score": mean_and_error(columns["cosines"].numpy())}
 
 
 @torch.no_grad()

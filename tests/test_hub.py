@@ -32,7 +32,8 @@ def quantized(kind: str):
             weight = rtn.encode(matrices[spec.name], bits=3)
         else:
             generator = torch_generator(0, "encode", spec.name)
-            weight = additive.encode(matrices[spec.name], generator=generator, shared=shared, **SMALL)
+            identity = torch.eye(spec.shape[1])
+            weight = additive.encode(matrices[spec.name], identity, generator=generator, shared=shared, **SMALL)
         swap(unet, spec, weight)
     return torch.nn.Module.float(torch.nn.Module.half(unet)).eval().requires_grad_(False)
 

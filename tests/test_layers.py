@@ -23,8 +23,10 @@ def scalar(layer, bits=3, **options):
 
 
 def vectors(layer, shared=None):
+    matrix = weight_to_matrix(layer.weight)
     return additive.encode(
-        weight_to_matrix(layer.weight),
+        matrix,
+        torch.eye(matrix.shape[1]),
         num_codebooks=2,
         codebook_bits=4,
         generator=torch_generator(0, "test"),

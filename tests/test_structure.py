@@ -21,7 +21,16 @@ LAYERS = (
     ("vqdm.stages", "vqdm.tiny.train", "vqdm.tracker"),
     ("vqdm.tiny.evaluators", "vqdm.tiny.turbo", "vqdm.tiny.unet", "vqdm.tiny.text", "vqdm.tiny.vae", "vqdm.tiny.loop"),
     ("vqdm.hub", "vqdm.metrics"),
-    ("vqdm.layers", "vqdm.models", "vqdm.codecs", "vqdm.bits", "vqdm.prompts", "vqdm.tiny"),
+    (
+        "vqdm.layers",
+        "vqdm.models",
+        "vqdm.codecs",
+        "vqdm.blocks",
+        "vqdm.hessian",
+        "vqdm.bits",
+        "vqdm.prompts",
+        "vqdm.tiny",
+    ),
     ("vqdm.weights",),
     ("vqdm",),  # leaves: config, store, seeds, bitpack, kmeans, …
 )
@@ -98,8 +107,11 @@ def test_every_experiment_composes(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_names_experiments(name):
     table = read_table(ROOT / "experiments" / f"{name}.yaml")
-    assert set(table.rows) <= set(EXPERIMENTS)
-    assert {compose(f"+experiment={row}").model.name for row in table.rows} == {table.model}
+    assert {row.experiment for row in table.rows} <= set(EXPERIMENTS)
+    configs = [compose(*overrides) for row in table.rows for overrides in row.overrides_of_runs()]
+    assert {config.model.name for config in configs} == {table.model}
+    names = [config.name for config in configs]
+    assert len(names) == len(set(names)), "run records would overwrite each other"
 
 
 @pytest.mark.parametrize("kind", ["model", "calibration", "quantize", "evaluate", "tracker", "tiny_train"])

@@ -68,21 +68,36 @@ class ModelConfig:
 class CalibrationConfig(PromptsConfig):
     """Prompts, and calls of the full-precision denoiser recorded on them."""
 
-    recorded_steps: int = 4  # sampling steps whose denoiser calls are kept, evenly spread
+    recorded_steps: int = 4  # sampling steps whose denoiser calls are kept
+    timesteps: str = "uniform"  # uniform: evenly spread steps | normal: each batch draws its own ~ N(0.4 T, 0.4 T)
     batch_size: int = 16
     noise_seed: int = 0
 
 
 @dataclasses.dataclass
 class QuantizeConfig:
-    kind: str = "none"  # none | rtn | additive
-    bits: int = 4  # per weight: of a code (rtn); of all codes together (additive)
-    clip: str = "mse"  # rtn: mse | minmax
-    group_size: int | None = None  # rtn: None = one scale per output channel; additive: weights per code vector
-    codebook_bits: int = 8  # additive: log2 of the codebook size
-    codebooks: str = "layer"  # additive: one set per layer | one for the whole model (layer | model)
-    beam_size: int = 4
-    seed: int = 0
+    kind: str = "none"  # none | rtn | gptq | adaround | additive | trellis
+    bits: float = 4  # per weight: of a code (scalar), of all codes (additive); trellis: true bits, all counted
+    seed: int = 0  # of what a codec draws, and of the tokens its Hessians take
+    # scalar codes
+    clip: str = "mse"  # of a row's range: minmax | mse | hessian (least output error; not adaround)
+    group_size: int | None = None  # scalar: inputs per scale, None = the whole row; additive: weights per code vector
+    act_order: bool = True  # gptq: columns by falling power of their inputs
+    iterations: int = 2000  # adaround: steps per block
+    batch_size: int = 32  # adaround: samples per step
+    # additive codes
+    recipe: str = "fast"  # fast: block feedback, least squares, exact group search | paper: VQDM as published
+    codebook_bits: int = 8  # log2 of the codebook size
+    codebooks: str = "layer"  # one set per layer | block (of the calibration order) | model
+    input_scales: bool = False
+    beam_size: int = 8
+    # trellis codes
+    allocation: str = "uniform"  # of bits to layers: uniform | sensitivity (of the denoiser's output)
+    row_exponent: float = 1.0  # 1: rows weigh by their output error; 0: all rows get the same relative error
+    # Hessians of layer inputs (gptq, additive, trellis, clip=hessian)
+    hessian_from: str = "teacher"  # teacher: recorded calls | student: its own sampling, block after block (paper)
+    tokens_per_call: int | None = None  # of a denoiser call that one layer's Hessian takes; None = all
+    damping: float = 0.01  # added to a Hessian's diagonal, in parts of its mean
 
 
 @dataclasses.dataclass
@@ -153,15 +168,20 @@ CHOICES = {
     "evaluate.prompts.source": PROMPT_SOURCES,
     "evaluate.prompts.order": PROMPT_ORDERS,
     "evaluate.metrics": ("tiny", "paired"),
-    "quantize.kind": ("none", "rtn", "additive"),
-    "quantize.clip": ("mse", "minmax"),
-    "quantize.codebooks": ("layer", "model"),
+    "calibration.timesteps": ("uniform", "normal"),
+    "quantize.kind": ("none", "rtn", "gptq", "adaround", "additive", "trellis"),
+    "quantize.clip": ("mse", "minmax", "hessian"),
+    "quantize.recipe": ("fast", "paper"),
+    "quantize.codebooks": ("layer", "block", "model"),
+    "quantize.allocation": ("uniform", "sensitivity"),
+    "quantize.hessian_from": ("teacher", "student"),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
 }
 POSITIVE = (
     "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size", "quantize.bits",
-    "quantize.codebook_bits", "quantize.beam_size", "evaluate.batch_size", "evaluate.bootstrap",
+    "quantize.codebook_bits", "quantize.beam_size", "quantize.iterations", "quantize.batch_size",
+    "evaluate.batch_size", "evaluate.bootstrap",
 )  # fmt: skip
 
 
@@ -197,16 +217,37 @@ def check(config: Config) -> None:
     _check_quantize(config.quantize)
 
 
+SCALAR_KINDS = ("rtn", "gptq", "adaround")
+
+
 def _check_quantize(config: QuantizeConfig) -> None:
-    if config.kind == "rtn" and config.bits > 8:
-        raise UserError(f"quantize.bits={config.bits} must be 1 to 8 for rtn")
-    if config.kind == "additive":
-        if config.group_size is None or config.group_size < 1:
-            raise UserError(f"quantize.group_size={config.group_size} must be at least 1 for additive codes")
-        if config.codebook_bits > 16:
-            raise UserError(f"quantize.codebook_bits={config.codebook_bits} must be 1 to 16")
-        if config.bits * config.group_size % config.codebook_bits:
-            raise UserError(
-                f"quantize.bits={config.bits} with group_size={config.group_size} is no whole number of "
-                f"{config.codebook_bits}-bit codebooks; choose bits × group_size as a multiple of codebook_bits"
-            )
+    """Combinations that make no sense."""
+    kind, bits = config.kind, config.bits
+    if kind in (*SCALAR_KINDS, "additive") and bits != int(bits):
+        raise UserError(f"quantize.bits={bits:g} must be a whole number for {kind}; quantize=trellis takes any")
+    if kind in (*SCALAR_KINDS, "trellis") and bits > 8:
+        raise UserError(f"quantize.bits={bits:g} must be 1 to 8 for {kind}")
+    if kind == "adaround" and config.clip == "hessian":
+        raise UserError("quantize.clip=hessian is for rtn and gptq; adaround starts from mse or minmax")
+    if kind != "trellis" and config.allocation != "uniform":
+        raise UserError(f"quantize.allocation={config.allocation} needs quantize.kind=trellis: {kind} has whole bits")
+    if kind == "additive":
+        _check_additive(config)
+    if config.damping < 0:
+        raise UserError(f"quantize.damping={config.damping} must not be negative")
+    if config.tokens_per_call is not None and config.tokens_per_call < 1:
+        raise UserError(f"quantize.tokens_per_call={config.tokens_per_call} must be at least 1")
+
+
+def _check_additive(config: QuantizeConfig) -> None:
+    if config.group_size is None or config.group_size < 1:
+        raise UserError(f"quantize.group_size={config.group_size} must be at least 1 for additive codes")
+    if config.codebook_bits > 16:
+        raise UserError(f"quantize.codebook_bits={config.codebook_bits} must be 1 to 16")
+    if config.bits * config.group_size % config.codebook_bits:
+        raise UserError(
+            f"quantize.bits={config.bits:g} with group_size={config.group_size} is no whole number of "
+            f"{config.codebook_bits}-bit codebooks; choose bits × group_size as a multiple of codebook_bits"
+        )
+    if config.recipe == "paper" and config.codebooks != "layer":
+        raise UserError(f"quantize.recipe=paper learns its codebooks with each layer, not codebooks={config.codebooks}")

@@ -27,10 +27,11 @@ def run(config: Config) -> dict | None:
     return _compress(config, store, graph)
 
 
-def run_table(table, configs: list[Config]) -> None:
-    """Every row of a table, then the table; rows share stages through the store."""
+def run_table(table, rows: list[list[Config]]) -> None:
+    """Every run of every row of a table, then the table; rows share stages through the store."""
     from vqdm.report.tables import write_table
 
+    configs = [config for row in rows for config in row]
     if configs[0].plan:
         for config in configs:
             run(config)
@@ -42,7 +43,9 @@ def run_table(table, configs: list[Config]) -> None:
         log.info("— %s", config.name)
         config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
         records.append(_compress(config, store, graph))
-    text, files = write_table(table, records, model=configs[0].model.name, results=store.root)
+    made = iter(records)
+    of_rows = [[next(made) for _ in row] for row in rows]
+    text, files = write_table(table, of_rows, model=configs[0].model.name, results=store.root)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
 
@@ -75,7 +78,7 @@ def _ready(config: Config, store: Store) -> Graph:
 def _check_layers(config: Config) -> None:
     """The scheme fits every layer, known from the shapes; says the bits to come."""
     from vqdm.models.loader import denoiser_on_meta
-    from vqdm.stages.quantize import planned_bits
+    from vqdm.stages.schemes import planned_bits
 
     bits = planned_bits(
         denoiser_on_meta(config.model), config.quantize, pattern=config.model.layers, min_size=config.model.min_size
@@ -116,15 +119,21 @@ class _Models:
 
         return load_pipeline(self.config.model, device=self.device.name)
 
+    def own(self):
+        """A full-precision pipeline that may be changed."""
+        from vqdm.models.loader import load_pipeline
+
+        self.__dict__.pop("teacher", None)  # one pipeline at a time, so that a small GPU will do
+        return load_pipeline(self.config.model, device=self.device.name)
+
     def student(self, quantized: Path | None):
         """The teacher itself, or a pipeline of its own with the quantized denoiser."""
         from vqdm.hub import MODEL_FILE, load_quantized_
-        from vqdm.models.loader import denoiser_of, load_pipeline
+        from vqdm.models.loader import denoiser_of
 
         if quantized is None:
             return self.teacher
-        self.__dict__.pop("teacher", None)  # one pipeline at a time, so that a small GPU will do
-        pipeline = load_pipeline(self.config.model, device=self.device.name)
+        pipeline = self.own()
         load_quantized_(denoiser_of(pipeline), quantized / MODEL_FILE)
         return pipeline
 
@@ -205,18 +214,26 @@ def _quantize(
             sampler=config.model.sampler,
         )
 
+    def make_sensitivity(directory: Path) -> dict:
+        from vqdm.stages.sensitivity import sensitivity
+
+        return sensitivity(
+            directory, models.teacher, calibration, config=config.quantize, model=config.model,
+            device=environment["device"],
+        )  # fmt: skip
+
     def make_quantized(directory: Path) -> dict:
-        from vqdm.models.loader import denoiser_of, load_pipeline
-        from vqdm.stages.calibrate import recorded_calls
         from vqdm.stages.quantize import quantize
 
-        denoiser = denoiser_of(load_pipeline(config.model, device="cpu"))
         return quantize(
-            directory, denoiser, recorded_calls(calibration), config=config.quantize, pattern=config.model.layers,
-            min_size=config.model.min_size, device=environment["device"],
+            directory, models.own(), calibration, config=config.quantize, model=config.model,
+            calibration_config=config.calibration, device=environment["device"], harm=harm,
         )  # fmt: skip
 
     calibration = store.ensure(graph.calibrate, make_calibration, environment=environment)
+    harm = None
+    if graph.sensitivity is not None:
+        harm = store.ensure(graph.sensitivity, make_sensitivity, environment=environment)
     quantized = store.ensure(graph.quantize, make_quantized, environment=environment)
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
     tracker.table("layers", [{**layer, "scheme": layer["scheme"]["codec"]} for layer in layers])

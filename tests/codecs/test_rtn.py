@@ -85,6 +85,95 @@ def test_the_error_searched_is_the_error_of_what_is_stored():
     assert torch.allclose(squared_errors(encode(weight, bits=4), weight), searched, rtol=1e-3, atol=0)
 
 
+def moments(inputs=48, tokens=400, seed=3):
+    """Second moments of correlated inputs of uneven size and with a mean."""
+    generator = torch_generator(seed, "moments")
+    mix = torch.randn(inputs, inputs, generator=generator) / torch.arange(1, inputs + 1)
+    tokens = torch.randn(tokens, inputs, generator=generator) @ mix.T + 0.5 * torch.randn(inputs, generator=generator)
+    return tokens.T @ tokens / len(tokens)
+
+
+def output_errors(quantized, weight, hessian):
+    """Δ H Δᵀ of every row."""
+    difference = (decoded(quantized) - weight).double()
+    return ((difference @ hessian.double()) * difference).sum(1)
+
+
+def slow_hessian_row(row, hessian, bits, size):
+    """The least Δ H Δᵀ that the scans find, group after group: float64, one candidate at a time."""
+
+    def error(end, known, ends):
+        codes, scale, zero, _ = slow_row(row[end - size : end], *ends, bits)
+        tried = known + [(c - zero) * scale - x for c, x in zip(codes, row[end - size : end], strict=True)]
+        difference = torch.tensor(tried, dtype=torch.float64)
+        return float(difference @ hessian[:end, :end].double() @ difference), tried
+
+    known = []
+    for end in range(size, len(row) + 1, size):
+        best = (min(*row[end - size : end], 0), max(*row[end - size : end], 0))
+        for scan in (
+            [(f, f) for f in rtn.JOINT_FACTORS],
+            [(f, 1) for f in rtn.END_FACTORS],
+            [(1, f) for f in rtn.END_FACTORS],
+        ):
+            tried = [best] + [(best[0] * a, best[1] * b) for a, b in scan]
+            best = min(tried, key=lambda ends, end=end, known=known: error(end, known, ends)[0])
+        total, known = error(end, known, best)
+    return total
+
+
+@pytest.mark.parametrize("size", [48, 16])
+def test_hessian_search_is_the_slow_loop(size, monkeypatch):
+    monkeypatch.setattr(rtn, "CHUNK", 100)
+    weight, hessian = matrix(out=5), moments()
+    quantized = encode(weight, hessian, bits=3, clip="hessian", group_size=None if size == 48 else size)
+    for row, error in zip(weight.tolist(), output_errors(quantized, weight, hessian).tolist(), strict=True):
+        assert error == pytest.approx(slow_hessian_row(row, hessian, 3, size), rel=1e-4)
+
+
+@pytest.mark.parametrize(("size", "gain"), [(None, 0.9), (16, 0.75)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_hessian_clip_lowers_the_output_error(bits, size, gain):
+    weight, hessian, others = matrix(out=40), moments(), moments(seed=4)
+    errors = {}
+    for clip in ("minmax", "mse", "hessian"):
+        quantized = encode(weight, hessian, bits=bits, clip=clip, group_size=size)
+        errors[clip] = output_errors(quantized, weight, hessian)
+    assert float(errors["hessian"].sum()) < gain * min(float(errors["mse"].sum()), float(errors["minmax"].sum()))
+    if size is None:
+        assert bool((errors["hessian"] <= errors["minmax"] * (1 + 1e-4)).all())
+    plain = encode(weight, bits=bits, group_size=size)
+    foreign = encode(weight, others, bits=bits, clip="hessian", group_size=size)
+    assert not torch.equal(decoded(foreign), decoded(plain))
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_for_white_inputs_the_hessian_changes_nothing(size):
+    weight = matrix()
+    white = encode(weight, torch.eye(48), bits=3, clip="hessian", group_size=size)
+    assert torch.equal(decoded(white), decoded(encode(weight, bits=3, group_size=size)))
+
+
+@pytest.mark.parametrize("clip", ["mse", "minmax"])
+def test_the_other_clips_read_no_hessian(clip):
+    weight = matrix()
+    assert torch.equal(
+        decoded(encode(weight, moments(), bits=3, clip=clip)), decoded(encode(weight, bits=3, clip=clip))
+    )
+
+
+def test_inputs_that_are_always_zero_do_not_hinder():
+    weight, hessian = matrix(), moments()
+    hessian[:, 10:20] = hessian[10:20] = 0
+    live = torch.cat([torch.arange(10), torch.arange(20, 48)])
+    clipped = output_errors(encode(weight, hessian, bits=3, clip="hessian"), weight, hessian)
+    assert float(clipped.sum()) < float(output_errors(encode(weight, bits=3), weight, hessian).sum())
+    weight[:, live] = 0
+    assert float(output_errors(encode(weight, hessian, bits=3, clip="hessian"), weight, hessian).sum()) == 0
+    nothing = encode(weight, torch.zeros(48, 48), bits=3, clip="hessian")
+    assert torch.equal(decoded(nothing), decoded(encode(weight, bits=3, clip="minmax")))
+
+
 def test_groups_are_rows_of_their_own():
     weight = matrix(out=6, inputs=48)
     whole = encode(weight, bits=3, group_size=16)
@@ -126,3 +215,15 @@ def test_what_cannot_be_encoded_is_refused():
         encode(matrix(), bits=4, clip="best")
     with pytest.raises(ValueError, match="must be a matrix"):
         encode(torch.zeros(2, 2, 3, 3), bits=4)
+
+
+def test_a_hessian_that_cannot_be_used_is_refused():
+    with pytest.raises(UserError, match="clip=hessian needs the second moments"):
+        encode(matrix(), bits=3, clip="hessian")
+    with pytest.raises(ValueError, match=r"must be \[in, in\]"):
+        encode(matrix(), torch.eye(47), bits=3, clip="hessian")
+    for clip in ("hessian", "mse"):
+        hessian = moments()
+        hessian[2, 3] = torch.inf
+        with pytest.raises(UserError, match=r"activations of layer a\.b have infinite or NaN"):
+            encode(matrix(), hessian, bits=3, clip=clip, layer="a.b")

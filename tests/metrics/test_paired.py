@@ -11,8 +11,9 @@ from vqdm.metrics.tiny_world import (
     _agreement,
     _ratio,
     fidelity_scores,
+    image_scores,
     mean_and_error,
-    paired_scores,
+    set_scores,
     to_tensor,
 )
 from vqdm.tiny.captions import caption_of
@@ -129,17 +130,27 @@ def test_paired_scores_of_the_same_images_and_of_others():
     reference = net(to_tensor(render([draw_scene(0, "reference", i) for i in range(40)])))
     evaluators = Evaluators(net, torch.nn.Identity(), None, reference)
     images = render([draw_scene(0, "test", i) for i in range(40)])
-    columns = {"features": net(to_tensor(images))}
-    same = paired_scores(evaluators, columns, columns, resamples=3, seed=0)
-    assert same["distance_to_fp"] == {"value": 0.0, "se": 0.0}
-    assert same["agreement_with_fp"]["value"] == 1.0
-    assert same["fid_to_fp"]["value"] == pytest.approx(0, abs=1e-4)
-    others = {"features": net(to_tensor(255 - images))}
-    away = paired_scores(evaluators, others, columns, resamples=3, seed=0)
+    scenes = [draw_scene(0, "test", i) for i in range(40)]
+    captions = [caption_of(s, seed=0, split="test", index=i) for i, s in enumerate(scenes)]
+    original, cosines = net(to_tensor(images)), torch.linspace(-1, 1, 40)
+    columns = {"features": original, "original_features": original, "cosines": cosines}
+    same = image_scores(evaluators, columns, captions)
+    assert np.all(same["distance_to_fp"] == 0) and np.all(same["agreement_with_fp"] == 1)
+    assert np.array_equal(same["clip_score"], cosines.numpy())
+    same_set = set_scores(evaluators, columns, captions, resamples=3, seed=0)
+    assert same_set["fid_to_fp"]["value"] == pytest.approx(0, abs=1e-4)
+    others = columns | {"features": net(to_tensor(255 - images))}
     spread = reference.numpy().std(axis=0, ddof=1)  # distances are in units of the reference's spread
-    distances = np.linalg.norm((others["features"] - columns["features"]).numpy() / spread, axis=1)
-    assert away["distance_to_fp"]["value"] == pytest.approx(distances.mean(), rel=1e-5)
-    assert away["fid_to_fp"]["value"] > 10 * abs(same["fid_to_fp"]["value"])
+    distances = np.linalg.norm((others["features"] - original).numpy() / spread, axis=1)
+    assert image_scores(evaluators, others, captions)["distance_to_fp"] == pytest.approx(distances, rel=1e-5)
+    away = set_scores(evaluators, others, captions, resamples=3, seed=0)
+    assert away["fid_to_fp"]["value"] > 10 * abs(same_set["fid_to_fp"]["value"])
+    assert "fid_to_fp" not in set_scores(
+        evaluators, {"features": original, "cosines": cosines}, captions, resamples=3, seed=0
+    )
+    asked = image_scores(evaluators, columns, captions)
+    assert set(np.unique(asked["all_right"])) <= {0.0, 1.0}
+    assert np.array_equal(asked["fidelity"] == 1, asked["all_right"] == 1)
 
 
 def test_tensors_keep_pixels_in_place():

@@ -59,17 +59,39 @@ def mean_and_error(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values.mean()), "se": error}
 
 
+def tally(captions: list[str], seen: list[Seen]) -> tuple[np.ndarray, np.ndarray]:
+    """Attributes found and asked for in every image, by kind: two [n, kinds]."""
+    tallies = [fidelity(requested(caption), one) for caption, one in zip(captions, seen, strict=True)]
+    found, asked = ([[counts[kind][i] for kind in KINDS] for counts in tallies] for i in (0, 1))
+    return np.array(found, np.float64), np.array(asked, np.float64)
+
+
 def fidelity_scores(captions: list[str], seen: list[Seen]) -> dict[str, dict[str, float]]:
     """Share of the captions' attributes found, the share of images with all of them right, and shares by kind.
 
     The standard error of a share of attributes is that of a ratio of sums over images (delta method).
     """
-    tallies = [fidelity(requested(caption), one) for caption, one in zip(captions, seen, strict=True)]
-    found = np.array([[tally[kind][0] for kind in KINDS] for tally in tallies], np.float64)
-    asked = np.array([[tally[kind][1] for kind in KINDS] for tally in tallies], np.float64)
+    found, asked = tally(captions, seen)
     scores = {"fidelity": _ratio(found.sum(1), asked.sum(1))}
     scores["all_right"] = mean_and_error(found.sum(1) == asked.sum(1))
     scores |= {f"fidelity_{kind}": _ratio(found[:, i], asked[:, i]) for i, kind in enumerate(KINDS)}
+    return scores
+
+
+def image_scores(evaluators: Evaluators, columns: dict, captions: list[str]) -> dict[str, np.ndarray]:
+    """Every image's own share of each metric that is a mean over images (fidelity: share of its own attributes)."""
+    seen = look(evaluators.net, columns["features"])
+    found, asked = (counts.sum(1) for counts in tally(captions, seen))
+    scores = {
+        "clip_score": columns["cosines"].numpy(),
+        "fidelity": found / np.maximum(asked, 1),
+        "all_right": (found == asked).astype(np.float64),
+    }
+    if "original_features" in columns:
+        own, originals = (evaluators.standardised(columns[name]) for name in ("features", "original_features"))
+        pairs = zip(seen, look(evaluators.net, columns["original_features"]), strict=True)
+        scores["distance_to_fp"] = feature_distance(own, originals).numpy()
+        scores["agreement_with_fp"] = np.array([_agreement(a, b) for a, b in pairs])
     return scores
 
 
@@ -81,14 +103,17 @@ def _ratio(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
     return {"value": float(share), "se": float(residual.std(ddof=1) / asked.mean() / np.sqrt(len(found)))}
 
 
-def unpaired_scores(evaluators: Evaluators, columns: dict, captions: list[str], *, resamples: int, seed: int) -> dict:
-    """FID, KID, CLIP score and fidelity of one set of images."""
+def set_scores(evaluators: Evaluators, columns: dict, captions: list[str], *, resamples: int, seed: int) -> dict:
+    """FID, KID and fidelity of one set of images, FID against the full-precision ones if they are there."""
     real, fake = (evaluators.standardised(f) for f in (evaluators.reference, columns["features"]))
     scores = {}
     for name, statistic in (("fid", fid), ("kid", kid)):
         error = bootstrap_error(lambda rows, s=statistic: s(real, rows), fake, resamples=resamples, seed=seed)
         scores[name] = {"value": statistic(real, fake), "se": error}
-    scores["clip_score"] = mean_and_error(columns["cosines"].numpy())
+    if "original_features" in columns:
+        original = evaluators.standardised(columns["original_features"])
+        error = bootstrap_error(lambda rows: fid(original, rows), fake, resamples=resamples, seed=seed)
+        scores["fid_to_fp"] = {"value": fid(original, fake), "se": error}
     return scores | fidelity_scores(captions, look(evaluators.net, columns["features"]))
 
 
@@ -99,16 +124,3 @@ def _agreement(one: Seen, other: Seen) -> float:
         first, second = (s.things[slot] if slot < len(s.things) else (None,) * 3 for s in (one, other))
         pairs += zip(first, second, strict=True)
     return float(np.mean([a == b for a, b in pairs]))
-
-
-def paired_scores(evaluators: Evaluators, columns: dict, originals: dict, *, resamples: int, seed: int) -> dict:
-    """Distance of features, FID and attribute agreement, against the full-precision images of the same noise."""
-    raw = (columns["features"], originals["features"])
-    fake, real = map(evaluators.standardised, raw)
-    pairs = zip(*(look(evaluators.net, features) for features in raw), strict=True)
-    error = bootstrap_error(lambda rows: fid(real, rows), fake, resamples=resamples, seed=seed)
-    return {
-        "distance_to_fp": mean_and_error(feature_distance(fake, real).numpy()),
-        "fid_to_fp": {"value": fid(real, fake), "se": error},
-        "agreement_with_fp": mean_and_error(np.array([_agreement(a, b) for a, b in pairs])),
-    }

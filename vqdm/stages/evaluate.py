@@ -3,6 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -10,10 +11,11 @@ from vqdm.config import EvaluateConfig
 from vqdm.errors import UserError
 from vqdm.metrics import tiny_world
 from vqdm.metrics.paired import SMALLEST_ERROR, psnr
+from vqdm.metrics.tiny_world import mean_and_error
 from vqdm.prompts import PromptList
 from vqdm.stages.generate import load_images
-from vqdm.stages.layout import batches
-from vqdm.store import write_json
+from vqdm.stages.layout import IMAGES_FILE, batches
+from vqdm.store import atomic_write, write_json
 
 BATCH = 128  # images in memory at a time
 
@@ -24,6 +26,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Write `metrics.json`: {metrics: {name: {value, se}}, protocol: {...}} of the images of `prompts`.
 
+    And `images.csv`, every image's own scores, to compare two runs on the same captions and noise pair by pair.
+
     originals: the full-precision images of the same captions and noise, or None for those themselves.
     """
     evaluators = None if evaluators_directory is None else tiny_world.Evaluators.load(evaluators_directory)
@@ -33,7 +37,12 @@ def evaluate(
         for name, values in _score_batch(images, originals, rows, captions=captions, evaluators=evaluators).items():
             columns.setdefault(name, []).append(values)
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
-    scores = _scores(joined, prompts, evaluators, config=config)
+    images_scores = _image_scores(joined, prompts, evaluators)
+    atomic_write(directory / IMAGES_FILE, _csv(images_scores, prompts))
+    scores = {name: mean_and_error(values) for name, values in images_scores.items()}
+    if evaluators is not None:
+        settings = {"resamples": config.bootstrap, "seed": 0}
+        scores |= tiny_world.set_scores(evaluators, joined, prompts.texts, **settings)
     content = {"metrics": scores, "protocol": _protocol(prompts, config, evaluators)}
     write_json(directory / "metrics.json", content)
 
@@ -51,17 +60,17 @@ def _score_batch(images: Path, originals: Path | None, rows: range, *, captions,
     return columns
 
 
-def _scores(columns: dict, prompts: PromptList, evaluators, *, config: EvaluateConfig) -> dict:
-    scores: dict[str, dict] = {}
-    settings = {"resamples": config.bootstrap, "seed": 0}
-    if evaluators is not None:
-        scores |= tiny_world.unpaired_scores(evaluators, columns, prompts.texts, **settings)
-    if "psnr" in columns:
-        scores["psnr_to_fp"] = tiny_world.mean_and_error(columns["psnr"].numpy())
-    if evaluators is not None and "psnr" in columns:
-        originals = {"features": columns["original_features"]}
-        scores |= tiny_world.paired_scores(evaluators, columns, originals, **settings)
-    return scores
+def _image_scores(columns: dict, prompts: PromptList, evaluators) -> dict[str, np.ndarray]:
+    """Metrics that every image has for itself: [n] each."""
+    scores = {"psnr_to_fp": columns["psnr"].numpy()} if "psnr" in columns else {}
+    return scores if evaluators is None else scores | tiny_world.image_scores(evaluators, columns, prompts.texts)
+
+
+def _csv(scores: dict[str, np.ndarray], prompts: PromptList) -> bytes:
+    import pandas as pd
+
+    frame = pd.DataFrame({"prompt": [prompt.id for prompt in prompts.prompts], **scores})
+    return frame.to_csv(index=False, float_format="%.7g").encode()
 
 
 def _protocol(prompts: PromptList, config: EvaluateConfig, evaluators) -> dict:

@@ -16,7 +16,7 @@ from vqdm.models.location import check_pipeline_directory, evaluators_directory,
 from vqdm.prompts import PromptList, load_prompts
 from vqdm.store import Stage
 
-VERSIONS = {"calibrate": 1, "quantize": 1, "generate": 1, "evaluate": 1, "tiny_train": 1}
+VERSIONS = {"calibrate": 1, "sensitivity": 1, "quantize": 2, "generate": 1, "evaluate": 2, "tiny_train": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Graph:
 
     calibration_prompts: PromptList | None
     calibrate: Stage | None
+    sensitivity: Stage | None
     quantize: Stage | None
     prompts: PromptList
     images: Stage
@@ -32,7 +33,7 @@ class Graph:
     evaluate: Stage
 
     def stages(self) -> list[Stage]:
-        found = [self.calibrate, self.quantize, self.teacher_images, self.images, self.evaluate]
+        found = [self.calibrate, self.sensitivity, self.quantize, self.teacher_images, self.images, self.evaluate]
         return [stage for stage in found if stage is not None]
 
 
@@ -61,7 +62,7 @@ def _pick(config, *names: str) -> dict:
 
 
 def _calibrate(config: Config, prompts: PromptList, model: str) -> Stage:
-    settings = _pick(config.calibration, "recorded_steps", "batch_size", "noise_seed")
+    settings = _pick(config.calibration, "recorded_steps", "timesteps", "batch_size", "noise_seed")
     settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
     settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
     label = f"{config.model.name}-{config.calibration.source}-{len(prompts.prompts)}"
@@ -70,21 +71,43 @@ def _calibrate(config: Config, prompts: PromptList, model: str) -> Stage:
 
 def quantizer_name(config: Config) -> str:
     """Short name of the quantizer for labels: rtn4, vq3, …"""
-    kinds = {"none": "fp", "rtn": f"rtn{config.quantize.bits}", "additive": f"vq{config.quantize.bits}"}
-    return kinds[config.quantize.kind]
+    names = {"none": "fp", "additive": "vq"}
+    kind = config.quantize.kind
+    return names.get(kind, kind) + ("" if kind == "none" else f"{config.quantize.bits:g}")
 
 
-_QUANTIZE_OPTIONS = {
-    "rtn": ("kind", "bits", "clip", "group_size"),
-    "additive": ("kind", "bits", "group_size", "codebook_bits", "codebooks", "beam_size", "seed"),
+_HESSIAN_OPTIONS = ("hessian_from", "tokens_per_call", "damping", "seed")
+_ADDITIVE_OPTIONS = ("group_size", "codebook_bits", "codebooks", "input_scales", "recipe", "beam_size")
+_QUANTIZE_OPTIONS = {  # beside kind and bits
+    "rtn": ("clip", "group_size"),
+    "gptq": ("clip", "group_size", "act_order", *_HESSIAN_OPTIONS),
+    "adaround": ("clip", "group_size", "iterations", "batch_size", "seed"),
+    "additive": (*_ADDITIVE_OPTIONS, *_HESSIAN_OPTIONS),
+    "trellis": ("row_exponent", *_HESSIAN_OPTIONS),
 }
 
 
-def _quantize(config: Config, calibrate: Stage, model: str) -> Stage:
-    settings = _pick(config.quantize, *_QUANTIZE_OPTIONS[config.quantize.kind])
-    settings |= _pick(config.model, "layers", "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
+def _layers(config: Config) -> dict:
+    """What says which matrices there are to quantize."""
+    return _pick(config.model, "layers", "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
+
+
+def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
+    """One for all bit-widths of a model."""
+    if config.quantize.allocation != "sensitivity":
+        return None
+    settings = _pick(config.quantize, *_QUANTIZE_OPTIONS["trellis"]) | _layers(config)
+    return _stage("sensitivity", config.model.name, settings, calibrate=calibrate, model=model)
+
+
+def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model: str) -> Stage:
+    options = _QUANTIZE_OPTIONS[config.quantize.kind]
+    settings = _pick(config.quantize, "kind", "bits", *options) | _layers(config)
+    if config.quantize.kind == "rtn" and config.quantize.clip == "hessian":
+        settings |= _pick(config.quantize, *_HESSIAN_OPTIONS)
     label = f"{config.model.name}-{quantizer_name(config)}"
-    return _stage("quantize", label, settings, calibrate=calibrate, model=model)
+    upstream = {} if sensitivity is None else {"sensitivity": sensitivity}
+    return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
 
 def _images(config: Config, model: str, quantize: Stage | None) -> Stage:
@@ -104,7 +127,8 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     calibration_prompts = read_prompts(config.calibration) if quantized else None
     prompts = read_prompts(config.evaluate.prompts)
     calibrate = _calibrate(config, calibration_prompts, model) if quantized else None
-    quantize = _quantize(config, calibrate, model) if quantized else None
+    sensitivity = _sensitivity(config, calibrate, model) if quantized else None
+    quantize = _quantize(config, calibrate, sensitivity, model) if quantized else None
     images = _images(config, model, quantize)
     teacher_images = _images(config, model, None) if quantized else None
     settings = _pick(config.evaluate, "metrics", "bootstrap") | {"n": len(prompts.prompts), "prompts": prompts.sha256}
@@ -115,7 +139,7 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
         _needs_tiny_captions(prompts)
         upstream["evaluators"] = files_identity(evaluators_directory(config.evaluate.evaluators), cache)
     evaluate = _stage("evaluate", images.label, settings, **upstream)
-    return Graph(calibration_prompts, calibrate, quantize, prompts, images, teacher_images, evaluate)
+    return Graph(calibration_prompts, calibrate, sensitivity, quantize, prompts, images, teacher_images, evaluate)
 
 
 def _needs_tiny_captions(prompts: PromptList) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores
+
 
 def image_path(directory: Path, index: int) -> Path:
     return directory / "images" / f"{index:06d}.png"

@@ -1,123 +1,214 @@
-"""Quantize the denoiser layer by layer; one file per layer until all are there, then one file for the model."""
+"""Quantize the denoiser group by group; one file per layer until all are there, then one file for the model.
 
+A layer is encoded on one thread, layers run in parallel: what comes out does not depend on the number of threads.
+"""
+
+import concurrent.futures
+import copy
+import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqdm.bits import BitCounts, count_bits, tensor_bytes
-from vqdm.codecs import additive, rtn
-from vqdm.config import QuantizeConfig
+from vqdm.bits import count_bits, tensor_bytes
+from vqdm.blocks import Block
+from vqdm.codecs import adaround, additive, gptq, rtn, trellis
+from vqdm.codecs.trellis_table import load_table
+from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
+from vqdm.hessian import HessianRecorder
 from vqdm.hub import MODEL_FILE, denoiser_bytes
-from vqdm.layers import swap, swap_empty
+from vqdm.layers import swap
+from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import OUTPUT, Call, play_back
-from vqdm.models.specs import LayerSpec, layer_specs, skipped_specs, weight_to_matrix
+from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.seeds import torch_generator
+from vqdm.stages.calibrate import recorded_calls
+from vqdm.stages.hessians import drive_student, drive_teacher, execution_groups, teacher_groups
+from vqdm.stages.schemes import Assignment, assign_schemes, read_harm
 from vqdm.store import atomic_write, read_item, write_item, write_json
-from vqdm.weights.additive import AdditiveScheme, SharedCodebooks
-from vqdm.weights.base import QuantizedWeight, Scheme
-from vqdm.weights.registry import empty_weight, scheme_from_dict
-from vqdm.weights.scalar import ScalarScheme
+from vqdm.weights.additive import AdditiveScheme
+from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart
+from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
+from vqdm.weights.trellis import TrellisTable
 
 log = logging.getLogger("vqdm")
 
+Problem = tuple[LayerSpec, Scheme]
 
-def _matrix(denoiser: nn.Module, spec: LayerSpec) -> torch.Tensor:
+
+def matrix_of(denoiser: nn.Module, spec: LayerSpec) -> Tensor:
     return weight_to_matrix(denoiser.get_submodule(spec.name).weight.detach().float())
 
 
-def scheme_for(config: QuantizeConfig) -> Scheme:
-    """The scheme that a configuration asks of every layer."""
+def needs_hessians(config: QuantizeConfig) -> bool:
+    return config.kind in ("gptq", "additive", "trellis") or (config.kind == "rtn" and config.clip == "hessian")
+
+
+def encode_layer(
+    matrix: Tensor,
+    hessian: Tensor | None,
+    scheme: Scheme,
+    *,
+    config: QuantizeConfig,
+    shared: SharedPart | None,
+    layer: str,
+) -> QuantizedWeight:
+    """One layer by the codec of `config`; all that a codec draws is seeded by the layer's name."""
+    scalar = {"clip": config.clip, "group_size": config.group_size, "layer": layer}
     if config.kind == "rtn":
-        return ScalarScheme(codec="rtn", bits=config.bits, group_size=config.group_size)
-    return AdditiveScheme(
-        num_codebooks=config.bits * config.group_size // config.codebook_bits,
-        codebook_bits=config.codebook_bits,
-        group_size=config.group_size,
-        shared="codebooks" if config.codebooks == "model" else None,
-    )
-
-
-def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str, min_size: int) -> BitCounts:
-    """What the quantized denoiser will take, from its shapes alone: `denoiser` is on the meta device, and changed.
-
-    UserError, with the layer's name, where the scheme does not fit a layer.
-    """
-    scheme = scheme_for(config)
-    swap_empty(denoiser, [(spec, scheme) for spec in layer_specs(denoiser, pattern=pattern, min_size=min_size)])
-    return count_bits(denoiser)
-
-
-def _shared_codebooks(directory: Path, denoiser: nn.Module, specs: list[LayerSpec], *, config: QuantizeConfig):
-    """One codebook set for the model: read back if a killed run has learned it already."""
-    scheme, name = scheme_for(config), "shared_codebooks"
-    if read_item(directory, name) is None:
-        shared = additive.train_shared_codebooks(
-            (_matrix(denoiser, spec) for spec in specs),
-            num_codebooks=scheme.num_codebooks,
-            codebook_bits=scheme.codebook_bits,
-            group_size=scheme.group_size,
-            generator=torch_generator(config.seed, "codebooks"),
+        return rtn.encode(matrix, hessian, bits=scheme.bits, **scalar)
+    if config.kind == "gptq":
+        return gptq.encode(
+            matrix, hessian, bits=scheme.bits, act_order=config.act_order, damping=config.damping, **scalar
         )
-        write_item(directory, name, {f"{name}.safetensors": to_bytes(shared.state_dict())}, {})
-    shared = SharedCodebooks(scheme)
-    shared.load_state_dict(load_file(directory / f"{name}.safetensors"))
-    return shared
-
-
-def _encode(matrix: torch.Tensor, spec: LayerSpec, *, config: QuantizeConfig, shared) -> QuantizedWeight:
-    if config.kind == "rtn":
-        return rtn.encode(matrix, bits=config.bits, clip=config.clip, group_size=config.group_size, layer=spec.name)
-    scheme = scheme_for(config)
+    if config.kind == "trellis":
+        return trellis.encode(
+            matrix, hessian, bits=scheme.bits, table=shared, damping=config.damping,
+            row_exponent=config.row_exponent, layer=layer,
+        )  # fmt: skip
     return additive.encode(
         matrix,
+        hessian,
         num_codebooks=scheme.num_codebooks,
         codebook_bits=scheme.codebook_bits,
         group_size=scheme.group_size,
-        beam_size=config.beam_size,
+        input_scales=scheme.input_scales,
         shared=shared,
-        generator=torch_generator(config.seed, "encode", spec.name),
-        layer=spec.name,
+        shared_key=scheme.shared,
+        recipe=config.recipe,
+        beam_size=config.beam_size,
+        damping=config.damping,
+        generator=torch_generator(config.seed, "encode", layer),
+        layer=layer,
     )
 
 
-def _record(spec: LayerSpec, matrix: torch.Tensor, weight: QuantizedWeight, seconds: float) -> dict:
-    """One line of the per-layer table; the error is relative to the weight's own power."""
-    error = (weight().float() - matrix).square().sum() / matrix.square().sum().clamp(min=1e-30)
-    return {
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """torch computes on one thread inside, in threads that are started inside too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shared_parts(
+    directory: Path, denoiser: nn.Module, problems: list[Problem], *, config: QuantizeConfig
+) -> dict[str, SharedPart]:
+    """What the schemes share, by key: codebooks are learned from all layers that use them, once, and kept as items."""
+    users: dict[str, list[Problem]] = {}
+    for spec, scheme in problems:
+        if scheme.shared_key is not None:
+            users.setdefault(scheme.shared_key, []).append((spec, scheme))
+    return {key: _shared_part(directory, denoiser, members, config=config) for key, members in users.items()}
+
+
+def _shared_part(directory: Path, denoiser: nn.Module, users: list[Problem], *, config: QuantizeConfig) -> SharedPart:
+    scheme = users[0][1]
+    if not isinstance(scheme, AdditiveScheme):
+        return TrellisTable.from_values(load_table())
+    name = f"shared_{scheme.shared_key}"
+    if read_item(directory, name) is None:
+        made = additive.train_shared_codebooks(
+            (matrix_of(denoiser, spec) for spec, _ in users),
+            num_codebooks=scheme.num_codebooks,
+            codebook_bits=scheme.codebook_bits,
+            group_size=scheme.group_size,
+            generator=torch_generator(config.seed, "codebooks", scheme.shared_key),
+        )
+        write_item(directory, name, {f"{name}.safetensors": to_bytes(made.state_dict())}, {})
+    part = empty_shared(scheme)
+    part.load_state_dict(load((directory / f"{name}.safetensors").read_bytes()))
+    return part
+
+
+@dataclasses.dataclass
+class Encoder:
+    """Makes the quantized weights of a stage's directory: each is an item, made once, read back after."""
+
+    directory: Path
+    denoiser: nn.Module
+    config: QuantizeConfig
+    shared: dict[str, SharedPart]
+
+    def stored(self, spec: LayerSpec) -> QuantizedWeight | None:
+        record = read_item(self.directory, spec.name)
+        if record is None:
+            return None
+        scheme = scheme_from_dict(record["scheme"])
+        weight = empty_weight(scheme, spec.shape, self.shared.get(scheme.shared_key))
+        weight.load_state_dict(load((self.directory / _file(spec)).read_bytes()))
+        return weight
+
+    def store(
+        self, spec: LayerSpec, weight: QuantizedWeight, matrix: Tensor, hessian: Tensor | None = None, **more
+    ) -> dict:
+        record = _record(spec, weight, matrix, hessian) | more
+        write_item(self.directory, spec.name, {_file(spec): to_bytes(weight.state_dict())}, record)
+        return record
+
+    def encode(self, problem: Problem, hessian: Tensor | None) -> dict:
+        spec, scheme = problem
+        began = time.monotonic()
+        matrix = matrix_of(self.denoiser, spec)
+        weight = encode_layer(
+            matrix, hessian, scheme, config=self.config, shared=self.shared.get(scheme.shared_key), layer=spec.name
+        )
+        return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
+
+    def encode_all(self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, progress) -> None:
+        """In parallel, the largest first; what is stored already is left."""
+        missing = [problem for problem in problems if read_item(self.directory, problem[0].name) is None]
+        progress.update(len(problems) - len(missing))
+        with one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            largest_first = sorted(missing, key=lambda problem: -problem[0].size)
+            futures = [pool.submit(self.encode, problem, hessians.get(problem[0].name)) for problem in largest_first]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    record = future.result()
+                    progress.set_postfix(bits=f"{record['bits']:.3f}", error=f"{_error_of(record):.4f}")
+                    progress.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _file(spec: LayerSpec) -> str:
+    return f"layers/{spec.name}.safetensors"
+
+
+def _error_of(record: dict) -> float:
+    return record.get("relative_output_error", record["relative_weight_error"])
+
+
+def _record(spec: LayerSpec, weight: QuantizedWeight, matrix: Tensor, hessian: Tensor | None) -> dict:
+    """One line of the per-layer table; errors are relative to the weight's own power, or to that of its output."""
+    change = weight().detach().float() - matrix
+    record = {
         "name": spec.name,
         "shape": list(spec.shape),
         "scheme": weight.scheme.to_dict(),
         "bits": 8 * tensor_bytes(weight.state_dict(keep_vars=True).values()) / matrix.numel(),
-        "relative_weight_error": float(error),
-        "seconds": round(seconds, 3),
+        "relative_weight_error": float(change.square().sum() / matrix.square().sum().clamp(min=1e-30)),
     }
-
-
-def _quantize_layer(directory: Path, denoiser: nn.Module, spec: LayerSpec, *, config: QuantizeConfig, shared) -> dict:
-    """Encode one layer, or read it back; puts it into the denoiser either way."""
-    record = read_item(directory, spec.name)
-    file = f"layers/{spec.name}.safetensors"
-    if record is None:
-        began = time.monotonic()
-        matrix = _matrix(denoiser, spec)
-        weight = _encode(matrix, spec, config=config, shared=shared)
-        record = _record(spec, matrix, weight, time.monotonic() - began)
-        write_item(directory, spec.name, {file: to_bytes(weight.state_dict())}, record)
-    else:
-        weight = empty_weight(scheme_from_dict(record["scheme"]), spec.shape, shared)
-        weight.load_state_dict(load((directory / file).read_bytes()))
-    swap(denoiser, spec, weight)
+    if hessian is not None:
+        power = float(((matrix @ hessian) * matrix).sum())
+        record["relative_output_error"] = float(((change @ hessian) * change).sum()) / max(power, 1e-30)
     return record
 
 
-def _output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> float:
+def output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> float:
     """Relative squared error of the denoiser's own output on the recorded calls, as stored (16-bit floats)."""
     wrong = power = 0.0
     for call in calls:
@@ -128,30 +219,102 @@ def _output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> fl
 
 
 def quantize(
-    directory: Path, denoiser: nn.Module, calls, *, config: QuantizeConfig, pattern: str, min_size: int, device: str
+    directory: Path,
+    pipeline,
+    calibration: Path,
+    *,
+    config: QuantizeConfig,
+    model: ModelConfig,
+    calibration_config: CalibrationConfig,
+    device: str,
+    harm: Path | None = None,
 ) -> dict:
     """Fill the stage's directory: `denoiser.safetensors`, `layers.json`. Returns bits, bytes and output error.
 
-    calls: recorded calls of the full-precision denoiser; they measure the error, no codec of this stage learns on them.
+    pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: the stage's directory.
+    harm: the directory of the sensitivity stage, by which bits are given to layers; None: all get the same.
     """
-    specs = layer_specs(denoiser, pattern=pattern, min_size=min_size)
-    skipped = skipped_specs(denoiser, pattern=pattern, min_size=min_size)
+    denoiser = denoiser_of(pipeline)
     dtype = next(denoiser.parameters()).dtype
-    shared = None
-    if config.kind == "additive" and config.codebooks == "model":
-        shared = _shared_codebooks(directory, denoiser, specs, config=config)
-    records = []
-    with tqdm(specs, desc=f"quantize {directory.name}", unit="layer") as progress:
-        for spec in progress:
-            records.append(_quantize_layer(directory, denoiser, spec, config=config, shared=shared))
-            progress.set_postfix(bits=f"{records[-1]['bits']:.3f}", error=f"{records[-1]['relative_weight_error']:.4f}")
+    measured = None if harm is None else read_harm(harm)
+    assignment = assign_schemes(denoiser, config, pattern=model.layers, min_size=model.min_size, harm=measured)
+    with one_thread_each():
+        shared = shared_parts(directory, denoiser, assignment.quantized, config=config)
+    encoder = Encoder(directory, denoiser, config, shared)
+    with tqdm(total=len(assignment.quantized), desc=f"quantize {directory.name}", unit="layer") as progress:
+        if config.kind == "adaround":
+            _by_blocks(encoder, assignment, calibration, progress=progress)
+        else:
+            drive = functools.partial(drive_student, pipeline, config=calibration_config, sampler=model.sampler)
+            _by_groups(encoder, assignment, calibration, drive, device=device, progress=progress)
+    return _finish(directory, denoiser, assignment, calibration, dtype=dtype, device=device)
+
+
+def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, progress) -> None:
+    """Hessians of a group, its layers in parallel, the next group; students take each group in before the next."""
+    config, denoiser, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
+    student = config.hessian_from == "student" and needs_hessians(config)
+    groups = execution_groups(denoiser, assignment.specs, calibration)
+    drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
+    workers = torch.get_num_threads() if device == "cpu" else 1
+    for group in groups if student else teacher_groups(groups):
+        hessians = {}
+        missing = any(read_item(encoder.directory, spec.name) is None for spec in group)
+        if missing and needs_hessians(config):
+            with HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder:
+                drive(recorder)
+            hessians = recorder.hessians()
+        problems = [(spec, schemes[spec.name]) for spec in group]
+        encoder.encode_all(problems, hessians, workers=workers, progress=progress)
+        if student:
+            _take_in(encoder, group)
+    if not student:
+        _take_in(encoder, assignment.specs)
+
+
+def _take_in(encoder: Encoder, specs: list[LayerSpec]) -> None:
+    """Put stored weights into the denoiser, where its layers were."""
+    device = next(encoder.denoiser.parameters()).device
+    for spec in specs:
+        swap(encoder.denoiser, spec, encoder.stored(spec), decode="cached")
+    nn.Module.to(encoder.denoiser, device=device)  # with the shared parts that came along
+
+
+def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, progress) -> None:
+    """AdaRound: block after block, on what the partly quantized student feeds it and the teacher makes of it."""
+    config, specs = encoder.config, {spec.name: spec for spec in assignment.specs}
+    teacher = copy.deepcopy(encoder.denoiser)
+
+    def stored(block: Block) -> dict[str, QuantizedWeight] | None:
+        weights = {spec.name: encoder.stored(spec) for spec in block.specs}
+        return None if None in weights.values() else weights
+
+    def show(block: Block, step: int, loss: float) -> None:
+        progress.set_postfix(block=block.name, step=step, loss=f"{loss:.4f}")
+
+    with one_thread_each():
+        for _, weights, report in adaround.quantize_blocks(
+            encoder.denoiser, teacher, assignment.specs, lambda: recorded_calls(calibration), seed=config.seed,
+            stored=stored, progress=show, bits=int(config.bits), group_size=config.group_size, clip=config.clip,
+            iterations=config.iterations, batch_size=config.batch_size,
+        ):  # fmt: skip
+            progress.update(len(weights))
+            if report is not None:
+                for name, weight in weights.items():
+                    encoder.store(specs[name], weight, matrix_of(teacher, specs[name]), **dataclasses.asdict(report))
+
+
+def _finish(
+    directory: Path, denoiser: nn.Module, assignment: Assignment, calibration: Path, *, dtype, device: str
+) -> dict:
+    records = [read_item(directory, spec.name) for spec in assignment.specs]
     bits = count_bits(denoiser)
     content = denoiser_bytes(denoiser)
     atomic_write(directory / MODEL_FILE, content)
-    left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in skipped]
+    left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in assignment.skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
     nn.Module.to(denoiser, device=device, dtype=dtype)
-    error = _output_error(denoiser, calls, device)
+    error = output_error(denoiser, recorded_calls(calibration), device)
     log.info(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
         len(records), len(left), bits.bits_per_weight, error,

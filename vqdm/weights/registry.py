@@ -4,9 +4,11 @@ from vqdm.errors import UserError
 from vqdm.weights.additive import AdditiveWeight, SharedCodebooks
 from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart
 from vqdm.weights.scalar import ScalarWeight
+from vqdm.weights.trellis import TrellisTable, TrellisWeight
 
-WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.scheme_type.kind: kind for kind in (ScalarWeight, AdditiveWeight)}
-SHARED_PARTS: dict[str, type[SharedPart]] = {"additive": SharedCodebooks}
+_KINDS = (ScalarWeight, AdditiveWeight, TrellisWeight)
+WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.scheme_type.kind: kind for kind in _KINDS}
+SHARED_PARTS: dict[str, type[SharedPart]] = {"additive": SharedCodebooks, "trellis": TrellisTable}
 
 
 def scheme_from_dict(fields: dict) -> Scheme:

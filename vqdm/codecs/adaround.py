@@ -1,0 +1,230 @@
+"""AdaRound: whether each weight of a block is rounded down or up is learned on what the block should give.
+
+Not a codec but a routine over a block (vqdm/blocks.py). Nagel et al. 2020, "Up or Down?", eqs. 21-25, with BRECQ's
+(Li et al. 2021) blocks, and, as in Q-Diffusion (Li et al. 2023), grids of least squared weight error.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdm.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, record_block
+from vqdm.codecs import rtn
+from vqdm.layers import swap
+from vqdm.models.recording import Call
+from vqdm.models.specs import LayerSpec, weight_to_matrix
+from vqdm.seeds import torch_generator
+from vqdm.weights.base import QuantizedWeight
+from vqdm.weights.scalar import ScalarScheme, ScalarWeight, decode_scalar
+
+ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range and clipped to [0, 1], so that it reaches both
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+
+
+class SoftRounding(QuantizedWeight):
+    """A weight [out, in] between the two grid points around each entry: h = 0 is the lower one, 1 the upper.
+
+    w̃ = s·(clip(⌊w/s⌋ + h(V) + z, 0, 2^b − 1) − z), h(V) = clip(σ(V)·(ζ − γ) + γ, 0, 1): at first h = w/s − ⌊w/s⌋,
+    so w̃ = w inside the grid. Only V is trained; computes in fp32.
+    """
+
+    scheme_type = ScalarScheme
+
+    def __init__(self, weight: Tensor, grid: ScalarWeight):
+        """weight: [out, in]. grid: any weight on the grid; its scheme, scales and zero points are kept."""
+        super().__init__(grid.scheme, grid.shape)
+        self.scales, self.zeros = grid.scales.detach().float(), grid.zeros.detach().float()
+        grouped = weight.detach().float().view(*self.scales.shape, -1) / self.scales[..., None]
+        below = torch.floor(grouped)
+        largest = 2**grid.scheme.bits - 1
+        down = (below + self.zeros[..., None]).clamp(0, largest).view(self.shape)
+        up = (below + 1 + self.zeros[..., None]).clamp(0, largest).view(self.shape)
+        # clip(⌊w/s⌋ + h + z) = down + h·(up − down): up − down is 0 where the grid clips, else 1
+        self.down = down.to(torch.uint8)
+        self.floor = decode_scalar(down, self.scales, self.zeros)
+        self.step = decode_scalar(up, self.scales, self.zeros) - self.floor
+        fraction = (grouped - below).view(self.shape).clamp(1e-4, 1 - 1e-4)
+        self.logits = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
+
+    def rounding(self) -> Tensor:
+        """h(V): [out, in] in [0, 1]."""
+        return F.hardtanh((torch.sigmoid(self.logits) * (ZETA - GAMMA)).add_(GAMMA), 0.0, 1.0)
+
+    def forward(self) -> Tensor:
+        self.latest = self.rounding()
+        return torch.addcmul(self.floor, self.latest, self.step)
+
+    def undecided(self, beta: float) -> Tensor:
+        """Σ (1 − |2h − 1|^β) of the last forward: how many entries are between grid points (Nagel et al., eq. 24)."""
+        return _Undecided.apply(self.latest, beta)
+
+    @torch.no_grad()
+    def hardened(self) -> ScalarWeight:
+        """Every entry at the grid point that its h is nearer to."""
+        up = (self.rounding() >= 0.5) & (self.step != 0)
+        return ScalarWeight.from_parts(self.scheme, self.down + up, scales=self.scales, zeros=self.zeros)
+
+
+class _Undecided(torch.autograd.Function):
+    """Σ (1 − |2h − 1|^β), with one power where autograd takes two: half of a step's time went into those."""
+
+    @staticmethod
+    def forward(ctx, rounding: Tensor, beta: float) -> Tensor:
+        offset = 2 * rounding - 1
+        distance = offset.abs()
+        power = distance.log().mul_(beta - 1).exp_()  # |2h − 1|^(β − 1), 0 at 0
+        ctx.save_for_backward((power * -2 * beta).mul_(offset.sign_()))
+        return rounding.numel() - torch.dot(power.flatten(), distance.flatten())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0], None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """Losses are relative squared errors of the block's output on all its data, in the student's place."""
+
+    nearest: float  # of nearest rounding to the same grids
+    learned: float  # of the learned rounding, hard
+    kept: str  # "learned" | "nearest", whichever loss is smaller
+    moved: float  # fraction of the learned codes that are not the nearest
+    seconds: float
+
+
+def reconstruct_block(
+    denoiser: nn.Module,
+    block: Block,
+    inputs: BlockData,
+    targets: Tensor,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    clip: str = "mse",
+    iterations: int = 2000,
+    batch_size: int = 32,
+    learning_rate: float = 0.1,
+    strength: float = 1000.0,
+    warmup: float = 0.2,
+    generator: torch.Generator,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[dict[str, ScalarWeight], BlockReport]:
+    """The weights of a block's layers, rounded so that the block gives `targets`; `denoiser` is not changed.
+
+    inputs: what the block gets in the partly quantized student; targets: [samples, …], what the full-precision block
+    gives for its own inputs. bits, group_size, clip: of the grids, as in `rtn.encode`.
+    The loss is that of `reconstruct` + λ Σ (1 − |2h − 1|^β); β falls from 20 to 2 after the fraction `warmup` of the
+    iterations, before which λ = 0. λ = strength · (loss of nearest rounding) / (weights of the block), which makes one
+    strength fit all blocks and bits; 1,000 is of the order of BRECQ's λ = 0.01 in its unnormalised loss.
+    learning_rate: BRECQ's 1e-3 is for 20,000 iterations; 2,000 need steps that cross from one grid point to the other
+    in a few dozen. UserError, with a name, for what is not finite.
+    """
+    began = time.monotonic()
+    part, specs = _working_copy(denoiser, block)
+    matrices = {spec.name: weight_to_matrix(part.get_submodule(spec.name).weight.detach()) for spec in specs}
+    nearest = {
+        local.name: _nearest(matrices[local.name], bits=bits, clip=clip, group_size=group_size, layer=spec.name)
+        for local, spec in zip(specs, block.specs, strict=True)
+    }
+    losses = {"nearest": _loss_with(part, specs, nearest, inputs, targets)}
+    soft = {name: SoftRounding(matrices[name], grid) for name, grid in nearest.items()}
+    for spec in specs:
+        swap(part, spec, soft[spec.name])
+    start = int(warmup * iterations)
+    count = sum(spec.size for spec in specs)
+
+    def regulariser(step: int) -> Tensor | float:
+        if step < start:
+            return 0.0
+        done = (step - start) / max(1, iterations - start)
+        beta = LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 - done)
+        return strength * losses["nearest"] / count * sum(weight.undecided(beta) for weight in soft.values())
+
+    reconstruct(
+        part.block,
+        inputs,
+        targets,
+        [weight.logits for weight in soft.values()],
+        steps=iterations,
+        batch_size=batch_size,
+        generator=generator,
+        learning_rate=learning_rate,
+        regulariser=regulariser,
+        progress=progress,
+        name=block.name,
+    )
+    learned = {name: weight.hardened() for name, weight in soft.items()}
+    losses["learned"] = _loss_with(part, specs, learned, inputs, targets)
+    moved = sum(int((learned[n].unpacked_codes() != nearest[n].unpacked_codes()).sum()) for n in learned) / count
+    kept = min(losses, key=losses.get)
+    weights = learned if kept == "learned" else nearest
+    named = {spec.name: weights[local.name] for local, spec in zip(specs, block.specs, strict=True)}
+    return named, BlockReport(**losses, kept=kept, moved=moved, seconds=round(time.monotonic() - began, 3))
+
+
+def _nearest(matrix: Tensor, **options) -> ScalarWeight:
+    """As `rtn.encode`, by the name of this method: it stands in where nothing better was learned."""
+    weight = rtn.encode(matrix, **options)
+    weight.scheme = dataclasses.replace(weight.scheme, codec="adaround")
+    return weight
+
+
+def _working_copy(denoiser: nn.Module, block: Block) -> tuple[nn.Module, list[LayerSpec]]:
+    """A module whose `block` is an fp32 copy of the block, and the specs of its layers in there."""
+    part = nn.Module()
+    part.block = copy.deepcopy(denoiser.get_submodule(block.name)).float()
+    local = [dataclasses.replace(s, name="block" + s.name.removeprefix(block.name)) for s in block.specs]
+    return part, local
+
+
+def _loss_with(
+    part: nn.Module, specs: list[LayerSpec], weights: dict[str, ScalarWeight], inputs: BlockData, targets: Tensor
+) -> float:
+    """The block's loss with the weights it is to be stored with."""
+    for spec in specs:
+        swap(part, spec, weights[spec.name], decode="cached")
+    return block_loss(part.block, inputs, targets)
+
+
+def quantize_blocks(
+    student: nn.Module,
+    teacher: nn.Module,
+    specs: Iterable[LayerSpec],
+    calls: Callable[[], Iterable[Call]],
+    *,
+    seed: int,
+    stored: Callable[[Block], dict[str, QuantizedWeight] | None] = lambda block: None,
+    keep_on: str = "cpu",
+    progress: Callable[[Block, int, float], None] | None = None,
+    **options,
+) -> Iterator[tuple[Block, dict[str, QuantizedWeight], BlockReport | None]]:
+    """Quantize the layers of `specs` in the student block by block; yields each block's weights once they are in it.
+
+    teacher: the full-precision denoiser, a module of its own. calls: gives the recorded calls anew each time.
+    stored: a block's weights by layer, from a run that was cut off; they are put in place and come with the report
+    None. A block's weights depend on the weights before it and the seed, not on where they came from.
+    options: of `reconstruct_block`.
+    """
+    for block in blocks_of(teacher, specs, next(iter(calls()))):
+        weights, report = stored(block), None
+        if weights is None:
+            targets = record_block(teacher, block.name, calls(), keep_on=keep_on).output
+            weights, report = reconstruct_block(
+                student,
+                block,
+                record_block(student, block.name, calls(), keep_on=keep_on),
+                targets,
+                generator=torch_generator(seed, "adaround", block.name),
+                progress=None if progress is None else partial(progress, block),
+                **options,
+            )
+        for spec in block.specs:
+            device = student.get_submodule(spec.name).weight.device
+            swap(student, spec, weights[spec.name].to(device), decode="cached")
+        yield block, weights, report

@@ -1,0 +1,163 @@
+"""Trellis codes with Hessian feedback: columns of water-filled rates, each searched by Viterbi.
+
+Column after column, the errors of the columns before are fed back into the target (feedback.py), after which the output
+error tr(ΔW H ΔWᵀ) is the sum of d_j ‖target_j − decoded_j‖². Columns get bits by the logarithm of what they would cost
+(reverse water-filling, Cover and Thomas 10.3.3), rows through the weights of the search.
+"""
+
+import torch
+from torch import Tensor
+
+from vqdm.codecs.checks import check_hessian, check_matrix
+from vqdm.codecs.feedback import feedback_of
+from vqdm.codecs.viterbi import Search
+from vqdm.errors import UserError
+from vqdm.weights.base import LARGEST, STORED
+from vqdm.weights.trellis import (
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    TrellisScheme,
+    TrellisTable,
+    TrellisWeight,
+    column_bits,
+    decode_trellis,
+    reason_to_skip,
+    sequence_length,
+    stream_bytes,
+)
+
+BLOCK = 128  # columns between two feedback products over all that follow
+SMALL = 1 << 18  # weights; smaller layers are coded at uniform rates too, and the better is kept
+# The target is scaled down before the search where the rate is low: an optimal decoder's output has less power than
+# its source. By quarter bits; measured by scripts/train_trellis_table.py.
+SHRINK = {4: 0.85, 5: 0.88, 6: 0.9, 7: 0.92, 8: 0.94, 9: 0.96}
+
+
+def encode(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: float,
+    table: TrellisTable,
+    damping: float = 1e-3,
+    row_exponent: float = 1.0,
+    layer: str = "",
+) -> TrellisWeight:
+    """Quantize [out, in] to `bits` per weight, scales and rates included, against the Hessian [in, in] of its inputs.
+
+    damping: added to the Hessian's diagonal, of its mean. row_exponent: rows weigh as RMS^(2·row_exponent) in the
+    search; 1 is their true share of the output error, 0 gives small rows the same relative error as large ones.
+    layer: the name for messages. UserError for non-finite input and for a matrix that cannot be held at `bits`.
+    """
+    check_matrix(weight, layer=layer)
+    check_hessian(hessian, weight, layer=layer)
+    scheme, shape = TrellisScheme(bits=bits), tuple(weight.shape)
+    reason = reason_to_skip(shape, bits)
+    if reason is not None:
+        raise UserError(f"layer {layer} cannot be coded by trellis{bits:g}: {reason}; leave it out of the pattern")
+    weight, hessian = weight.detach().float(), hessian.float()
+    row_scales = weight.square().mean(1).sqrt().clamp(max=LARGEST)
+    feedback, costs = feedback_of(hessian, damping=damping, layer=layer)
+    importance = (row_scales / row_scales.max().clamp(min=1e-30)).pow(2 * row_exponent)
+    columns = (weight * torch.where(row_scales > 0, 1 / row_scales, 0.0)[:, None]).T.contiguous()
+    power = costs * (columns.square() @ importance)
+    values = table.table.detach().float()
+    search = Search(values, sequence_length(shape[0]))
+    budget = 8 * stream_bytes(shape, bits)
+
+    found = []
+    for rates in _rate_candidates(power, shape, budget):
+        states, column_scales = _code(columns, feedback, rates, importance, search)
+        decoded = decode_trellis(states, rates, values, torch.ones_like(row_scales), column_scales)
+        scales = _fit_rows(weight, decoded, hessian, row_scales).to(STORED)
+        quantized = TrellisWeight.from_parts(
+            scheme, states, rates, table=table, row_scales=scales, column_scales=column_scales
+        )
+        found.append((output_error(weight, decoded * scales[:, None].float(), hessian), len(found), quantized))
+    return min(found)[2]
+
+
+def _rate_candidates(power: Tensor, shape: tuple[int, int], budget: int) -> list[Tensor]:
+    filled = water_filling(power, shape[0], budget)
+    if shape[0] * shape[1] > SMALL:
+        return [filled]
+    uniform = water_filling(torch.ones_like(power), shape[0], budget)
+    return [filled, uniform]
+
+
+def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
+    """tr(ΔW H ΔWᵀ)."""
+    change = weight - decoded
+    return float(((change @ hessian) * change).sum())
+
+
+def water_filling(power: Tensor, out: int, budget: int) -> Tensor:
+    """Quarter bits per weight of every column: int64 [in]; at most `budget` bits in all for columns of `out` values.
+
+    power: [in], what a column costs at rate 0. Bits go where a bit saves most while they fit, D(R) = power · 2^(−2R):
+    what is left is less than the cheapest step of any column.
+    """
+    steps = torch.tensor([0, *range(LOWEST_RATE, HIGHEST_RATE + 1)], device=power.device)
+    cost = column_bits(out, steps).diff()  # bits of a step
+    saved = -torch.pow(2.0, -steps.double() / 2).diff() / cost  # of unit power, per bit of it
+    gains = power.double().clamp(min=0)[:, None] * saved
+    order = gains.flatten().argsort(descending=True, stable=True)
+    spent = cost[order % len(cost)].cumsum(0)
+    fitting = int((spent <= budget).sum())
+    taken = torch.bincount(order[:fitting] // len(cost), minlength=len(power))
+    left = budget - (int(spent[fitting - 1]) if fitting else 0)
+    return steps[_take_the_rest(taken.tolist(), cost.tolist(), order[fitting:].tolist(), left, power.device)]
+
+
+def _take_the_rest(taken: list[int], cost: list[int], order: list[int], left: int, device) -> Tensor:
+    """Go on through the steps in their order, skipping those that no longer fit (and what builds on them)."""
+    cheapest = min(cost)
+    for step in order:
+        if left < cheapest:
+            break
+        column, number = divmod(step, len(cost))
+        if taken[column] == number and cost[number] <= left:
+            taken[column] += 1
+            left -= cost[number]
+    return torch.tensor(taken, device=device)
+
+
+def _code(
+    columns: Tensor, feedback: Tensor, rates: Tensor, importance: Tensor, search: Search
+) -> tuple[Tensor, Tensor]:
+    """Code every column in turn against its feedback-corrected target: states int32 [in, out], column scales [in].
+
+    columns: row-normalised weights [in, out]; feedback: F [in, in]. Scales are rounded as stored.
+    """
+    count, out = columns.shape
+    targets = columns.clone()
+    states = torch.zeros(count, out, dtype=torch.int32, device=columns.device)
+    scales = torch.zeros(count, dtype=STORED, device=columns.device)
+    total = importance.sum()
+    rate_list = rates.tolist()
+    for first in range(0, count, BLOCK):
+        last = min(first + BLOCK, count)
+        errors = columns[first:last].clone()
+        for j in range(first, last):
+            target = targets[j]
+            if j > first:
+                target = torch.addmv(target, errors[: j - first].T, feedback[j, first:j])
+            if rate_list[j] == 0:
+                continue
+            scale = float((importance @ target.square() / total).sqrt()) * SHRINK.get(rate_list[j], 1.0)
+            if not scale > 0:
+                continue
+            chosen, values = search(target / scale, importance, rate_list[j])
+            fitted = (importance * target) @ values / ((importance * values) @ values).clamp(min=1e-30)
+            states[j], scales[j] = chosen, fitted.clamp(-LARGEST, LARGEST)
+            errors[j - first] -= scales[j].float() * values
+        targets[last:].addmm_(feedback[last:, first:last], errors)
+    return states, scales
+
+
+def _fit_rows(weight: Tensor, decoded: Tensor, hessian: Tensor, row_scales: Tensor) -> Tensor:
+    """The row scales of least output error, ⟨w, q⟩_H / ⟨q, q⟩_H; the given ones where q is 0. decoded: unscaled."""
+    product = decoded @ hessian
+    power = (decoded * product).sum(1)
+    fitted = (weight * product).sum(1) / power.clamp(min=1e-30)
+    return torch.where(power > 0, fitted, row_scales).clamp(-LARGEST, LARGEST)

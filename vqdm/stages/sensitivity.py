@@ -1,0 +1,90 @@
+"""How much the denoiser's output changes when one layer alone is quantized: measured once, for all bit budgets."""
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vqdm.codecs import trellis
+from vqdm.codecs.trellis_table import load_table
+from vqdm.config import ModelConfig, QuantizeConfig
+from vqdm.hessian import HessianRecorder
+from vqdm.layers import replace_layer, swap
+from vqdm.models.loader import denoiser_of
+from vqdm.models.recording import Call
+from vqdm.models.specs import LayerSpec, layer_specs
+from vqdm.stages.calibrate import recorded_calls
+from vqdm.stages.hessians import drive_teacher, execution_groups, teacher_groups
+from vqdm.stages.quantize import matrix_of, one_thread_each, output_error
+from vqdm.store import read_item, write_item, write_json
+from vqdm.weights.trellis import TrellisTable, reason_to_skip, side_bytes
+
+CODE_BITS = (2.0, 3.5)  # per weight beside scales and rates; log error is close to a line in between and around
+CALLS = 4  # of the recorded ones, evenly spread, that a layer is judged by
+
+
+def sensitivity(
+    directory: Path, pipeline, calibration: Path, *, config: QuantizeConfig, model: ModelConfig, device: str
+) -> dict:
+    """Fill the stage's directory: `harm.json`, layer -> {bits: relative squared error of the denoiser's output}."""
+    denoiser = denoiser_of(pipeline)
+    specs = [
+        spec
+        for spec in layer_specs(denoiser, pattern=model.layers, min_size=model.min_size)
+        if reason_to_skip(spec.shape, 16) is None
+    ]
+    calls = list(recorded_calls(calibration))
+    calls = calls[len(calls) // CALLS // 2 :: max(1, len(calls) // CALLS)][:CALLS]
+    harm: dict[str, dict[float, float]] = {}
+    table = TrellisTable.from_values(load_table()).to(next(denoiser.parameters()).device)
+    with tqdm(total=len(specs), desc=f"sensitivity {directory.name}", unit="layer") as progress:
+        for group in teacher_groups(execution_groups(denoiser, specs, calibration)):
+            hessians: dict[str, torch.Tensor] = {}
+            if any(read_item(directory, spec.name) is None for spec in group):
+                with HessianRecorder(
+                    denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed
+                ) as recorder:
+                    drive_teacher(denoiser, calibration, device=device)(recorder)
+                hessians = recorder.hessians()
+            for spec in group:
+                record = read_item(directory, spec.name)
+                if record is None:
+                    record = _harm_of(
+                        denoiser, spec, hessians[spec.name], calls, table=table, config=config, device=device
+                    )
+                    write_item(directory, spec.name, {}, record)
+                harm[spec.name] = record["harm"]
+                progress.update()
+    write_json(directory / "harm.json", harm)
+    return {"layers": len(harm), "median_harm": {bits: _median(harm, i) for i, bits in enumerate(CODE_BITS)}}
+
+
+def _median(harm: dict, index: int) -> float:
+    return statistics.median(list(points.values())[index] for points in harm.values())
+
+
+def _harm_of(
+    denoiser: nn.Module,
+    spec: LayerSpec,
+    hessian: torch.Tensor,
+    calls: list[Call],
+    *,
+    table: TrellisTable,
+    config: QuantizeConfig,
+    device: str,
+) -> dict:
+    original = denoiser.get_submodule(spec.name)
+    matrix, found = matrix_of(denoiser, spec), {}
+    for code_bits in CODE_BITS:
+        bits = code_bits + 8 * side_bytes(spec.shape) / spec.size
+        with one_thread_each():
+            weight = trellis.encode(
+                matrix, hessian, bits=bits, table=table, damping=config.damping, row_exponent=config.row_exponent,
+                layer=spec.name,
+            )  # fmt: skip
+        swap(denoiser, spec, weight, decode="cached")
+        found[f"{bits:.6f}"] = output_error(denoiser, calls, device)
+        replace_layer(denoiser, spec.name, original)
+    return {"harm": found}

@@ -1,0 +1,218 @@
+"""Trellis codes: every input column is one bit string, read through a window that slides by the column's rate.
+
+Format, for a matrix [out, in] (design after QTIP's bitshift trellis; rates per column as in transform coding):
+- a column's `out` values are cut into sequences of `sequence_length(out)`, the last of which may be shorter;
+- a column of rate q/4 bits (q = 0 or 4 … 24) spends (q·T) // 4 bits on a sequence of T values. Value t of it is
+  table[state], the state being the WINDOW_BITS bits from bit (q·t) // 4 on, least significant first, circularly within
+  the sequence. So every weight is decoded on its own, by arithmetic;
+- `codes`: columns one after the other, each its sequences in order, bit i of the stream in byte i // 8 at bit i % 8.
+  Its length follows from the shape and `TrellisScheme.bits` alone; bits that are left over are 0;
+- `rates`: 5 bits a column, 0 for rate 0, else q − 3; `column_scales` [in], `row_scales` [out];
+- weight[o, j] = row_scales[o] · column_scales[j] · value; columns of rate 0 are 0.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqdm.bitpack import pack, packed_bytes, unpack
+from vqdm.errors import UserError
+from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart, stored_parameter
+
+WINDOW_BITS = 12
+LONGEST_SEQUENCE = 320
+FEWEST_OUTPUTS = 16  # shorter columns would not fill the window at 1 bit
+LOWEST_RATE, HIGHEST_RATE = 4, 24  # quarter bits; below the lowest there is only 0
+RATE_BITS = 5
+CHUNK = 1 << 22  # weights decoded at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrellisScheme(Scheme):
+    """bits: per weight of this layer, with its scales and rates; the table is the whole model's and not in it."""
+
+    kind: ClassVar[str] = "trellis"
+    codec: str = "trellis"
+    bits: float
+
+    def __post_init__(self):
+        if not 0 < self.bits <= 16:
+            raise UserError(f"{self.codec}: bits must be above 0 and at most 16, not {self.bits}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.codec}{self.bits:.4g}"
+
+    @property
+    def shared_key(self) -> str:
+        return "trellis_table"
+
+
+def sequence_length(out: int) -> int:
+    """Values per sequence of a column of `out`: equal parts of at most LONGEST_SEQUENCE, rounded up."""
+    return -(-out // -(-out // LONGEST_SEQUENCE))
+
+
+def column_bits(out: int, rate: int | Tensor) -> int | Tensor:
+    """Bits of a column of `out` values at `rate` quarter bits per value (a number, or int64 of any shape)."""
+    length = sequence_length(out)
+    return (out // length) * (rate * length // 4) + rate * (out % length) // 4
+
+
+def side_bytes(shape: tuple[int, int]) -> int:
+    """Bytes of row scales, column scales and rates."""
+    return 2 * shape[0] + 2 * shape[1] + packed_bytes(shape[1], RATE_BITS)
+
+
+def stream_bytes(shape: tuple[int, int], bits: float) -> int:
+    """Bytes of `codes`: all that `bits` per weight leave beside the side information; negative where they do not."""
+    return int(bits * shape[0] * shape[1] / 8 + 1e-9) - side_bytes(shape)
+
+
+def reason_to_skip(shape: tuple[int, int], bits: float) -> str | None:
+    """Why a matrix of this shape cannot be held at `bits` per weight; None if it can."""
+    if shape[0] < FEWEST_OUTPUTS:
+        return f"{shape[0]} outputs are too few for a trellis of {WINDOW_BITS} bits"
+    if stream_bytes(shape, bits) <= 0:
+        side = 8 * side_bytes(shape) / (shape[0] * shape[1])
+        return f"its scales and rates alone take {side:.2f} of {bits:.2f} bits per weight"
+    return None
+
+
+class TrellisTable(SharedPart):
+    """The value of every state, the same for the whole model: fp16 [2^WINDOW_BITS], for data of unit variance."""
+
+    def __init__(self, scheme: TrellisScheme | None = None):
+        super().__init__()
+        self.table = stored_parameter(1 << WINDOW_BITS)
+
+    @classmethod
+    def from_values(cls, values: Tensor) -> "TrellisTable":
+        with values.device:
+            table = cls()
+        table.table.data.copy_(values)
+        return table
+
+
+class TrellisWeight(QuantizedWeight):
+    """`codes` and packed `rates`, uint8; row_scales [out], column_scales [in]; values from a shared TrellisTable."""
+
+    scheme_type = TrellisScheme
+
+    def __init__(self, scheme: TrellisScheme, shape: tuple[int, int], shared: TrellisTable | None = None):
+        super().__init__(scheme, shape, shared)
+        reason = reason_to_skip(self.shape, scheme.bits)
+        if reason is not None:
+            raise UserError(f"{scheme.name} cannot hold a matrix {list(self.shape)}: {reason}")
+        self.register_buffer("codes", torch.zeros(stream_bytes(self.shape, scheme.bits), dtype=torch.uint8))
+        self.register_buffer("rates", torch.zeros(packed_bytes(self.shape[1], RATE_BITS), dtype=torch.uint8))
+        self.row_scales = stored_parameter(self.shape[0])
+        self.column_scales = stored_parameter(self.shape[1])
+
+    @classmethod
+    def from_parts(
+        cls,
+        scheme: TrellisScheme,
+        states: Tensor,
+        rates: Tensor,
+        *,
+        table: TrellisTable,
+        row_scales: Tensor,
+        column_scales: Tensor,
+    ) -> "TrellisWeight":
+        """states: int [in, out], a path of the trellis in every sequence; rates: quarter bits [in]."""
+        with states.device:
+            weight = cls(scheme, (states.shape[1], states.shape[0]), table)
+        weight.codes.copy_(pack_states(states, rates, len(weight.codes)))
+        weight.rates.copy_(pack((rates - LOWEST_RATE + 1).clamp(min=0), RATE_BITS))
+        weight.row_scales.data.copy_(row_scales)
+        weight.column_scales.data.copy_(column_scales)
+        return weight
+
+    def unpacked_rates(self) -> Tensor:
+        """Quarter bits per weight of every column: int64 [in]."""
+        stored = unpack(self.rates, RATE_BITS, self.shape[1]).long()
+        return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
+
+    def forward(self) -> Tensor:
+        rates = self.unpacked_rates()
+        states = unpack_states(self.codes, rates, self.shape[0])
+        return decode_trellis(states, rates, self.shared[0].table, self.row_scales, self.column_scales)
+
+
+def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
+    """row_scale · (column_scale · table[state]): int [in, out], quarter bits [in] to [out, in] in the scales' dtype."""
+    columns = F.embedding(states, table[:, None])[..., 0]
+    return (columns * (column_scales * (rates > 0))[:, None]).T * row_scales[:, None]
+
+
+def _positions(rates: Tensor, out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where every window lies: first bit of its sequence, offset in it, the sequence's length in bits; int64 [in, out].
+
+    The middle one is (rate · t) // 4; the others broadcast over the values of a sequence.
+    """
+    length = sequence_length(out)
+    rows = torch.arange(out, device=rates.device)
+    sequence, t = rows // length, rows % length
+    lengths = (out - sequence * length).clamp(max=length)  # of the sequence that every row is in
+    column_starts = column_bits(out, rates).cumsum(0) - column_bits(out, rates)
+    starts = column_starts[:, None] + sequence * (rates * length // 4)[:, None]
+    return starts, rates[:, None] * t // 4, rates[:, None] * lengths // 4
+
+
+def unpack_states(codes: Tensor, rates: Tensor, out: int) -> Tensor:
+    """The state of every weight: packed uint8 [bytes], quarter bits [in] to int32 [in, out], each on its own."""
+    padded = F.pad(codes, (0, 3)).to(torch.int32)
+    words = padded[:-2] | padded[1:-1] << 8 | padded[2:] << 16  # the 24 bits from every byte on
+    ends = column_bits(out, rates).cumsum(0)
+    step = max(1, CHUNK // out)
+    parts = []
+    for first in range(0, len(rates), step):
+        part = rates[first : first + step]
+        start = 0 if first == 0 else int(ends[first - 1])
+        parts.append(_states(words, part, out, start))
+    return torch.cat(parts)
+
+
+def _states(words: Tensor, rates: Tensor, out: int, first_bit: int) -> Tensor:
+    """The states of neighbouring columns whose bits begin at `first_bit`: int32 [columns, out]."""
+    starts, offsets, lengths = _positions(rates, out)
+    starts = starts + first_bit
+    ahead = lengths - offsets  # bits from here to the end of the sequence, after which it goes on at its start
+    window = _read(words, starts + offsets)
+    wrapped = ahead < WINDOW_BITS
+    rest = ahead[wrapped]
+    tail = window[wrapped] & ((1 << rest) - 1)
+    window[wrapped] = (tail | _read(words, starts[wrapped]) << rest & (1 << WINDOW_BITS) - 1).to(torch.int32)
+    return window
+
+
+def _read(words: Tensor, bit: Tensor) -> Tensor:
+    """The WINDOW_BITS bits from every bit position on: int32."""
+    return words[bit >> 3] >> (bit & 7).to(torch.int32) & (1 << WINDOW_BITS) - 1
+
+
+def pack_states(states: Tensor, rates: Tensor, size: int) -> Tensor:
+    """The stream of `size` bytes that holds the states int [in, out]: of each, the bits that its successor drops.
+
+    ValueError if the stream is too short, or if the states are no path of the trellis.
+    """
+    total = int(column_bits(states.shape[1], rates).sum())
+    if total > 8 * size:
+        raise ValueError(f"{total} bits do not fit into {size} bytes")
+    bits = torch.zeros(8 * size, dtype=torch.uint8, device=states.device)
+    starts, offsets, lengths = _positions(rates, states.shape[1])
+    following = torch.cat([offsets[:, 1:], lengths[:, -1:]], 1)
+    following = torch.where(following <= offsets, lengths, following)  # the last of a sequence is followed by its end
+    for k in range(-(-HIGHEST_RATE // 4)):
+        new = offsets + k < following
+        bits[(starts + offsets + k)[new]] = (states >> k & 1)[new].to(torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=states.device)
+    codes = (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    used = rates > 0
+    if not torch.equal(unpack_states(codes, rates, states.shape[1])[used], states[used].to(torch.int32)):
+        raise ValueError("the states are no path of the trellis")
+    return codes
