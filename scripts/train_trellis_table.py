@@ -11,19 +11,19 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from vqdm.atomic import atomic_write
-from vqdm.codecs.trellis_table import TABLE_FILE, excess_db, gaussian, load_table, source_scale, train_table
+from vqdm.codecs.trellis_table import TABLE_FILE, excess_db, gaussian, load_table, target_scale, train_table
 
-SCALES = np.arange(0.8, 1.0601, 0.01)
+SCALES = np.arange(0.84, 1.1201, 0.02)
 
 
 def report(values: np.ndarray, samples: int) -> None:
-    """A row per rate: dB above 2^(−2R) at the ideal scale, the best scale of the target, and dB there."""
+    """A row per rate: dB above 2^(−2R) at `target_scale`, the best scale of the target, and dB there."""
     held_out = gaussian(samples, 0, "trellis held out")
-    print("| bits | √(1 − 2^(−2R)) | dB | best scale | dB |\n|---|---|---|---|---|")
+    print("| bits | target scale | dB | best scale | dB |\n|---|---|---|---|---|")
     for rate in range(4, 25):
-        ideal = source_scale(rate)
         error, scale = min((excess_db(values, held_out, rate, scale), scale) for scale in tqdm(SCALES, leave=False))
-        print(f"| {rate / 4:.2f} | {ideal:.3f} | {excess_db(values, held_out, rate):.3f} | {scale:.2f} | {error:.3f} |")
+        used = f"{target_scale(rate):.3f} | {excess_db(values, held_out, rate):.3f}"
+        print(f"| {rate / 4:.2f} | {used} | {scale:.2f} | {error:.3f} |")
 
 
 def main() -> None:
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--report-samples", type=int, default=1 << 17)
     parser.add_argument("--report-only", action="store_true", help="of the table that ships")
     options = parser.parse_args()
-    if not options.report_only:
+    if options.report_only:
+        table = load_table()
+    else:
         table = train_table(
             seed=options.seed,
             candidates=options.candidates,
@@ -45,9 +47,7 @@ def main() -> None:
             progress=lambda steps, name: tqdm(steps, desc=name),
         )
         atomic_write(options.output, save({"table": table.half()}))
-        report(table.half().float().numpy(), options.report_samples)
-    else:
-        report(load_table().numpy(), options.report_samples)
+    report(table.half().float().numpy(), options.report_samples)
 
 
 if __name__ == "__main__":

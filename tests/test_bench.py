@@ -32,6 +32,7 @@ def scripts(monkeypatch):
     import bench_codecs
     import bench_layers
 
+    monkeypatch.setattr(bench_codecs, "warm_trellis", lambda: None)  # tests time nothing: a minute on a fresh clone
     return bench_codecs, bench_layers
 
 
@@ -184,6 +185,7 @@ def test_drawn_moments_are_those_of_drawn_tokens(scripts):
 def test_sdxl_shapes_are_timed_once(scripts, tmp_path, monkeypatch, capsys):
     import bench_sdxl_layers
 
+    monkeypatch.setattr(bench_sdxl_layers, "warm_trellis", lambda: None)
     table = tmp_path / "shapes.csv"
     table.write_text("type,out,in,k,count\nLinear,32,32,1,10\nConv2d,32,16,3,2\nLinear,32,144,1,1\n")
     arguments = [f"--layers={table}", f"--results={tmp_path}", "--workers=2"]

@@ -237,7 +237,7 @@ def reconstruct(
 ) -> Tensor:
     """Train `parameters` (or Adam's groups of them) until the block gives `targets` for `inputs`; losses fp32 [steps].
 
-    module: the block, in fp32. inputs: their arguments are used, not their output. targets: [samples, …], on any device.
+    module: the block, in fp32. inputs: their arguments are used, not their output. targets: [samples, …].
     loss: default `relative_squared_error(targets)`, of one scale for all blocks. regulariser: of a step, from 0 on, is
     added to its loss; called after the block has run.
     generator: CPU; samples come in passes over the data, reshuffled for every pass.

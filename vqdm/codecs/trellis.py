@@ -39,7 +39,7 @@ def encode(
     *,
     bits: float,
     table: TrellisTable,
-    damping: float = 1e-3,
+    damping: float = 0.01,
     row_exponent: float = 1.0,
     layer: str = "",
 ) -> TrellisWeight:
@@ -65,14 +65,17 @@ def encode(
     search = Search(values, sequence_length(shape[0]))
     budget = 8 * stream_bytes(shape, bits)
 
+    candidates = _rate_candidates(power, shape, budget)
     found = []
-    for rates in _rate_candidates(power, shape, budget):
+    for rates in candidates:
         states, column_scales = _code(columns, feedback, rates, importance, search)
         decoded = decode_trellis(states, rates, values, torch.ones_like(row_scales), column_scales)
         scales = _fit_rows(weight, decoded, hessian, row_scales).to(STORED)
         quantized = TrellisWeight.from_parts(
             scheme, states, rates, table=table, row_scales=scales, column_scales=column_scales
         )
+        if len(candidates) == 1:
+            return quantized
         found.append((output_error(weight, decoded * scales[:, None].float(), hessian), len(found), quantized))
     return min(found)[2]
 

@@ -5,7 +5,7 @@ a parity of state bits. The first k rows are invertible both on the k lowest and
 every k up to 6: so, at every rate, the 2^K values that may precede a state lie one in each 2^K-th of the distribution,
 and so do the 2^K that may follow (the nested form of Ungerboeck's set partitioning). Such maps differ by 0.2 dB: many
 are tried. Then Lloyd's iteration: search, and put each value at the centroid of what chose it. Every rate counts by its
-relative error; its targets are scaled down first, as an optimal decoder's output has less power than its source.
+relative error, with targets scaled by `target_scale`: one table serves all rates at different widths of the data.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,8 +23,9 @@ TABLE_FILE = Path(__file__).resolve().parent.parent / "weights" / "trellis_table
 WINDOW_BITS = 12
 HIGHEST_SHIFT = 6
 SEQUENCE = 320
-SCORED_RATES = (6, 8, 10, 12, 14, 16)  # quarter bits: what maps are chosen by
-TRAINED_RATES = (6, 8, 10, 12, 14, 16, 20, 24)
+SCORED_RATES = (6, 8, 10, 12, 14, 16, 20)  # quarter bits: what maps are chosen by
+TRAINED_RATES = (4, 6, 8, 10, 12, 14, 16, 20, 24)
+TARGET_SCALES = ((4, 8, 12, 16, 24), (1.06, 1.0, 0.94, 0.91, 0.88))  # by quarter bits; linear between
 SCORED_SAMPLES = 32_000
 MEMORY = 10  # iterations after which the running sums of a centroid begin to forget
 
@@ -53,7 +54,7 @@ def train_table(
         kept = min(i, 9 * MEMORY) / (min(i, 9 * MEMORY) + MEMORY)
         sums, counts = sums * kept, counts * kept
         for rate in TRAINED_RATES:
-            targets = gaussian(samples, seed, f"trellis Lloyd {i}", rate) * source_scale(rate)
+            targets = gaussian(samples, seed, f"trellis Lloyd {i}", rate) * np.float32(target_scale(rate))
             states = search(targets, values, rate)
             importance = 2 ** (rate / 2)
             sums += importance * np.bincount(states, targets, len(values))
@@ -80,15 +81,15 @@ def start_table(
 
 def excess_db(values: np.ndarray, sample: np.ndarray, quarter_rate: int, scale: float | None = None) -> float:
     """Error of `sample` above 2^(−2R) of its power, in dB, decoded with the best gain; scale: put on it before."""
-    scale = source_scale(quarter_rate) if scale is None else np.float32(scale)
-    decoded = values[search(sample * scale, values, quarter_rate)].astype(np.float64)
+    scale = target_scale(quarter_rate) if scale is None else scale
+    decoded = values[search(sample * np.float32(scale), values, quarter_rate)].astype(np.float64)
     error = 1 - (decoded @ sample) ** 2 / (decoded @ decoded) / (sample.astype(np.float64) @ sample)
     return float(10 * np.log10(error * 2 ** (quarter_rate / 2)))
 
 
-def source_scale(quarter_rate: int) -> np.float32:
-    """√(1 − 2^(−2R)): the RMS of an ideal decoder's output at R bits."""
-    return np.float32(np.sqrt(1 - 2 ** (-quarter_rate / 2)))
+def target_scale(quarter_rate: int) -> float:
+    """The RMS that targets should have when they are searched with this table at this rate."""
+    return float(np.interp(quarter_rate, *TARGET_SCALES))
 
 
 def gaussian(samples: int, seed: int, purpose: str, item: int = 0) -> np.ndarray:

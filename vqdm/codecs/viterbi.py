@@ -141,7 +141,7 @@ def _search_column(targets, weights, layouts, rate, length, given, states, low, 
     low, high, window: tuples whose lengths are the rate's two shifts and L.
     """
     size = layouts.shape[1]
-    costs = np.empty((max(length, 2 * SEAM), size >> len(low)), np.float32)  # m, value by value
+    costs = np.empty((max(min(length, len(targets)), 2 * SEAM), size >> len(low)), np.float32)  # m, value by value
     spare = np.empty(size >> len(low), np.float32)
     for start in range(0, len(targets), length):
         x, w, found = targets[start : start + length], weights[start : start + length], states[start : start + length]

@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vqdm.blocks import execution_order
-from vqdm.config import CalibrationConfig, SamplerConfig
+from vqdm.config import CalibrationConfig, QuantizeConfig, SamplerConfig
 from vqdm.hessian import HessianRecorder
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import play_back
@@ -45,6 +46,29 @@ def teacher_groups(groups: list[list[LayerSpec]]) -> list[list[LayerSpec]]:
 
 
 Drive = Callable[[HessianRecorder], None]
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """torch computes on one thread inside, in threads that are started inside too: sums then have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def collect(
+    denoiser: nn.Module, group: list[LayerSpec], drive: Drive, *, config: QuantizeConfig
+) -> dict[str, torch.Tensor]:
+    """The Hessians of a group's layers by name, the same from any number of threads."""
+    with (
+        one_thread_each(),
+        HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder,
+    ):
+        drive(recorder)
+    return recorder.hessians()
 
 
 def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Drive:

@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from vqdm.blocks import Block
 from vqdm.codecs import adaround, additive, gptq, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
 from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
-from vqdm.hessian import HessianRecorder
 from vqdm.hub import MODEL_FILE, denoiser_bytes
 from vqdm.layers import swap
 from vqdm.models.loader import denoiser_of
@@ -32,7 +30,14 @@ from vqdm.models.recording import OUTPUT, Call, play_back
 from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.hessians import drive_student, drive_teacher, execution_groups, teacher_groups
+from vqdm.stages.hessians import (
+    collect,
+    drive_student,
+    drive_teacher,
+    execution_groups,
+    one_thread_each,
+    teacher_groups,
+)
 from vqdm.stages.schemes import Assignment, assign_schemes, read_harm
 from vqdm.store import atomic_write, read_item, write_item, write_json
 from vqdm.weights.additive import AdditiveScheme
@@ -90,17 +95,6 @@ def encode_layer(
         generator=torch_generator(config.seed, "encode", layer),
         layer=layer,
     )
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """torch computes on one thread inside, in threads that are started inside too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def shared_parts(
@@ -261,9 +255,7 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
         hessians = {}
         missing = any(read_item(encoder.directory, spec.name) is None for spec in group)
         if missing and needs_hessians(config):
-            with HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder:
-                drive(recorder)
-            hessians = recorder.hessians()
+            hessians = collect(denoiser, group, drive, config=config)
         problems = [(spec, schemes[spec.name]) for spec in group]
         encoder.encode_all(problems, hessians, workers=workers, progress=progress)
         if student:

@@ -10,15 +10,15 @@ from tqdm import tqdm
 from vqdm.codecs import trellis
 from vqdm.codecs.trellis_table import load_table
 from vqdm.config import ModelConfig, QuantizeConfig
-from vqdm.hessian import HessianRecorder
 from vqdm.layers import replace_layer, swap
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import Call
 from vqdm.models.specs import LayerSpec, layer_specs
 from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.hessians import drive_teacher, execution_groups, teacher_groups
-from vqdm.stages.quantize import matrix_of, one_thread_each, output_error
+from vqdm.stages.hessians import collect, drive_teacher, execution_groups, one_thread_each, teacher_groups
+from vqdm.stages.quantize import matrix_of, output_error
 from vqdm.store import read_item, write_item, write_json
+from vqdm.weights.base import SHARED_NAME
 from vqdm.weights.trellis import TrellisTable, reason_to_skip, side_bytes
 
 CODE_BITS = (2.0, 3.5)  # per weight beside scales and rates; log error is close to a line in between and around
@@ -43,11 +43,7 @@ def sensitivity(
         for group in teacher_groups(execution_groups(denoiser, specs, calibration)):
             hessians: dict[str, torch.Tensor] = {}
             if any(read_item(directory, spec.name) is None for spec in group):
-                with HessianRecorder(
-                    denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed
-                ) as recorder:
-                    drive_teacher(denoiser, calibration, device=device)(recorder)
-                hessians = recorder.hessians()
+                hessians = collect(denoiser, group, drive_teacher(denoiser, calibration, device=device), config=config)
             for spec in group:
                 record = read_item(directory, spec.name)
                 if record is None:
@@ -87,4 +83,5 @@ def _harm_of(
         swap(denoiser, spec, weight, decode="cached")
         found[f"{bits:.6f}"] = output_error(denoiser, calls, device)
         replace_layer(denoiser, spec.name, original)
+    delattr(denoiser, SHARED_NAME)
     return {"harm": found}

@@ -1,0 +1,179 @@
+"""The quantize and sensitivity stages on a few layers of the shipped tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
+from vqdm.errors import UserError
+from vqdm.models.loader import denoiser_of, load_pipeline
+from vqdm.prompts import load_prompts
+from vqdm.stages.calibrate import calibrate, recorded_calls, recorded_positions
+from vqdm.stages.hessians import execution_groups, teacher_groups
+from vqdm.stages.quantize import output_error, quantize
+from vqdm.stages.schemes import read_harm
+from vqdm.stages.sensitivity import sensitivity
+
+# one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution
+LAYERS = r"(down_blocks\.1|mid_block|up_blocks\.1).*(resnets\.0\.conv2|attentions\.0.*attn1\.to_(q|k|v))$"
+MODEL = ModelConfig(builtin="tiny", layers=LAYERS, sampler=SamplerConfig(steps=3))
+CALIBRATION = CalibrationConfig(source="tiny", n=4, batch_size=2, recorded_steps=3)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("calibrate")
+    prompts = load_prompts(source="tiny", n=CALIBRATION.n, split="train")
+    calibrate(directory, load_pipeline(MODEL, device="cpu"), prompts, config=CALIBRATION, sampler=MODEL.sampler)
+    return directory
+
+
+def run(directory, calibration, **options):
+    """The quantized denoiser's tensors and the stage's summary."""
+    summary = quantize(
+        directory, load_pipeline(MODEL, device="cpu"), calibration, config=QuantizeConfig(**options), model=MODEL,
+        calibration_config=CALIBRATION, device="cpu",
+    )  # fmt: skip
+    return load_file(directory / "denoiser.safetensors"), summary
+
+
+def codes(tensors, part=""):
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(".codes") and name.startswith(part)}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+KINDS = {
+    "rtn": {"kind": "rtn", "bits": 3, "clip": "hessian"},
+    "gptq": {"kind": "gptq", "bits": 3},
+    "trellis": {"kind": "trellis", "bits": 4},
+    "additive": {"kind": "additive", "bits": 2, "group_size": 8, "codebook_bits": 4, "codebooks": "block"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_do_not_depend_on_the_number_of_threads(kind, calibration, tmp_path):
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            (tmp_path / str(count)).mkdir()
+            made.append(run(tmp_path / str(count), calibration, **KINDS[kind])[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert same(*made)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(calibration, tmp_path):
+    whole, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from="student")
+    stopped = sorted((tmp_path / "items").glob("mid_block*.json")) + sorted(
+        (tmp_path / "items").glob("up_blocks*.json")
+    )
+    for sidecar in stopped[1:]:  # one layer of the group in the middle was done
+        sidecar.unlink()
+    again, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from="student")
+    assert same(whole, again)
+
+
+def test_the_students_hessians_are_its_own(calibration, tmp_path):
+    """The first group sees what the teacher does, later ones what the quantized ones before them make of it."""
+    made = {}
+    for source in ("teacher", "student"):
+        (tmp_path / source).mkdir()
+        made[source] = codes(run(tmp_path / source, calibration, kind="gptq", bits=2, hessian_from=source)[0])
+    first = {name for name in made["teacher"] if name.startswith("down_blocks")}
+    assert first and all(torch.equal(made["teacher"][name], made["student"][name]) for name in first)
+    assert not same(made["teacher"], made["student"])
+
+
+def test_adaround_goes_on_where_it_stopped(calibration, tmp_path):
+    options = {"kind": "adaround", "bits": 3, "iterations": 15, "batch_size": 4}
+    whole, _ = run(tmp_path, calibration, **options)
+    sidecars = sorted((tmp_path / "items").glob("up_blocks*.json"))
+    for sidecar in sidecars:
+        sidecar.unlink()
+    again, _ = run(tmp_path, calibration, **options)
+    assert sidecars and same(whole, again)
+    layers = json.loads((tmp_path / "layers.json").read_text())["quantized"]
+    assert all(layer["learned"] >= 0 and layer["kept"] in ("learned", "nearest") for layer in layers)
+
+
+def test_records_tell_errors_and_true_bits(calibration, tmp_path):
+    _, summary = run(tmp_path, calibration, **KINDS["trellis"])
+    layers = json.loads((tmp_path / "layers.json").read_text())
+    weights = sum(np.prod(layer["shape"]) for layer in layers["quantized"])
+    own = sum(layer["bits"] * np.prod(layer["shape"]) for layer in layers["quantized"])
+    table = 16 * 4096
+    assert (own + table) / weights == pytest.approx(summary["bits_quantized"])
+    assert summary["bits_quantized"] <= 4
+    assert all(0 < layer["relative_output_error"] < 0.1 for layer in layers["quantized"])
+    assert 0 < summary["relative_output_error"] < 0.1
+
+
+def test_layers_that_fail_name_themselves(calibration, tmp_path):
+    pipeline = load_pipeline(MODEL, device="cpu")
+    denoiser_of(pipeline).mid_block.resnets[0].conv2.weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"mid_block\.resnets\.0\.conv2"):
+        quantize(
+            tmp_path, pipeline, calibration, config=QuantizeConfig(kind="rtn", bits=4), model=MODEL,
+            calibration_config=CALIBRATION, device="cpu",
+        )  # fmt: skip
+
+
+def test_groups_follow_the_order_of_execution(calibration, monkeypatch):
+    from vqdm.models.specs import layer_specs
+    from vqdm.stages import hessians
+
+    denoiser = denoiser_of(load_pipeline(MODEL, device="cpu"))
+    specs = layer_specs(denoiser, pattern=LAYERS)
+    groups = execution_groups(denoiser, specs, calibration)
+    firsts = [group[0].name.split(".")[0] for group in groups]
+    assert firsts == ["down_blocks", "mid_block", "up_blocks"]
+    assert sorted(s.name for group in groups for s in group) == sorted(s.name for s in specs)
+    assert len(teacher_groups(groups)) == 1
+    monkeypatch.setattr(hessians, "TEACHER_BYTES", 1)
+    assert [group[0].name for group in teacher_groups(groups)] == [s.name for group in groups for s in group]
+
+
+def test_sensitivity_is_the_output_error_of_one_layer_alone(calibration, tmp_path):
+    pipeline = load_pipeline(MODEL, device="cpu")
+    denoiser = denoiser_of(pipeline)
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    config = QuantizeConfig(kind="trellis", bits=3, allocation="sensitivity")
+    (tmp_path / "harm").mkdir()
+    sensitivity(tmp_path / "harm", pipeline, calibration, config=config, model=MODEL, device="cpu")
+    assert same(before, denoiser.state_dict())
+    harm = read_harm(tmp_path / "harm")
+    assert all(points[min(points)] > points[max(points)] > 0 for points in harm.values())
+    name = "up_blocks.1.resnets.0.conv2"
+    alone = ModelConfig(**{**MODEL.__dict__, "layers": name.replace(".", r"\.") + "$"})
+    bits = min(harm[name])
+    (tmp_path / "alone").mkdir()
+    size = int(np.prod(before[f"{name}.weight"].shape))
+    quantize(
+        tmp_path / "alone", pipeline, calibration,
+        config=QuantizeConfig(kind="trellis", bits=bits + 16 * 4096 / size), model=alone,
+        calibration_config=CALIBRATION, device="cpu",
+    )  # fmt: skip
+    calls = list(recorded_calls(calibration))
+    calls = calls[len(calls) // 4 // 2 :: max(1, len(calls) // 4)][:4]
+    assert harm[name][bits] == pytest.approx(output_error(denoiser, calls, "cpu"), rel=0.05)
+
+
+def test_normal_timesteps_are_those_of_ptq4dm():
+    config = CalibrationConfig(timesteps="normal", recorded_steps=1)
+    levels = [1 - (min(recorded_positions(config, 1000, f"{i:06d}")) + 0.5) / 1000 for i in range(3000)]
+    # N(0.4, 0.4) cut to (0, 1]
+    import scipy.stats
+
+    expected = scipy.stats.truncnorm(-1, 1.5, loc=0.4, scale=0.4)
+    assert scipy.stats.kstest(levels, expected.cdf).pvalue > 1e-3
+    assert recorded_positions(config, 1000, "x") == recorded_positions(config, 1000, "x")
+    several = CalibrationConfig(timesteps="normal", recorded_steps=4)
+    assert len(recorded_positions(several, 20, "x")) == 4
+    assert recorded_positions(several, 3, "x") == {0, 1, 2}
