@@ -42,7 +42,7 @@ def assert_cyclic(states, rate, window):
 
 
 @pytest.mark.parametrize("length", [5, 6])
-@pytest.mark.parametrize("rate", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("rate", [5, 6, 7, 8])
 def test_from_a_given_state_the_search_is_exact(rate, length):
     targets, weights = column(length, seed=rate)
     sequences = all_sequences(length, rate, window=4)
@@ -62,7 +62,7 @@ def test_states_are_windows_of_circular_strings(rate):
         assert_cyclic(part, rate, window=12)
 
 
-@pytest.mark.parametrize("rate", [4, 5, 7, 8])
+@pytest.mark.parametrize("rate", [5, 7, 8])
 def test_tail_biting_comes_close_to_the_best_state_at_the_seam(rate):
     reached = best = 0
     for seed in range(20):

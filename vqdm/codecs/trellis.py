@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vqdm.codecs.checks import check_hessian, check_matrix
 from vqdm.codecs.feedback import feedback_of
+from vqdm.codecs.trellis_table import target_scale
 from vqdm.codecs.viterbi import Search
 from vqdm.errors import UserError
 from vqdm.weights.base import LARGEST, STORED
@@ -28,9 +29,6 @@ from vqdm.weights.trellis import (
 
 BLOCK = 128  # columns between two feedback products over all that follow
 SMALL = 1 << 18  # weights; smaller layers are coded at uniform rates too, and the better is kept
-# The target is scaled down before the search where the rate is low: an optimal decoder's output has less power than
-# its source. By quarter bits; measured by scripts/train_trellis_table.py.
-SHRINK = {4: 0.85, 5: 0.88, 6: 0.9, 7: 0.92, 8: 0.94, 9: 0.96}
 
 
 def encode(
@@ -147,7 +145,7 @@ def _code(
                 target = torch.addmv(target, errors[: j - first].T, feedback[j, first:j])
             if rate_list[j] == 0:
                 continue
-            scale = float((importance @ target.square() / total).sqrt()) * SHRINK.get(rate_list[j], 1.0)
+            scale = float((importance @ target.square() / total).sqrt()) / target_scale(rate_list[j])
             if not scale > 0:
                 continue
             chosen, values = search(target / scale, importance, rate_list[j])
