@@ -34,11 +34,12 @@ def _table(results: Path) -> list[dict]:
 @demo
 def test_the_demo_writes_its_table(finished):
     rows = _table(finished)
-    assert [row["method"] for row in rows] == ["full precision", "RTN 4 bit", "RTN 3 bit", "VQ 3 bit"]
+    assert [row["method"] for row in rows] == ["full precision", "RTN 4 bit", "GPTQ 4 bit", "VQ 3 bit", "trellis 3 bit"]
     wanted = ["bits_per_weight", "bits_quantized", "mib", "fid", "kid", "clip_score", "fidelity", "psnr_to_fp"]
     assert set(wanted) <= set(rows[0])
     assert {f"{name}_se" for name in wanted[3:]} <= set(rows[0])
-    assert float(rows[1]["psnr_to_fp"]) > float(rows[2]["psnr_to_fp"]), "4 bits must be nearer to the original than 3"
+    assert float(rows[2]["psnr_to_fp"]) > float(rows[1]["psnr_to_fp"]), "GPTQ must be nearer to the original than RTN"
+    assert float(rows[4]["bits_quantized"]) <= 3
     assert rows[0]["psnr_to_fp"] == ""
     assert all(0 <= float(row["fidelity"]) <= 1 for row in rows)
     assert (finished / "tables" / "demo.md").is_file()

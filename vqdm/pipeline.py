@@ -28,7 +28,7 @@ def run(config: Config) -> dict | None:
 
 
 def run_table(table, rows: list[list[Config]]) -> None:
-    """Every run of every row of a table, then the table; rows share stages through the store."""
+    """Every run of every row of a table, which is written anew after each row; rows share stages through the store."""
     from vqdm.report.tables import write_table
 
     configs = [config for row in rows for config in row]
@@ -37,15 +37,15 @@ def run_table(table, rows: list[list[Config]]) -> None:
             run(config)
         return
     store = Store(Path(configs[0].results_dir))  # one command, so one folder
-    graphs = [_ready(config, store) for config in configs]  # all checks before any work
-    records = []
-    for config, graph in zip(configs, graphs, strict=True):
-        log.info("— %s", config.name)
-        config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-        records.append(_compress(config, store, graph))
-    made = iter(records)
-    of_rows = [[next(made) for _ in row] for row in rows]
-    text, files = write_table(table, of_rows, model=configs[0].model.name, results=store.root)
+    graphs = iter([_ready(config, store) for config in configs])  # all checks before any work
+    made: list[list[dict]] = []
+    for row in rows:
+        made.append([])
+        for config in row:
+            log.info("— %s", config.name)
+            config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
+            made[-1].append(_compress(config, store, next(graphs)))
+        text, files = write_table(table, made, of=len(rows), model=config.model.name, results=store.root)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
 

@@ -111,8 +111,8 @@ def _cell(row, metric: str) -> str:
     return text + (f" [{row[f'{metric}_seeds']:.{digits}f}]" if row["calibration_seeds"] > 1 else "")
 
 
-def to_markdown(table: Table, data, protocol: dict) -> str:
-    """The table with its protocol as footnotes."""
+def to_markdown(table: Table, data, protocol: dict, *, of: int) -> str:
+    """The table with its protocol as footnotes; `of` rows in all, if some are still to come."""
     from tabulate import tabulate
 
     rows = [
@@ -123,7 +123,8 @@ def to_markdown(table: Table, data, protocol: dict) -> str:
     notes = "\n".join(f"- {name}: {value}" for name, value in protocol.items())
     seeds = "In brackets, where a row is the mean of several calibration seeds, their standard deviation.\n"
     several = seeds if (data["calibration_seeds"] > 1).any() else ""
-    return f"# {table.title}\n\n{body}\n\n± is one standard error over images.\n{several}\n{notes}\n"
+    to_come = f"{len(rows)} of {of} rows; the same command goes on.\n\n" if len(rows) < of else ""
+    return f"# {table.title}\n\n{body}\n\n{to_come}± is one standard error over images.\n{several}\n{notes}\n"
 
 
 def _protocol(records: list[dict], results: Path) -> dict:
@@ -137,16 +138,16 @@ def _protocol(records: list[dict], results: Path) -> dict:
     return {"model": records[0]["model"], **protocols[0]}
 
 
-def write_table(table: Table, rows: list[list[dict]], *, model: str, results: Path) -> tuple[str, list[Path]]:
+def write_table(table: Table, rows: list[list[dict]], *, of: int, model: str, results: Path) -> tuple[str, list[Path]]:
     """Write tables/<name>.csv, .md and figures/<name>.png; returns the Markdown table and the files.
 
-    rows: the run records of each row, one per calibration seed.
+    rows: the run records of each row that is finished, one per calibration seed, of `of` rows in all.
     """
     from vqdm.report.grid import write_grid
 
     name = table.name if model == table.model else f"{table.name}-{model}"
     data = frame(table, rows, results)
-    markdown = to_markdown(table, data, _protocol([run for runs in rows for run in runs], results))
+    markdown = to_markdown(table, data, _protocol([run for runs in rows for run in runs], results), of=of)
     csv_file, md_file = results / "tables" / f"{name}.csv", results / "tables" / f"{name}.md"
     picture = results / "figures" / f"{name}.png"
     for folder in (csv_file.parent, picture.parent):
