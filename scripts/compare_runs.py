@@ -22,16 +22,15 @@ LOWER_IS_BETTER = ("distance_to_fp",)
 
 def image_scores(results: Path, name: str, model: str) -> pd.DataFrame:
     """Scores of every image, by prompt; the mean over the calibration seeds that there are."""
-    newest: dict[str, tuple[float, Path]] = {}
-    for file, record in Store(results).runs():
-        if re.fullmatch(rf"{re.escape(name)}(_seed\d+)?", record["experiment"]) and record.get("model") == model:
-            scores = results / record["directories"]["evaluate"] / IMAGES_FILE
-            newest[record["experiment"]] = max(
-                newest.get(record["experiment"], (0.0, scores)), (file.stat().st_mtime, scores)
-            )
+    found = [
+        (record["experiment"], file.stat().st_mtime, results / record["directories"]["evaluate"] / IMAGES_FILE)
+        for file, record in Store(results).runs()
+        if re.fullmatch(rf"{re.escape(name)}(_seed\d+)?", record["experiment"]) and record.get("model") == model
+    ]
+    newest = {run: scores for run, _, scores in sorted(found) if scores.is_file()}  # a later one replaces an earlier
     if not newest:
-        raise UserError(f"no run {name} on {model} under {results}; run its experiment first")
-    frames = [pd.read_csv(scores, index_col="prompt") for _, scores in newest.values()]
+        raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
+    frames = [pd.read_csv(scores, index_col="prompt") for scores in newest.values()]
     return sum(frames) / len(frames)
 
 

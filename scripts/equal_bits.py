@@ -37,7 +37,7 @@ def equal_bits(rivals: pd.DataFrame, trellis: pd.DataFrame) -> pd.DataFrame:
             row = {"rival": rival["method"], "its bits": round(rival["bits_quantized"], 3), "trellis": curve}
             for metric, scale in METRICS.items():
                 found = bits_at(
-                    points["bits_quantized"].to_numpy(), scale(points[metric]).to_numpy(), scale(rival[metric])
+                    points["bits_quantized"].to_numpy(), scale(points[metric].to_numpy()), scale(rival[metric])
                 )
                 row[f"equal {metric} at"] = found
             rows.append(row)
