@@ -59,7 +59,7 @@ def encode(
     importance = (row_scales / row_scales.max().clamp(min=1e-30)).pow(2 * row_exponent)
     columns = (weight * torch.where(row_scales > 0, 1 / row_scales, 0.0)[:, None]).T.contiguous()
     power = costs * (columns.square() @ importance)
-    values = table.table.detach().float()
+    values = table.table.detach().float().to(weight.device)
     search = Search(values, sequence_length(shape[0]))
     budget = 8 * stream_bytes(shape, bits)
 

@@ -1,6 +1,7 @@
 """Quantize the denoiser group by group; one file per layer until all are there, then one file for the model.
 
-A layer is encoded on one thread, layers run in parallel: what comes out does not depend on the number of threads.
+A layer is encoded on one thread of the CPU, layers in parallel: the result does not depend on the number of threads.
+The denoiser, hence Hessians and block reconstruction, is on the device.
 """
 
 import concurrent.futures
@@ -155,7 +156,8 @@ class Encoder:
     def encode(self, problem: Problem, hessian: Tensor | None) -> dict:
         spec, scheme = problem
         began = time.monotonic()
-        matrix = matrix_of(self.denoiser, spec)
+        matrix = matrix_of(self.denoiser, spec).cpu()
+        hessian = None if hessian is None else hessian.cpu()
         weight = encode_layer(
             matrix, hessian, scheme, config=self.config, shared=self.shared.get(scheme.shared_key), layer=spec.name
         )
@@ -250,7 +252,7 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
     student = config.hessian_from == "student" and needs_hessians(config)
     groups = execution_groups(denoiser, assignment.specs, calibration)
     drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
-    workers = torch.get_num_threads() if device == "cpu" else 1
+    workers = torch.get_num_threads()
     for group in groups if student else teacher_groups(groups):
         hessians = {}
         missing = any(read_item(encoder.directory, spec.name) is None for spec in group)

@@ -38,7 +38,7 @@ def sensitivity(
     calls = list(recorded_calls(calibration))
     calls = calls[len(calls) // CALLS // 2 :: max(1, len(calls) // CALLS)][:CALLS]
     harm: dict[str, dict[float, float]] = {}
-    table = TrellisTable.from_values(load_table()).to(next(denoiser.parameters()).device)
+    table = TrellisTable.from_values(load_table())
     with tqdm(total=len(specs), desc=f"sensitivity {directory.name}", unit="layer") as progress:
         for group in teacher_groups(execution_groups(denoiser, specs, calibration)):
             hessians: dict[str, torch.Tensor] = {}
@@ -72,15 +72,16 @@ def _harm_of(
     device: str,
 ) -> dict:
     original = denoiser.get_submodule(spec.name)
-    matrix, found = matrix_of(denoiser, spec), {}
+    matrix, found = matrix_of(denoiser, spec).cpu(), {}
     for code_bits in CODE_BITS:
         bits = code_bits + 8 * side_bytes(spec.shape) / spec.size
         with one_thread_each():
             weight = trellis.encode(
-                matrix, hessian, bits=bits, table=table, damping=config.damping, row_exponent=config.row_exponent,
+                matrix, hessian.cpu(), bits=bits, table=table, damping=config.damping, row_exponent=config.row_exponent,
                 layer=spec.name,
             )  # fmt: skip
         swap(denoiser, spec, weight, decode="cached")
+        nn.Module.to(denoiser, device=device)
         found[f"{bits:.6f}"] = output_error(denoiser, calls, device)
         replace_layer(denoiser, spec.name, original)
     delattr(denoiser, SHARED_NAME)
