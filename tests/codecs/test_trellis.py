@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-from vqdm.codecs.trellis_table import load_table
 
 from vqdm.codecs import trellis
 from vqdm.codecs.trellis import encode, output_error, water_filling
+from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, TrellisTable, column_bits, stream_bytes
@@ -165,3 +165,21 @@ def test_the_same_input_gives_the_same_bytes(table):
     weight, hessian = gaussian(64, 48), correlated(48)
     one, two = (encode(weight, hessian, bits=3.3, table=table).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("shape", [(33, 40), (353, 27), (64, 9 * 16)])
+@pytest.mark.parametrize("bits", [3.7, 5.5])
+def test_what_is_stored_decodes_to_what_the_encoder_chose(shape, bits, table, monkeypatch):
+    """Bit for bit: the states of its search through the same decoding, odd sizes and a convolution's matrix."""
+    chosen = {}
+
+    def keep(scheme, states, rates, **parts):
+        weight = original(scheme, states, rates, **parts)
+        values = table.table.detach()[states.long()] * (parts["column_scales"] * (rates > 0))[:, None]
+        chosen[id(weight)] = values.T * parts["row_scales"][:, None]
+        return weight
+
+    original = trellis.TrellisWeight.from_parts
+    monkeypatch.setattr(trellis.TrellisWeight, "from_parts", keep)
+    quantized = encode(gaussian(*shape), correlated(shape[1]), bits=bits, table=table)
+    assert torch.equal(quantized().detach(), chosen[id(quantized)])
