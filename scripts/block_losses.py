@@ -2,8 +2,8 @@
 
 python scripts/block_losses.py [--model tiny] [--bits 4] [--blocks 3] [--iterations 2000] [--prompts 64] [--steps 8]
 
-Blocks are evenly spread over the denoiser and get their full-precision inputs. The loss is the relative squared error of
-the output, on the recorded calls and on as many other prompts. GPTQ takes its Hessians from the same inputs.
+Blocks are evenly spread over the denoiser and get their full-precision inputs. The loss is the relative squared error
+of the output, on the recorded calls and on as many other prompts. GPTQ takes its Hessians from the same inputs.
 """
 
 import argparse
