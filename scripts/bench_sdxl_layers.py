@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqdm.atomic import atomic_write
+from vqdm.device import one_thread_each
 from vqdm.errors import UserError
 from vqdm.models.specs import layer_specs
 from vqdm.seeds import torch_generator
-from vqdm.stages.quantize import one_thread_each
 
 RANK = 64  # of the random Hessians beside their diagonal
 SDXL = {

@@ -1,6 +1,8 @@
 """Which device, and why: decided once, printed, and kept in every manifest."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 from vqdm.errors import UserError
 
@@ -29,3 +31,16 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
     name = "cuda" if there and wanted != "cpu" else "cpu"
     reason = f"device={wanted}" if wanted != "auto" else ("torch sees a GPU" if there else "torch sees no GPU")
     return Device(name, reason, torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """torch computes on one CPU thread inside, in threads that are started inside too: sums then have one order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from vqdm.blocks import execution_order
 from vqdm.config import CalibrationConfig, QuantizeConfig, SamplerConfig
+from vqdm.device import one_thread_each
 from vqdm.hessian import HessianRecorder
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import play_back
@@ -46,17 +47,6 @@ def teacher_groups(groups: list[list[LayerSpec]]) -> list[list[LayerSpec]]:
 
 
 Drive = Callable[[HessianRecorder], None]
-
-
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """torch computes on one thread inside, in threads that are started inside too: sums then have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def collect(

@@ -24,6 +24,7 @@ from vqdm.blocks import Block
 from vqdm.codecs import adaround, additive, gptq, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
 from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
+from vqdm.device import one_thread_each
 from vqdm.hub import MODEL_FILE, denoiser_bytes
 from vqdm.layers import swap
 from vqdm.models.loader import denoiser_of
@@ -31,14 +32,7 @@ from vqdm.models.recording import OUTPUT, Call, play_back
 from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.hessians import (
-    collect,
-    drive_student,
-    drive_teacher,
-    execution_groups,
-    one_thread_each,
-    teacher_groups,
-)
+from vqdm.stages.hessians import collect, drive_student, drive_teacher, execution_groups, teacher_groups
 from vqdm.stages.schemes import Assignment, assign_schemes, read_harm
 from vqdm.store import atomic_write, read_item, write_item, write_json
 from vqdm.weights.additive import AdditiveScheme

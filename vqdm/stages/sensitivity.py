@@ -10,12 +10,13 @@ from tqdm import tqdm
 from vqdm.codecs import trellis
 from vqdm.codecs.trellis_table import load_table
 from vqdm.config import ModelConfig, QuantizeConfig
+from vqdm.device import one_thread_each
 from vqdm.layers import replace_layer, swap
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import Call
 from vqdm.models.specs import LayerSpec, layer_specs
 from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.hessians import collect, drive_teacher, execution_groups, one_thread_each, teacher_groups
+from vqdm.stages.hessians import collect, drive_teacher, execution_groups, teacher_groups
 from vqdm.stages.quantize import matrix_of, output_error
 from vqdm.store import read_item, write_item, write_json
 from vqdm.weights.base import SHARED_NAME
