@@ -1,6 +1,6 @@
 """The true bits at which trellis codes equal each rival: the trellis_bits table read at the rivals' scores.
 
-python run.py +experiment=codecs && python run.py +experiment=trellis_bits
+python run.py +experiment=codecs && python run.py +experiment=trellis_bits   # and adaround, if there
 python scripts/equal_bits.py [--model tiny_outlier] [--results results]
 
 Bits are bits_quantized: of the quantized layers, all that is stored for them counted. Between the bits that were run,
@@ -50,11 +50,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
     end = "" if options.model == "tiny" else f"-{options.model}"
-    files = [options.results / "tables" / f"{name}{end}.csv" for name in ("codecs", "trellis_bits")]
-    missing = next((file for file in files if not file.is_file()), None)
+    files = {name: options.results / "tables" / f"{name}{end}.csv" for name in ("codecs", "trellis_bits", "adaround")}
+    missing = next((name for name in ("codecs", "trellis_bits") if not files[name].is_file()), None)
     if missing is not None:
-        sys.exit(f"error: {missing} is not there; run python run.py +experiment={missing.stem.split('-')[0]} first")
-    print(equal_bits(*(pd.read_csv(file) for file in files)).to_string(index=False))
+        sys.exit(f"error: {files[missing]} is not there; run python run.py +experiment={missing} first")
+    tables = {name: pd.read_csv(file) for name, file in files.items() if file.is_file()}
+    trellis = tables.pop("trellis_bits")
+    print(equal_bits(pd.concat(tables.values()), trellis).to_string(index=False))
 
 
 if __name__ == "__main__":
