@@ -39,7 +39,7 @@ from vqdm.config import QuantizeConfig
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight
-from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, TrellisTable, side_bytes
+from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, TrellisTable, side_bits
 
 CODECS = {  # as the command line calls them: kind, and options beside bits
     "rtn": ("rtn", {}),
@@ -89,7 +89,7 @@ def encode(
     if kind == "gptq":
         return gptq.encode(weight, hessian, bits=int(bits), **options)
     if kind == "trellis":
-        side = 8 * side_bytes(tuple(weight.shape)) / weight.numel() if settings.code_bits else 0.0
+        side = side_bits(tuple(weight.shape)) if settings.code_bits else 0.0
         return trellis.encode(weight, hessian, bits=bits + side, table=trellis_table(), row_exponent=1.0, **options)
     generator = torch_generator(settings.seed, "benchmark codec", layer)
     return additive.encode(
@@ -112,7 +112,7 @@ def warm_trellis() -> None:
     """Encode columns whose powers are such that water-filling gives them all rates there are."""
     rates = torch.arange(LOWEST_RATE, HIGHEST_RATE + 1).repeat_interleave(2) / 4
     weight = torch.randn(320, len(rates), generator=torch_generator(0, "warm-up")) * 2**rates
-    bits = float(rates.mean()) + 8 * side_bytes(tuple(weight.shape)) / weight.numel()
+    bits = float(rates.mean()) + side_bits(tuple(weight.shape))
     trellis.encode(
         weight,
         torch.eye(len(rates)),

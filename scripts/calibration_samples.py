@@ -24,12 +24,12 @@ from vqdm.codecs.trellis_table import load_table
 from vqdm.compose import register_schemas, to_config
 from vqdm.hessian import HessianRecorder
 from vqdm.models.loader import denoiser_of, load_pipeline
-from vqdm.models.recording import play_back
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
-from vqdm.stages.calibrate import calibrate, recorded_calls
+from vqdm.stages.calibrate import calibrate
+from vqdm.stages.hessians import drive_teacher
 from vqdm.stages.quantize import matrix_of
-from vqdm.weights.trellis import TrellisTable, side_bytes
+from vqdm.weights.trellis import TrellisTable, side_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [  # prompts, steps, tokens of each call (None: all)
@@ -46,8 +46,7 @@ def hessians_of(config, specs, *, prompts: int, steps: int, tokens: int | None, 
     with tempfile.TemporaryDirectory() as folder:
         calibrate(Path(folder), pipeline, listed, config=settings, sampler=config.model.sampler)
         with HessianRecorder(denoiser_of(pipeline), specs, tokens_per_call=tokens) as recorder:
-            for call in recorded_calls(Path(folder)):
-                play_back(denoiser_of(pipeline), call, device="cpu")
+            drive_teacher(denoiser_of(pipeline), Path(folder), device="cpu")(recorder)
     return recorder.hessians()
 
 
@@ -56,8 +55,8 @@ def errors_of(denoiser, specs, hessians, scored, *, bits: float) -> np.ndarray:
     table, found = TrellisTable.from_values(load_table()), []
     for spec in specs:
         matrix = matrix_of(denoiser, spec)
-        side = 8 * side_bytes(spec.shape) / spec.size
-        weight = trellis.encode(matrix, hessians[spec.name], bits=bits + side, table=table, damping=0.01)
+        layer_bits = bits + side_bits(spec.shape)
+        weight = trellis.encode(matrix, hessians[spec.name], bits=layer_bits, table=table, damping=0.01)
         decoded = weight().detach().float()
         scale = trellis.output_error(matrix, torch.zeros_like(matrix), scored[spec.name])
         found.append(trellis.output_error(matrix, decoded, scored[spec.name]) / scale)

@@ -158,11 +158,9 @@ class Encoder:
         return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
 
     def encode_all(self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, progress) -> None:
-        """In parallel, the largest first; what is stored already is left."""
-        missing = [problem for problem in problems if read_item(self.directory, problem[0].name) is None]
-        progress.update(len(problems) - len(missing))
+        """In parallel, the largest first."""
         with one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            largest_first = sorted(missing, key=lambda problem: -problem[0].size)
+            largest_first = sorted(problems, key=lambda problem: -problem[0].size)
             futures = [pool.submit(self.encode, problem, hessians.get(problem[0].name)) for problem in largest_first]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -248,11 +246,12 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
     drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
     workers = torch.get_num_threads()
     for group in groups if student else teacher_groups(groups):
+        missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
+        progress.update(len(group) - len(missing))
         hessians = {}
-        missing = any(read_item(encoder.directory, spec.name) is None for spec in group)
-        if missing and needs_hessians(config):
+        if missing and needs_hessians(config):  # of the whole group: its draws of tokens do not depend on what is there
             hessians = collect(denoiser, group, drive, config=config)
-        problems = [(spec, schemes[spec.name]) for spec in group]
+        problems = [(spec, schemes[spec.name]) for spec in missing]
         encoder.encode_all(problems, hessians, workers=workers, progress=progress)
         if student:
             _take_in(encoder, group)

@@ -15,7 +15,7 @@ from vqdm.models.specs import LayerSpec, layer_specs, skipped_specs
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.base import Scheme
 from vqdm.weights.scalar import ScalarScheme
-from vqdm.weights.trellis import HIGHEST_RATE, WINDOW_BITS, TrellisScheme, reason_to_skip, side_bytes
+from vqdm.weights.trellis import HIGHEST_RATE, WINDOW_BITS, TrellisScheme, reason_to_skip, side_bits, side_bytes
 
 TABLE_BITS = 16 << WINDOW_BITS  # of the one trellis table of a model
 LEAST_CODE_BITS = 0.5  # per weight of a layer
@@ -89,7 +89,7 @@ def uniform_bits(specs: list[LayerSpec], bits: float) -> dict[str, float]:
     code_bits = bits - (side + TABLE_BITS) / weights if weights else 0.0
     if code_bits < LEAST_CODE_BITS:
         raise UserError(f"quantize.bits={bits:g} is less than scales, rates and the trellis table take: raise it")
-    return {spec.name: code_bits + 8 * side_bytes(spec.shape) / spec.size for spec in fitting}
+    return {spec.name: code_bits + side_bits(spec.shape) for spec in fitting}
 
 
 def read_harm(directory: Path) -> Harm:
@@ -148,5 +148,5 @@ def _bits_at(spec: LayerSpec, intercept: float, slope: float, level: float) -> f
 
 def _bits_range(spec: LayerSpec) -> tuple[float, float]:
     """From the fewest bits for codes to the highest rate in every column."""
-    side = 8 * side_bytes(spec.shape) / spec.size
+    side = side_bits(spec.shape)
     return side + LEAST_CODE_BITS, side + HIGHEST_RATE / 4

@@ -20,7 +20,7 @@ from vqdm.stages.hessians import collect, drive_teacher, execution_groups, teach
 from vqdm.stages.quantize import matrix_of, output_error
 from vqdm.store import read_item, write_item, write_json
 from vqdm.weights.base import SHARED_NAME
-from vqdm.weights.trellis import TrellisTable, reason_to_skip, side_bytes
+from vqdm.weights.trellis import TrellisTable, reason_to_skip, side_bits
 
 CODE_BITS = (2.0, 3.5)  # per weight beside scales and rates; log error is close to a line in between and around
 CALLS = 4  # of the recorded ones, evenly spread, that a layer is judged by
@@ -75,7 +75,7 @@ def _harm_of(
     original = denoiser.get_submodule(spec.name)
     matrix, found = matrix_of(denoiser, spec).cpu(), {}
     for code_bits in CODE_BITS:
-        bits = code_bits + 8 * side_bytes(spec.shape) / spec.size
+        bits = code_bits + side_bits(spec.shape)
         with one_thread_each():
             weight = trellis.encode(
                 matrix, hessian.cpu(), bits=bits, table=table, damping=config.damping, row_exponent=config.row_exponent,

@@ -67,6 +67,11 @@ def side_bytes(shape: tuple[int, int]) -> int:
     return 2 * shape[0] + 2 * shape[1] + packed_bytes(shape[1], RATE_BITS)
 
 
+def side_bits(shape: tuple[int, int]) -> float:
+    """The same in bits per weight: what a layer's bits are beyond those of its codes."""
+    return 8 * side_bytes(shape) / (shape[0] * shape[1])
+
+
 def stream_bytes(shape: tuple[int, int], bits: float) -> int:
     """Bytes of `codes`: all that `bits` per weight leave beside the side information; negative where they do not."""
     return int(bits * shape[0] * shape[1] / 8 + 1e-9) - side_bytes(shape)
@@ -77,8 +82,7 @@ def reason_to_skip(shape: tuple[int, int], bits: float) -> str | None:
     if shape[0] < FEWEST_OUTPUTS:
         return f"{shape[0]} outputs are too few for a trellis of {WINDOW_BITS} bits"
     if stream_bytes(shape, bits) <= 0:
-        side = 8 * side_bytes(shape) / (shape[0] * shape[1])
-        return f"its scales and rates alone take {side:.2f} of {bits:.2f} bits per weight"
+        return f"its scales and rates alone take {side_bits(shape):.2f} of {bits:.2f} bits per weight"
     return None
 
 
