@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import bench_layers
+import codec_layers
 import pandas as pd
 import torch
-from bench_layers import Layer, quadratic
+from codec_layers import Layer, quadratic
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ from vqdm.config import QuantizeConfig
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight
-from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, TrellisTable, side_bits
+from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, TrellisTable, TrellisWeight, side_bits
 
 CODECS = {  # as the command line calls them: kind, and options beside bits
     "rtn": ("rtn", {}),
@@ -158,7 +158,8 @@ def measure(layer: Layer, codec: str, bits: float, settings: Settings) -> dict:
     output, heldout, power = layer.powers
     error = quadratic(change, layer.hessian) / output
     stored = 8 * tensor_bytes(quantized.state_dict(keep_vars=True).values()) / change.numel()
-    code_bits = 8 * quantized.codes.numel() / change.numel()
+    codes = quantized.stream if isinstance(quantized, TrellisWeight) else quantized.codes
+    code_bits = 8 * codes.numel() / change.numel()
     return {
         "layer": layer.name,
         "shape": "x".join(map(str, layer.weight.shape)),
@@ -293,27 +294,27 @@ def find_layers(options: argparse.Namespace) -> tuple[int, Iterator[Layer]]:
     """How many layers are asked for, and the layers, each made when its turn comes. UserError for unknown names."""
     names = words(options.layers)
     if options.layers_from is not None:
-        make = bench_layers.make_layer_of(options.layers_from, names)
-        return len(names), (bench_layers.from_dict(name, make(name, options.seed)) for name in names)
+        make = codec_layers.make_layer_of(options.layers_from, names)
+        return len(names), (codec_layers.from_dict(name, make(name, options.seed)) for name in names)
     config = None
     if options.model is not None:
-        config = bench_layers.MODELS.get(options.model)
+        config = codec_layers.MODELS.get(options.model)
         if config is None:
-            raise UserError(f"--model {options.model}: it is one of {', '.join(bench_layers.MODELS)}")
-    specs = [] if config is None else bench_layers.model_specs(config, all_layers=options.all or bool(names))
-    known = [*bench_layers.SYNTHETIC, *(spec.name for spec in specs)]
+            raise UserError(f"--model {options.model}: it is one of {', '.join(codec_layers.MODELS)}")
+    specs = [] if config is None else codec_layers.model_specs(config, all_layers=options.all or bool(names))
+    known = [*codec_layers.SYNTHETIC, *(spec.name for spec in specs)]
     unknown = [name for name in names if name not in known]
     if unknown:
-        shown = ", ".join(bench_layers.SYNTHETIC) + (", or a layer of the model" if specs else "")
+        shown = ", ".join(codec_layers.SYNTHETIC) + (", or a layer of the model" if specs else "")
         raise UserError(f"--layers: there is no {unknown[0]!r}; there are {shown}")
-    synthetic = [name for name in bench_layers.SYNTHETIC if name in (names or known)]
+    synthetic = [name for name in codec_layers.SYNTHETIC if name in (names or known)]
     specs = [spec for spec in specs if spec.name in (names or known)]
 
     def layers() -> Iterator[Layer]:
         for name in synthetic:
-            yield bench_layers.synthetic(name, options.seed)
+            yield codec_layers.synthetic(name, options.seed)
         if specs:
-            yield from bench_layers.model_layers(config, specs)
+            yield from codec_layers.model_layers(config, specs)
 
     return len(synthetic) + len(specs), layers()
 
@@ -363,9 +364,9 @@ def parser() -> argparse.ArgumentParser:
         default=["2", "3", "4"],
         help="additive: codebooks of 8 bits for groups of 8; default 2 3 4",
     )
-    add("--layers", nargs="+", metavar="NAME", help=f"of {', '.join(bench_layers.SYNTHETIC)}, the file or the model")
+    add("--layers", nargs="+", metavar="NAME", help=f"of {', '.join(codec_layers.SYNTHETIC)}, the file or the model")
     add("--layers-from", type=Path, metavar="FILE", help="a Python file with make_layer(name, seed); it is executed")
-    add("--model", help=f"measure layers of this model too: {', '.join(bench_layers.MODELS)}")
+    add("--model", help=f"measure layers of this model too: {', '.join(codec_layers.MODELS)}")
     add("--all", action="store_true", help="all layers of the model, not one of each frequent shape")
     add("--seed", type=int, default=0, help="of synthetic layers and of what codecs draw")
     add("--beam", type=int, default=Settings.beam_size, help="additive: hypotheses kept; default %(default)s")

@@ -30,10 +30,10 @@ def make_layer(name, seed):
 def scripts(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
     import bench_codecs
-    import bench_layers
+    import codec_layers
 
     monkeypatch.setattr(bench_codecs, "warm_trellis", lambda: None)  # tests time nothing: a minute on a fresh clone
-    return bench_codecs, bench_layers
+    return bench_codecs, codec_layers
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_code_bits_leave_side_information_on_top(scripts, file):
 
 
 def test_a_convolution_keeps_its_errors_when_its_columns_are_reordered(scripts, file):
-    bench_codecs, bench_layers = scripts
-    made = bench_layers.make_layer_of(file, ["taps"])("taps", 0)
-    layer = bench_layers.from_dict("taps", made)
+    bench_codecs, codec_layers = scripts
+    made = codec_layers.make_layer_of(file, ["taps"])("taps", 0)
+    layer = codec_layers.from_dict("taps", made)
     ours = layer.weight.view(32, 3, 3, 16).permute(0, 3, 1, 2)
     assert torch.equal(ours, made["weight"].view(32, 16, 3, 3))
     settings = bench_codecs.Settings()
@@ -89,9 +89,9 @@ def test_a_convolution_keeps_its_errors_when_its_columns_are_reordered(scripts, 
 
 
 def test_the_bound_for_an_identity_hessian_is_the_gaussian_one(scripts):
-    bench_codecs, bench_layers = scripts
+    bench_codecs, codec_layers = scripts
     signs = torch.randint(0, 2, (32, 48), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    layer = bench_layers.Layer("signs", signs, torch.eye(48), torch.eye(48))
+    layer = codec_layers.Layer("signs", signs, torch.eye(48), torch.eye(48))
     for bits in (0.5, 2, 3.25):
         assert bench_codecs.reverse_water_filling(*layer.variances, bits) == pytest.approx(4**-bits)
 
@@ -151,15 +151,15 @@ def test_unknown_names_are_refused_in_one_line(scripts, arguments, said):
 
 
 def test_synthetic_layers_are_the_same_for_the_same_seed(scripts, monkeypatch):
-    bench_layers = scripts[1]
+    codec_layers = scripts[1]
     small = {
-        "linear": lambda *rest: bench_layers.linear_layer(24, 32, *rest),
-        "text": lambda *rest: bench_layers.text_layer(24, 32, *rest),
-        "conv": lambda *rest: bench_layers.conv_layer(24, 16, *rest),
+        "linear": lambda *rest: codec_layers.linear_layer(24, 32, *rest),
+        "text": lambda *rest: codec_layers.text_layer(24, 32, *rest),
+        "conv": lambda *rest: codec_layers.conv_layer(24, 16, *rest),
     }
-    monkeypatch.setattr(bench_layers, "SYNTHETIC", small)
+    monkeypatch.setattr(codec_layers, "SYNTHETIC", small)
     for name in small:
-        one, again, other = (bench_layers.synthetic(name, seed) for seed in (1, 1, 2))
+        one, again, other = (codec_layers.synthetic(name, seed) for seed in (1, 1, 2))
         assert torch.equal(one.weight, again.weight)
         assert torch.equal(one.heldout_hessian, again.heldout_hessian)
         assert not torch.equal(one.weight, other.weight)

@@ -1,14 +1,16 @@
 import math
 
 import pytest
+import torch
 from unets import sdxl_unet, small_unet
 
 from vqdm.bits import count_bits
 from vqdm.config import PAPER_PATTERN, QuantizeConfig
 from vqdm.errors import UserError
+from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.layers import swap_empty
 from vqdm.models.specs import LayerSpec, layer_specs
-from vqdm.stages.schemes import TABLE_BITS, allocate, assign_schemes, group_of, planned_bits, uniform_bits
+from vqdm.schemes import TABLE_BITS, allocate, assign_schemes, group_of, planned_bits, uniform_bits
 from vqdm.weights.trellis import side_bytes
 
 OPTIONS = {"pattern": r"to_|ff|conv|proj", "min_size": 8}
@@ -69,10 +71,10 @@ def test_bits_go_where_they_save_most():
     codes = [code_bits(spec, bits[spec.name]) for spec in specs]
     # reverse water-filling in closed form: R = c + ½ log2(harm per weight), over all layers alike
     levels = [c - 0.5 * math.log2(s / spec.size) for c, s, spec in zip(codes, strength, specs, strict=True)]
-    assert max(levels) - min(levels) < 1e-6
+    assert max(levels) - min(levels) < 8 / min(spec.size for spec in specs)  # a byte is the smallest step
     total = sum(bits[spec.name] * spec.size for spec in specs) + TABLE_BITS
     assert total <= 3.2 * sum(spec.size for spec in specs) * (1 + 1e-12)
-    assert total == pytest.approx(3.2 * sum(spec.size for spec in specs))
+    assert 3.2 * sum(spec.size for spec in specs) - total < 8  # whole bytes
 
 
 def test_no_layer_gets_more_than_the_highest_rate_or_less_than_half_a_bit():
@@ -83,7 +85,7 @@ def test_no_layer_gets_more_than_the_highest_rate_or_less_than_half_a_bit():
 
 
 def test_sensitivity_takes_the_same_bytes_as_the_plan():
-    config = QuantizeConfig(kind="trellis", bits=5)
+    config = QuantizeConfig(kind="trellis", bits=5, allocation="sensitivity")
     unet = small_unet()
     specs = [spec for spec in layer_specs(unet, **OPTIONS) if spec.shape[0] >= 16]
     harm = _harm(specs, [2.0 ** -(i % 5) for i in range(len(specs))])
@@ -91,7 +93,10 @@ def test_sensitivity_takes_the_same_bytes_as_the_plan():
     counts = count_bits(unet)
     plan = planned_bits(small_unet(), config, **OPTIONS)
     assert counts.bits_quantized <= 5
-    assert counts.bits_quantized == pytest.approx(plan.bits_quantized, abs=0.02)
+    assert counts == plan
+    planned = swap_empty(small_unet().to("meta"), assign_schemes(small_unet(), config, **OPTIONS).quantized)
+    assert checkpoint_size(unet) == checkpoint_size(planned)
+    assert len({len(tensor) for tensor in unet.state_dict().values() if tensor.dtype == torch.uint8}) > 10
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # a module may import from its own layer and from those after it
 LAYERS = (
     ("vqdm.compose",),
-    ("vqdm.pipeline",),
+    ("vqdm.pipeline", "vqdm.api"),
+    ("vqdm.plan",),
     ("vqdm.report",),
     ("vqdm.stages", "vqdm.tiny.train", "vqdm.tracker"),
     ("vqdm.tiny.evaluators", "vqdm.tiny.turbo", "vqdm.tiny.unet", "vqdm.tiny.text", "vqdm.tiny.vae", "vqdm.tiny.loop"),
     ("vqdm.hub", "vqdm.metrics"),
+    ("vqdm.encode",),
+    ("vqdm.schemes",),
     (
         "vqdm.layers",
         "vqdm.models",

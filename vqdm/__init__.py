@@ -1,7 +1,23 @@
-"""VQDM: vector quantization of text-to-image diffusion models. Importing it costs nothing and imports no torch."""
+"""VQDM: vector quantization of text-to-image diffusion models. Importing it costs nothing and imports no torch.
 
+import vqdm                                            # then from_pretrained loads what vqdm has saved
+vqdm.compress(pipeline, "trellis3", prompts)           # quantizes a diffusers pipeline's denoiser in place
+vqdm.VQDMConfig("trellis3")                            # a quantization_config for from_pretrained, without data
+"""
+
+import importlib
+
+from vqdm._diffusers import register_when_imported
 from vqdm._torchvision import install_cure
 
 __version__ = "0.1.0"
+_PUBLIC = {"VQDMConfig": "vqdm.hub.quantizer", "compress": "vqdm.api"}
 
 install_cure()
+register_when_imported()
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vqdm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

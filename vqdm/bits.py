@@ -68,5 +68,5 @@ def _others(denoiser: nn.Module, coded: Iterable[nn.Module]) -> list[Tensor]:
 def _unquantized_weights(denoiser: nn.Module) -> int:
     """The number of weights of the Linear and Conv layers that stay in 16 bit."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    layers = [module for module in denoiser.modules() if isinstance(module, kinds)]
+    layers = [m for m in denoiser.modules() if isinstance(m, kinds) and isinstance(m.weight, nn.Parameter)]
     return sum(weight.numel() for weight in {id(layer.weight): layer.weight for layer in layers}.values())

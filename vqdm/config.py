@@ -5,6 +5,7 @@ stages name the parts they take, in `vqdm/stages/graph.py`.
 """
 
 import dataclasses
+import re
 
 from vqdm.errors import UserError
 
@@ -13,6 +14,23 @@ PROMPT_ORDERS = ("first", "shuffled")
 PAPER_PATTERN = (
     r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"  # released code
 )
+TRANSFORMER_PATTERN = (
+    r"^(single_)?transformer_blocks\..*"
+    r"(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj|net\.(0\.proj|2)|proj_(mlp|out)|norm(1|1_context)?\.linear)$"
+)
+
+
+def layer_pattern(denoiser: str, layers: str | None) -> str:
+    """The layers to quantize as a regular expression: `layers`, or what goes with a denoiser of that class name.
+
+    U-Nets: the paper's. Transformers (PixArt, SD3, FLUX): every Linear inside the blocks; embeddings and the way out
+    stay in 16 bit. The linears of adaptive norms are among them, though they see one token per image: they are a third
+    of SD3 and a quarter of FLUX, and at 16 bit would alone take more than all else does at 4. Their Hessians are shrunk
+    (vqdm/stages/hessians.py).
+    """
+    if layers is not None:
+        return layers
+    return PAPER_PATTERN if denoiser.startswith("UNet") else TRANSFORMER_PATTERN
 
 
 @dataclasses.dataclass
@@ -34,7 +52,7 @@ class PromptsConfig:
 
 @dataclasses.dataclass
 class SamplerConfig:
-    scheduler: str = "ddim"  # ddim | euler | euler_ancestral | dpm_solver
+    scheduler: str = "ddim"  # ddim | euler | euler_ancestral | dpm_solver | native: the model's own (flow matching)
     steps: int = 20
     guidance: float = 3.0  # classifier-free guidance scale; 0 = none (turbo models)
     timestep_spacing: str | None = None  # None = the model's own; trailing for turbo models
@@ -53,12 +71,13 @@ class RescaleConfig:
 class ModelConfig:
     name: str = "tiny"
     builtin: str | None = None  # a model shipped with the package
-    path: str | None = None  # or a local diffusers directory
+    path: str | None = None  # or a local diffusers directory, or a .safetensors file with the original key names
+    configs: str | None = None  # of such a file, or to plan a hub model by: shipped ones or a directory; None = found
     hub_id: str | None = None  # or a hub id with a pinned revision
     revision: str | None = None
     variant: str | None = None  # file variant, e.g. fp16
     dtype: str = "float32"  # of the computation
-    layers: str = PAPER_PATTERN  # regular expression of the layers to quantize
+    layers: str | None = None  # regular expression of the layers to quantize; None = by the model: `layer_pattern`
     min_size: int = 16  # layers with fewer inputs or outputs stay in 16 bit
     rescale: RescaleConfig = dataclasses.field(default_factory=RescaleConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
@@ -162,7 +181,7 @@ CHOICES = {
     "task": ("compress", "tiny_train"),
     "device": ("auto", "cpu", "cuda"),
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.sampler.scheduler": ("ddim", "euler", "euler_ancestral", "dpm_solver"),
+    "model.sampler.scheduler": ("ddim", "euler", "euler_ancestral", "dpm_solver", "native"),
     "calibration.source": PROMPT_SOURCES,
     "calibration.order": PROMPT_ORDERS,
     "evaluate.prompts.source": PROMPT_SOURCES,
@@ -218,6 +237,32 @@ def check(config: Config) -> None:
 
 
 SCALAR_KINDS = ("rtn", "gptq", "adaround")
+_SCHEME = re.compile(r"(?P<kind>rtn|gptq|adaround|trellis|vq)(?P<bits>\d+(?:\.\d+)?)(?:g(?P<group>\d+))?")
+_CODEBOOKS = re.compile(r"(?P<count>\d+)x(?P<width>\d+)g(?P<group>\d+)")
+_PRESETS = {  # as in conf/quantize/
+    "gptq": {"clip": "hessian", "damping": 0.001},
+    "adaround": {"batch_size": 16},
+    "vq": {"kind": "additive", "group_size": 8},
+}
+
+
+def parse_scheme(name: str) -> QuantizeConfig:
+    """The quantizer that a short name stands for: rtn4, rtn4g64, gptq3, trellis2.5, vq3, or 3x8g8 (codebooks × bits).
+
+    The same settings as the presets of conf/quantize/. UserError for any other name.
+    """
+    if found := _SCHEME.fullmatch(name):
+        group = {} if found["group"] is None else {"group_size": int(found["group"])}
+        options = {"kind": found["kind"]} | _PRESETS.get(found["kind"], {}) | group | {"bits": float(found["bits"])}
+    elif found := _CODEBOOKS.fullmatch(name):
+        count, width, group_size = (int(number) for number in found.groups())
+        options = {"kind": "additive", "codebook_bits": width, "group_size": group_size}
+        options["bits"] = count * width / max(1, group_size)
+    else:
+        raise UserError(f"{name!r} is no scheme; give one like trellis3, trellis2.5, 3x8g8, vq3, gptq4, rtn4 or rtn4g64")
+    config = QuantizeConfig(**options)
+    _check_quantize(config)
+    return config
 
 
 def _check_quantize(config: QuantizeConfig) -> None:

@@ -22,7 +22,7 @@ class _QuantizedLayer(nn.Module):
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str):
-        super().__init__()
+        nn.Module.__init__(self)  # past that of nn.Linear and nn.Conv2d, which would make a weight of their own
         if decode not in DECODE_MODES:
             raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
         if weight.shape != spec.shape:
@@ -33,6 +33,11 @@ class _QuantizedLayer(nn.Module):
         self.decode = decode
         self._cache: tuple | None = None  # (state of the sources, decoded weight)
 
+    @property
+    def original_shape(self) -> tuple[int, ...]:
+        """Of the weight it stands for."""
+        return self.weight.original_shape
+
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in its own geometry."""
         if self.decode == "per_call" or (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources())):
@@ -42,6 +47,12 @@ class _QuantizedLayer(nn.Module):
         if self._cache is None or self._cache[0] != state:
             self._cache = (state, matrix_to_weight(self.weight(), self.spec).detach().to(dtype))
         return self._cache[1]
+
+    @torch.no_grad()
+    def _filled(self, layer):
+        layer.weight = nn.Parameter(matrix_to_weight(self.weight(), self.spec), requires_grad=False)
+        layer.bias = self.bias
+        return layer.train(self.training)
 
     def _sources(self) -> list[Tensor]:
         """Every tensor the decoded weight depends on, the shared part included."""
@@ -71,8 +82,8 @@ def _state(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
 
 
-class QuantizedLinear(_QuantizedLayer):
-    """nn.Linear with a quantized weight [out, in]."""
+class QuantizedLinear(_QuantizedLayer, nn.Linear):
+    """nn.Linear with a quantized weight [out, in]. As a subclass it takes LoRA adapters of peft like any other."""
 
     def __init__(
         self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str = "per_call"
@@ -80,15 +91,26 @@ class QuantizedLinear(_QuantizedLayer):
         super().__init__(weight, bias, spec, decode=decode)
         self.out_features, self.in_features = weight.shape
 
+    def dequantized(self) -> nn.Linear:
+        """The same layer with the decoded weight."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        return self._filled(layer)
+
     def forward(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.decoded(inputs.dtype), self._bias(inputs.dtype))
 
 
-class QuantizedConv2d(_QuantizedLayer):
+class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
     """nn.Conv2d with a quantized weight, the matrix [out, kh·kw·in_channels].
 
     UserError for grouped convolutions and for other padding than zeros.
     """
+
+    def __new__(cls, *arguments, **options):
+        """An nn.Conv2d if the arguments are one's: peft makes a LoRA's convolutions with the type of the layer."""
+        if arguments and isinstance(arguments[0], int):
+            return nn.Conv2d(*arguments, **options)
+        return super().__new__(cls)
 
     def __init__(
         self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str = "per_call"
@@ -103,10 +125,33 @@ class QuantizedConv2d(_QuantizedLayer):
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] // (conv.kernel[0] * conv.kernel[1])
         self.kernel_size, self.stride, self.padding = conv.kernel, conv.stride, conv.padding
         self.dilation, self.groups, self.padding_mode = conv.dilation, conv.groups, conv.padding_mode
+        self.transposed, self.output_padding = False, (0, 0)
+        weight.original_shape = (self.out_channels, self.in_channels, *self.kernel_size)
+
+    def dequantized(self) -> nn.Conv2d:
+        """The same layer with the decoded weight."""
+        layer = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, stride=self.stride, padding=self.padding,
+            dilation=self.dilation, bias=self.bias is not None, device="meta",
+        )  # fmt: skip
+        return self._filled(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
         weight, bias = self.decoded(inputs.dtype), self._bias(inputs.dtype)
         return F.conv2d(inputs, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+
+def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
+    """By name, in module order."""
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, _QuantizedLayer)}
+
+
+def dequantize_layers(denoiser: nn.Module) -> nn.Module:
+    """Put plain layers with the decoded weights where the quantized ones are, in place."""
+    for name, layer in quantized_layers(denoiser).items():
+        replace_layer(denoiser, name, layer.dequantized())
+    denoiser._modules.pop(SHARED_NAME, None)
+    return denoiser
 
 
 def replace_layer(denoiser: nn.Module, name: str, module: nn.Module) -> None:

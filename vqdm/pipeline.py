@@ -70,6 +70,8 @@ def _ready(config: Config, store: Store) -> Graph:
             problems.append(str(error))
     if problems:
         raise UserError(" — and: ".join(problems))
+    if config.model.hub_id is not None:
+        graph = build_graph(config, cache=_cache(store))  # now that the files say which layers the model has
     if graph.quantize is not None and store.status(graph.quantize) != "done":
         _check_layers(config)
     return graph
@@ -78,7 +80,7 @@ def _ready(config: Config, store: Store) -> Graph:
 def _check_layers(config: Config) -> None:
     """The scheme fits every layer, known from the shapes; says the bits to come."""
     from vqdm.models.loader import denoiser_on_meta
-    from vqdm.stages.schemes import planned_bits
+    from vqdm.schemes import planned_bits
 
     bits = planned_bits(
         denoiser_on_meta(config.model), config.quantize, pattern=config.model.layers, min_size=config.model.min_size
@@ -128,13 +130,14 @@ class _Models:
 
     def student(self, quantized: Path | None):
         """The teacher itself, or a pipeline of its own with the quantized denoiser."""
-        from vqdm.hub import MODEL_FILE, load_quantized_
-        from vqdm.models.loader import denoiser_of
+        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
+        from vqdm.stages.layout import DENOISER
 
         if quantized is None:
             return self.teacher
         pipeline = self.own()
-        load_quantized_(denoiser_of(pipeline), quantized / MODEL_FILE)
+        denoiser = load_denoiser(quantized / DENOISER, dtype=pipeline.dtype, decode="cached")
+        replace_denoiser(pipeline, denoiser.to(self.device.name))
         return pipeline
 
 

@@ -38,22 +38,30 @@ def assign_schemes(
     denoiser: nn.Module,
     config: QuantizeConfig,
     *,
-    pattern: str,
+    pattern: str | None,
     min_size: int,
     harm: Harm | None = None,
 ) -> Assignment:
-    """The schemes that `config` asks for. UserError where bits leave no room for any layer.
+    """The schemes that `config` asks for. UserError where bits leave no room, or the pattern finds no layer.
 
-    harm: of every layer that a trellis can hold; gives each its own bits. None: the same for all.
+    pattern: None is the one that goes with the denoiser's class.
+    harm: of every layer that a trellis can hold; gives each its own bits. None: the same for all, in as many bytes.
     """
     specs = layer_specs(denoiser, pattern=pattern, min_size=min_size)
     skipped = skipped_specs(denoiser, pattern=pattern, min_size=min_size)
+    if not specs:
+        raise UserError(
+            f"model.layers={pattern or 'null'} selects no layer of {type(denoiser).__name__}: give a regular "
+            "expression that finds names of its Linear or Conv2d layers"
+        )
     if config.kind != "trellis":
         return Assignment([(spec, _scheme(config, spec)) for spec in specs], skipped)
-    if harm is None:
-        bits = uniform_bits(specs, config.bits)
-    else:
+    if harm is not None:
         bits = allocate([spec for spec in specs if spec.name in harm], harm, config.bits)
+    else:
+        bits = uniform_bits(specs, config.bits)
+        if config.allocation == "sensitivity":
+            bits = _filled(specs, bits, config.bits)
     quantized = [(spec, TrellisScheme(bits=bits[spec.name])) for spec in specs if spec.name in bits]
     unfit = [(spec, reason_to_skip(spec.shape, 16)) for spec in specs if spec.name not in bits]
     return Assignment(quantized, skipped + unfit)
@@ -98,7 +106,7 @@ def read_harm(directory: Path) -> Harm:
     return {layer: {float(bits): harm for bits, harm in points.items()} for layer, points in content.items()}
 
 
-def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str, min_size: int) -> BitCounts:
+def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None, min_size: int) -> BitCounts:
     """What the quantized denoiser will take, from its shapes alone: `denoiser` is on the meta device, and changed.
 
     UserError, with the layer's name, where the scheme does not fit a layer.
@@ -110,11 +118,14 @@ def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str, m
 def allocate(specs: list[LayerSpec], harm: Harm, bits: float) -> dict[str, float]:
     """Bits per weight of every layer, so that with the table they are `bits` in all and the harm's sum is least.
 
+    To the byte: how many bytes the model takes does not depend on the harm.
     harm: at two or more bit-widths; its logarithm is taken as a line. Reverse water-filling: the harm of every layer
     falls equally fast per bit spent on it.
     """
     room = bits * sum(spec.size for spec in specs) - TABLE_BITS
-    least = sum(_bits_range(spec)[0] * spec.size for spec in specs)
+    least, most = (sum(_bits_range(spec)[i] * spec.size for spec in specs) for i in (0, 1))
+    if room > most:
+        raise UserError(f"quantize.bits={bits:g} is more than the highest rate of every layer: lower it")
     if not 0 < least <= room:
         raise UserError(f"quantize.bits={bits:g} is less than scales, rates and the trellis table take: raise it")
     lines = {spec.name: _line(harm[spec.name]) for spec in specs}
@@ -124,7 +135,25 @@ def allocate(specs: list[LayerSpec], harm: Harm, bits: float) -> dict[str, float
         found = {spec.name: _bits_at(spec, *lines[spec.name], level) for spec in specs}
         spent = sum(found[spec.name] * spec.size for spec in specs)
         low, high = (level, high) if spent > room else (low, level)
-    return {spec.name: _bits_at(spec, *lines[spec.name], high) for spec in specs}
+    wanted = {spec.name: _bits_at(spec, *lines[spec.name], high) * spec.size / 8 for spec in specs}
+    whole = _in_whole_bytes(wanted, int(room / 8 + 1e-6))
+    return {spec.name: 8 * whole[spec.name] / spec.size for spec in specs}
+
+
+def _filled(specs: list[LayerSpec], bits: dict[str, float], total: float) -> dict[str, float]:
+    """Nearly the same bits, in exactly the bytes that `allocate` will take."""
+    sizes = {spec.name: spec.size for spec in specs if spec.name in bits}
+    wanted = {name: bits[name] * size / 8 for name, size in sizes.items()}
+    whole = _in_whole_bytes(wanted, int((total * sum(sizes.values()) - TABLE_BITS) / 8 + 1e-6))
+    return {name: 8 * whole[name] / size for name, size in sizes.items()}
+
+
+def _in_whole_bytes(wanted: dict[str, float], total: int) -> dict[str, int]:
+    """The numbers rounded so that they make up `total`; those with the largest fractions are rounded up."""
+    whole = {name: int(value) for name, value in wanted.items()}
+    left = total - sum(whole.values())
+    by_fraction = sorted(wanted, key=lambda name: (whole[name] - wanted[name], name))
+    return whole | {name: whole[name] + 1 for name in by_fraction[:left]}
 
 
 LEAST_SLOPE = 1.0  # of −log2 harm per bit: below it the measurement is noise; 2 is the high-rate theory

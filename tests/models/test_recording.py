@@ -8,7 +8,8 @@ from safetensors.torch import load, save
 from torch import nn
 from unets import small_unet
 
-from vqdm.models.recording import OUTPUT, Recorder, evenly_spread, play_back
+from vqdm.errors import UserError
+from vqdm.models.recording import OUTPUT, PLAIN, Recorder, call_arguments, evenly_spread, play_back
 
 LIKE_SDXL = {
     "addition_embed_type": "text_time",
@@ -98,6 +99,86 @@ def test_names_are_those_of_the_denoiser_itself():
         denoiser(torch.ones(2), torch.tensor(3.0), return_dict=False)
     assert recorder.calls[0].keys() == {"hidden_states", "scale", OUTPUT}
     assert play_back(denoiser, recorder.calls[0], device="cpu").tolist() == [3.0, 3.0]
+
+
+class Anything(nn.Module):
+    """Takes what it is given; the last call's arguments are kept."""
+
+    def forward(self, hidden_states, context, mask=None, scale=1.0, return_dict=True, **others):
+        self.seen = {"hidden_states": hidden_states, "context": context, "mask": mask, "scale": scale, **others}
+        return (hidden_states * 2,)
+
+
+def played(*args, **kwargs):
+    """What a call's play back from a file hands to the denoiser, beside what the call itself did; and the call."""
+    denoiser = Anything()
+    with Recorder(denoiser, steps={0}) as recorder:
+        denoiser(*args, **kwargs)
+    first, (call,) = denoiser.seen, recorder.calls
+    output = play_back(denoiser, load(save(call)), device="cpu")
+    assert torch.equal(output, call[OUTPUT])
+    return first, denoiser.seen, call
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        True,
+        3,
+        0.1,
+        "text",
+        {},
+        [],
+        (1, None, "two"),
+        [torch.ones(2), torch.zeros(3, dtype=torch.int64)],
+        (torch.ones(1),),
+        {"resolution": None, "aspect_ratio": None},
+        {"text_embeds": torch.ones(2, 3), "strength": 0.5, "parts": [{"of": torch.zeros(1)}, None]},
+        {"tensors": {"alone": torch.arange(3)}},
+    ],
+)
+def test_every_kind_of_argument_comes_back_as_it_was(argument):
+    first, again, _ = played(torch.randn(2, 3), context=argument, extra=argument, return_dict=False)
+    assert same(first, again)
+
+
+def test_none_counts_where_it_is_not_the_default():
+    first, again, call = played(torch.randn(2), None, mask=None, scale=None)
+    assert same(first, again) and again["context"] is None and again["scale"] is None
+    assert call.keys() == {"hidden_states", PLAIN, OUTPUT}
+    assert call_arguments(call, device="cpu").keys() == {"hidden_states", "context", "scale"}
+
+
+def test_what_is_tensors_alone_needs_no_description():
+    _, _, call = played(torch.randn(2), {"of": torch.ones(1)}, mask=None, return_dict=True)
+    assert call.keys() == {"hidden_states", "context.of", OUTPUT}
+
+
+@pytest.mark.parametrize("argument", [print, {1: torch.ones(1)}, {"a.b": 1}, [torch.float32], {"deep": [object()]}])
+def test_an_argument_that_cannot_be_kept_is_named(argument):
+    with pytest.raises(UserError, match=r"Anything is called with context\S* of type \w+, which cannot be recorded"):
+        played(torch.randn(2), argument)
+
+
+@pytest.mark.parametrize("name", [OUTPUT, PLAIN])
+def test_names_that_a_call_uses_itself_are_refused(name):
+    with pytest.raises(UserError, match=f"takes an argument '{name}'"):
+        played(torch.randn(2), None, **{name: torch.ones(1)})
+
+
+def test_a_stretched_tensor_is_stored_as_what_it_shows():
+    first, again, _ = played(torch.randn(2, 3).T, torch.ones(1).expand(4))
+    assert same(first, again)
 
 
 @torch.no_grad()

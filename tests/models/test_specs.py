@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 from unets import sdxl_unet, small_unet
 
@@ -44,6 +45,38 @@ def test_shapes_agree_with_the_table(sdxl):
         for row in csv.DictReader(file):
             expected[int(row["out"]), int(row["in"]), int(row["k"])] += int(row["count"])
     assert Counter(map(row_of, layer_specs(sdxl))) == expected
+
+
+TRANSFORMERS = {  # class, what its real models differ in from the class's defaults, layers, share of adaptive norms
+    "PixArt": (PixArtTransformer2DModel, {"caption_channels": 4096, "out_channels": 8}, 280, 0.0),
+    "SD3.5": (
+        SD3Transformer2DModel,
+        {
+            "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        529,
+        0.33,
+    ),
+    "FLUX": (FluxTransformer2DModel, {"guidance_embeds": True}, 494, 0.27),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_of_a_transformer_every_linear_inside_the_blocks_is_selected_and_nothing_else(name):
+    kind, settings, count, norms = TRANSFORMERS[name]
+    with torch.device("meta"):
+        transformer = kind(**settings)
+    blocks = [f"{stack}.{i}" for stack, inner in transformer.named_children() if isinstance(inner, nn.ModuleList)
+              for i in range(len(inner))]  # fmt: skip
+    linears = [n for block in blocks for n, m in transformer.get_submodule(block).named_modules(prefix=block)
+               if isinstance(m, nn.Linear)]  # fmt: skip
+    specs = layer_specs(transformer)
+    assert [spec.name for spec in specs] == linears and len(linears) == count
+    total = sum(parameter.numel() for parameter in transformer.parameters())
+    assert sum(spec.size for spec in specs) > 0.97 * total
+    assert sum(spec.size for spec in specs if "norm" in spec.name) / total == pytest.approx(norms, abs=0.005)
+    assert all(reason == "the pattern does not select it" for _, reason in skipped_specs(transformer))
 
 
 def test_order_is_the_modules(sdxl):

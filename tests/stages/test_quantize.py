@@ -14,7 +14,7 @@ from vqdm.prompts import load_prompts
 from vqdm.stages.calibrate import calibrate, recorded_calls, recorded_positions
 from vqdm.stages.hessians import execution_groups, teacher_groups
 from vqdm.stages.quantize import output_error, quantize
-from vqdm.stages.schemes import read_harm
+from vqdm.schemes import read_harm
 from vqdm.stages.sensitivity import sensitivity
 
 # one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution

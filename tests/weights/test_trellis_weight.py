@@ -42,11 +42,12 @@ def random_states(out, rates, seed=0):
 
 
 def decode_in_sequence(weight: TrellisWeight) -> torch.Tensor:
-    """The slow reference: one column after the other, the bits of each sequence shifted through a window."""
+    """The slow reference: one column after the other, the bits of each sequence shifted through a window; in fp32."""
     out, inputs = weight.shape
-    stream = [byte >> i & 1 for byte in weight.codes.tolist() for i in range(8)]
-    values, length, position = weight.shared[0].table.detach(), sequence_length(out), 0
-    decoded = torch.zeros(out, inputs, dtype=values.dtype)
+    stream = [byte >> i & 1 for byte in weight.stream.tolist() for i in range(8)]
+    values, length, position = weight.shared[0].table.detach().float(), sequence_length(out), 0
+    rows, columns = weight.row_scales.detach().float(), weight.column_scales.detach().float()
+    decoded = torch.zeros(out, inputs)
     for j, rate in enumerate(weight.unpacked_rates().tolist()):
         for start in range(0, out, length):
             count = min(length, out - start)
@@ -55,11 +56,11 @@ def decode_in_sequence(weight: TrellisWeight) -> torch.Tensor:
             window, ahead = bits[:WINDOW_BITS], WINDOW_BITS
             for t in range(count if rate else 0):
                 value = values[sum(bit << i for i, bit in enumerate(window))]
-                decoded[start + t, j] = value * weight.column_scales[j] * weight.row_scales[start + t]
+                decoded[start + t, j] = value * columns[j] * rows[start + t]
                 for _ in range(rate * (t + 1) // 4 - rate * t // 4):
                     window = [*window[1:], bits[ahead % len(bits)]]
                     ahead += 1
-    return decoded
+    return decoded.to(weight.dtype)
 
 
 @pytest.mark.parametrize("out", [16, 33, 112, 353])
@@ -77,7 +78,7 @@ def test_decoded_by_arithmetic_is_decoded_in_sequence_for_every_rate(out):
         column_scales=torch.rand(len(rates), generator=generator),
     )
     assert weight.unpacked_rates().tolist() == ALL_RATES
-    assert torch.equal(unpack_states(weight.codes, rates, out)[1:], states[1:])
+    assert torch.equal(unpack_states(weight.stream, rates, out)[1:], states[1:])
     with torch.no_grad():
         assert torch.equal(weight(), decode_in_sequence(weight))
     assert float(weight()[:, 0].detach().abs().max()) == 0, "a column of rate 0 is 0, whatever bits follow it"
@@ -154,5 +155,5 @@ def test_gradients_reach_scales_and_table():
     ).float()
     weight.shared[0].float()
     weight().square().sum().backward()
-    for parameter in (weight.row_scales, weight.column_scales, weight.shared[0].table):
+    for parameter in (weight.scales, weight.shared[0].table):
         assert float(parameter.grad.abs().sum()) > 0

@@ -1,15 +1,18 @@
 """Where a model's files are, and what identifies them. Imports no torch."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqdm.atomic import canonical_json
 from vqdm.config import ModelConfig
 from vqdm.errors import UserError
 from vqdm.identity import files_identity
 
 _HERE = Path(__file__).parent
+CONFIGS = _HERE / "configs"
 DENOISERS = ("unet", "transformer")
 
 
@@ -18,6 +21,14 @@ def builtin_directory(name: str) -> Path:
     if name not in shipped:
         raise UserError(f"model.builtin={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")
     return _HERE / name
+
+
+def shipped_configs(name: str) -> Path:
+    """A directory of a pipeline's configs without weights: what a single-file checkpoint does not hold."""
+    shipped = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
+    if name not in shipped:
+        raise UserError(f"model.configs={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")
+    return CONFIGS / name
 
 
 def check_pipeline_directory(directory: Path) -> Path:
@@ -55,11 +66,45 @@ def evaluators_directory(path: str | None) -> Path:
     return directory
 
 
+def single_file(config: ModelConfig) -> Path | None:
+    """The checkpoint of a model that is one file; `model_directory` is then that of its configs."""
+    path = None if config.path is None else Path(config.path)
+    return path if path is not None and (path.is_file() or path.suffix == ".safetensors") else None
+
+
+def _file_configs(config: ModelConfig, file: Path) -> Path:
+    from vqdm.models.single_file import check_single_file, default_configs
+
+    if config.configs is None:
+        return default_configs(file)
+    configs = named_configs(config.configs)
+    check_single_file(file, configs)
+    return configs
+
+
+def named_configs(name: str) -> Path:
+    """A directory, or shipped configs by their name."""
+    return Path(name) if Path(name).is_dir() else shipped_configs(name)
+
+
 def local_directory(config: ModelConfig) -> Path | None:
     """The checked directory of a shipped or local model; None for a model of the hub."""
     if config.builtin is not None:
         return check_pipeline_directory(builtin_directory(config.builtin))
-    return None if config.path is None else check_pipeline_directory(Path(config.path))
+    if config.path is None:
+        return None
+    file = single_file(config)
+    return check_pipeline_directory(Path(config.path) if file is None else _file_configs(config, file))
+
+
+def configs_directory(config: ModelConfig) -> Path:
+    """Where the model's configs lie; for a hub model that is not here yet, those that model.configs names."""
+    if config.hub_id is None or config.configs is None:
+        return model_directory(config, allow_network=False)
+    try:
+        return model_directory(config, allow_network=False)
+    except UserError:
+        return named_configs(config.configs)
 
 
 def model_directory(config: ModelConfig, *, allow_network: bool = True) -> Path:
@@ -69,8 +114,13 @@ def model_directory(config: ModelConfig, *, allow_network: bool = True) -> Path:
 
 def model_identity(config: ModelConfig, *, cache: Path) -> str:
     """sha256 of the files, or the hub id at its pinned revision."""
-    directory = local_directory(config)
-    return f"{config.hub_id}@{config.revision}" if directory is None else files_identity(directory, cache)
+    directory, file = local_directory(config), single_file(config)
+    if directory is None:
+        return f"{config.hub_id}@{config.revision}"
+    if file is None:
+        return files_identity(directory, cache)
+    parts = [files_identity(file, cache), files_identity(directory, cache)]
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
 def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
@@ -113,6 +163,10 @@ def _not_here(config: ModelConfig, why: str) -> UserError:
 
 def full_precision_bytes(config: ModelConfig) -> int:
     """Bytes of the denoiser's own safetensors files (of the configured variant), as they lie on disk."""
+    if (file := single_file(config)) is not None:
+        from vqdm.models.single_file import denoiser_bytes
+
+        return denoiser_bytes(file)
     files = list(denoiser_directory(model_directory(config, allow_network=False)).glob("*.safetensors"))
     variant = f".{config.variant}" if config.variant else ""  # x.fp16.safetensors, x.fp16-00001-of-00002.safetensors
     own = [path for path in files if re.fullmatch(rf"[^.]+{re.escape(variant)}(-\d+-of-\d+)?\.safetensors", path.name)]

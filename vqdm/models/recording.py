@@ -1,38 +1,28 @@
 """Record a denoiser's calls while a pipeline samples, and play them back to another denoiser.
 
-A call is kept with all its tensors by keyword, so the same code serves every architecture.
+A call is kept with all its arguments by keyword, so the same code serves every architecture.
 """
 
 import inspect
+import json
 
 import torch
 from torch import nn
 
+from vqdm.errors import UserError
+
 Call = dict[str, torch.Tensor]  # "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs.text_embeds", …
 OUTPUT = "output"
-
-
-def _flatten(prefix: str, value, into: Call) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _flatten(f"{prefix}.{key}" if prefix else key, inner, into)
-    elif isinstance(value, torch.Tensor):
-        into[prefix] = value.detach().to("cpu", copy=True)
-
-
-def _unflatten(call: Call, device: torch.device) -> dict:
-    arguments: dict = {}
-    for name, value in call.items():
-        *parents, leaf = name.split(".")
-        place = arguments
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value.to(device)
-    return arguments
+PLAIN = "plain"  # uint8: JSON of the arguments that are not tensors or dicts of tensors alone, as `_described`
+_NOT_KEPT = ("return_dict",)
 
 
 class Recorder:
-    """Context: keeps the calls of `denoiser` whose position in the sampling loop is in `steps`."""
+    """Context: keeps the calls of `denoiser` whose position in the sampling loop is in `steps`.
+
+    UserError, with its name, for an argument that cannot be kept: all but tensors, None, numbers, text, and lists,
+    tuples and dicts of them.
+    """
 
     def __init__(self, denoiser: nn.Module, *, steps: set[int]):
         self.denoiser, self.steps = denoiser, steps
@@ -48,19 +38,99 @@ class Recorder:
 
     def _keep(self, module, args, kwargs, output):
         if self._position in self.steps:
-            call: Call = {}
-            names = inspect.signature(module.forward).parameters
-            _flatten("", dict(zip(names, args, strict=False)) | kwargs, call)
-            _flatten(OUTPUT, output[0] if isinstance(output, tuple) else output.sample, call)
+            call = record_call(module, args, kwargs)
+            call[OUTPUT] = _kept(output[0] if isinstance(output, tuple) else output.sample)
             self.calls.append(call)
         self._position += 1
+
+
+def record_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> Call:
+    """The arguments of one call by name, without those that are None by default and None."""
+    parameters = inspect.signature(denoiser.forward).parameters
+    call: Call = {}
+    plain: dict = {}
+    for name, value in (dict(zip(parameters, args, strict=False)) | kwargs).items():
+        is_default = value is None and name in parameters and parameters[name].default is None
+        if name in _NOT_KEPT or is_default:
+            continue
+        if name in (OUTPUT, PLAIN):
+            raise UserError(
+                f"{type(denoiser).__name__} takes an argument {name!r}: that name is taken in a recorded call"
+            )
+        described = _described(name, value, call, denoiser)
+        if not _is_tensors(value):
+            plain[name] = described
+    if plain:
+        text = json.dumps(plain, separators=(",", ":"), sort_keys=True)
+        call[PLAIN] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return call
+
+
+def _is_tensors(value) -> bool:
+    """A tensor, or a dict, not empty, of such: names alone say how to put it together again."""
+    if isinstance(value, dict):
+        return bool(value) and all(map(_is_tensors, value.values()))
+    return isinstance(value, torch.Tensor)
+
+
+def _described(name: str, value, into: Call, denoiser: nn.Module) -> dict:
+    """How to make the value again, as JSON: {its kind: its content}; its tensors go `into` the call."""
+    if isinstance(value, torch.Tensor):
+        into[name] = _kept(value)
+        return {"tensor": name}
+    if type(value) in (bool, int, float, str, type(None)):
+        return {"value": value}
+    if type(value) in (list, tuple):
+        parts = [_described(f"{name}.{i}", inner, into, denoiser) for i, inner in enumerate(value)]
+        return {type(value).__name__: parts}
+    if isinstance(value, dict) and all(isinstance(key, str) and "." not in key for key in value):
+        return {"dict": {key: _described(f"{name}.{key}", inner, into, denoiser) for key, inner in value.items()}}
+    raise UserError(
+        f"{type(denoiser).__name__} is called with {name} of type {type(value).__name__}, which cannot be recorded: "
+        "this model cannot be calibrated"
+    )
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _made(described: dict, tensors: Call, device: torch.device):
+    """The inverse of `_described`."""
+    ((kind, content),) = described.items()
+    if kind == "tensor":
+        return tensors[content].to(device, copy=True)
+    if kind == "value":
+        return content
+    if kind == "dict":
+        return {key: _made(inner, tensors, device) for key, inner in content.items()}
+    parts = [_made(inner, tensors, device) for inner in content]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+def call_arguments(call: Call, *, device: str | torch.device) -> dict:
+    """The keyword arguments that a call was recorded from, on a device.
+
+    Tensors are copies: a file's lie at odd addresses, from which kernels of the CPU compute other last bits.
+    """
+    plain = json.loads(bytes(call[PLAIN].tolist())) if PLAIN in call else {}
+    arguments: dict = {name: _made(described, call, device) for name, described in plain.items()}
+    for name, value in call.items():
+        first, *others = name.split(".")
+        if first in (OUTPUT, PLAIN) or first in plain:
+            continue
+        *parents, leaf = first, *others
+        place = arguments
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value.to(device, copy=True)
+    return arguments
 
 
 @torch.no_grad()
 def play_back(denoiser: nn.Module, call: Call, *, device: str) -> torch.Tensor:
     """The denoiser's output for a recorded call, on the CPU."""
-    arguments = _unflatten({k: v for k, v in call.items() if k != OUTPUT}, torch.device(device))
-    return denoiser(**arguments, return_dict=False)[0].cpu()
+    return denoiser(**call_arguments(call, device=device), return_dict=False)[0].cpu()
 
 
 def evenly_spread(total: int, count: int) -> set[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vqdm.config import PAPER_PATTERN
+from vqdm.config import layer_pattern
 from vqdm.errors import UserError
 
 
@@ -58,22 +58,24 @@ def matrix_to_weight(matrix: Tensor, spec: LayerSpec) -> Tensor:
     return rows.view(out, -1, *spec.conv.kernel)
 
 
-def layer_specs(denoiser: nn.Module, *, pattern: str = PAPER_PATTERN, min_size: int = 16) -> list[LayerSpec]:
+def layer_specs(denoiser: nn.Module, *, pattern: str | None = None, min_size: int = 16) -> list[LayerSpec]:
     """The layers to quantize, in module order: Linear and Conv2d whose name `pattern` finds (re.search).
 
+    pattern: None is the one that goes with the denoiser's class (`vqdm.config.layer_pattern`).
     Layers with fewer than `min_size` inputs (input channels) or outputs are left out. UserError for an invalid pattern.
     """
     return [spec for spec, reason in _specs(denoiser, pattern, min_size) if reason is None]
 
 
 def skipped_specs(
-    denoiser: nn.Module, *, pattern: str = PAPER_PATTERN, min_size: int = 16
+    denoiser: nn.Module, *, pattern: str | None = None, min_size: int = 16
 ) -> list[tuple[LayerSpec, str]]:
     """Every other Linear and Conv2d of the denoiser, with the reason why it stays in 16 bit."""
     return [(spec, reason) for spec, reason in _specs(denoiser, pattern, min_size) if reason is not None]
 
 
-def _specs(denoiser: nn.Module, pattern: str, min_size: int) -> Iterator[tuple[LayerSpec, str | None]]:
+def _specs(denoiser: nn.Module, pattern: str | None, min_size: int) -> Iterator[tuple[LayerSpec, str | None]]:
+    pattern = layer_pattern(type(denoiser).__name__, pattern)
     try:
         selected = re.compile(pattern)
     except re.error as error:

@@ -4,6 +4,7 @@ Every quantizer of the model reads the same directory: `prompts.jsonl` and `call
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def calibrate(
 ) -> dict:
     """Fill the stage's directory; batches that are there are kept. Returns what the manifest should say."""
     atomic_write(directory / "prompts.jsonl", prompts.to_jsonl())
-    tokens = token_report(prompts, pipeline.tokenizer, pipeline.tokenizer.model_max_length)
+    tokens = token_report(prompts, pipeline.tokenizer, token_limit(pipeline))
     log.info("calibration: %s; %s", prompts.origin, one_line(tokens))
     for name, batch, run in tqdm(
         sample_batches(pipeline, prompts, config=config, sampler=sampler), desc="calibrate", unit="batch"
@@ -39,6 +40,13 @@ def calibrate(
             files = {f"calls/{name}-{i:02d}.safetensors": to_bytes(call) for i, call in enumerate(recorder.calls)}
             write_item(directory, name, files, {"prompts": [p.id for p in batch], "calls": len(recorder.calls)})
     return {"origin": prompts.origin, "prompts_sha256": prompts.sha256, "tokens": tokens}
+
+
+def token_limit(pipeline) -> int:
+    """Tokens that the first text encoder sees: its tokenizer's, or fewer where the pipeline cuts by itself."""
+    own = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    limit = pipeline.tokenizer.model_max_length
+    return limit if own is None else min(limit, own.default)
 
 
 def sample_batches(

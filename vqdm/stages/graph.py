@@ -6,17 +6,24 @@ may give other output from the same configuration.
 
 import dataclasses
 import functools
+import json
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm.config import Config, PromptsConfig, TinyTrainConfig
+from vqdm.config import Config, ModelConfig, PromptsConfig, TinyTrainConfig, layer_pattern
 from vqdm.errors import UserError
 from vqdm.identity import files_identity
-from vqdm.models.location import check_pipeline_directory, evaluators_directory, model_identity
+from vqdm.models.location import (
+    check_pipeline_directory,
+    configs_directory,
+    denoiser_directory,
+    evaluators_directory,
+    model_identity,
+)
 from vqdm.prompts import PromptList, load_prompts
 from vqdm.store import Stage
 
-VERSIONS = {"calibrate": 1, "sensitivity": 1, "quantize": 2, "generate": 1, "evaluate": 2, "tiny_train": 1}
+VERSIONS = {"calibrate": 1, "sensitivity": 1, "quantize": 3, "generate": 1, "evaluate": 2, "tiny_train": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,18 @@ _QUANTIZE_OPTIONS = {  # beside kind and bits
 
 def _layers(config: Config) -> dict:
     """What says which matrices there are to quantize."""
-    return _pick(config.model, "layers", "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
+    settings = _pick(config.model, "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
+    layers = config.model.layers
+    return settings | {"layers": layer_pattern(_denoiser_class(config.model), None) if layers is None else layers}
+
+
+def _denoiser_class(config: ModelConfig) -> str:
+    """By the model's own files. A hub model that is not here yet counts as a U-Net: ask again after the download."""
+    try:
+        directory = denoiser_directory(configs_directory(config))
+    except UserError:
+        return "UNet2DConditionModel"
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))["_class_name"]
 
 
 def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:

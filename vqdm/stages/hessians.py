@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from torch import nn
 from vqdm.blocks import execution_order
 from vqdm.config import CalibrationConfig, QuantizeConfig, SamplerConfig
 from vqdm.device import one_thread_each
-from vqdm.hessian import HessianRecorder
+from vqdm.hessian import HessianRecorder, shrunk
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import play_back
 from vqdm.models.specs import LayerSpec
 from vqdm.prompts import PromptList
 from vqdm.stages.calibrate import recorded_calls, recorded_positions, sample_batches
-from vqdm.stages.schemes import group_of
+from vqdm.schemes import group_of
 
+ONE_TOKEN = re.compile(r"norm\w*\.linear$")  # adaptive norms of transformers read one token per image
 TEACHER_BYTES = 4 << 30  # of Hessians that one pass of the teacher collects, at least one layer's
 
 
@@ -52,13 +54,14 @@ Drive = Callable[[HessianRecorder], None]
 def collect(
     denoiser: nn.Module, group: list[LayerSpec], drive: Drive, *, config: QuantizeConfig
 ) -> dict[str, torch.Tensor]:
-    """The Hessians of a group's layers by name, the same from any number of threads."""
+    """The Hessians of a group's layers by name, the same from any number of threads; those of few tokens shrunk."""
     with (
         one_thread_each(),
         HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder,
     ):
         drive(recorder)
-    return recorder.hessians()
+    found = recorder.hessians()
+    return {name: shrunk(h, recorder.tokens[name]) if ONE_TOKEN.search(name) else h for name, h in found.items()}
 
 
 def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Drive:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
 IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores
 
 

@@ -21,101 +21,37 @@ from tqdm import tqdm
 
 from vqdm.bits import count_bits, tensor_bytes
 from vqdm.blocks import Block
-from vqdm.codecs import adaround, additive, gptq, rtn, trellis
-from vqdm.codecs.trellis_table import load_table
+from vqdm.codecs import adaround
 from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
 from vqdm.device import one_thread_each
-from vqdm.hub import MODEL_FILE, denoiser_bytes
+from vqdm.encode import Problem, encode_layer, make_shared, matrix_of, needs_hessians, users_of_shared
+from vqdm.hub.pipelines import save_denoiser
 from vqdm.layers import swap
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import OUTPUT, Call, play_back
-from vqdm.models.specs import LayerSpec, weight_to_matrix
-from vqdm.seeds import torch_generator
+from vqdm.models.specs import LayerSpec
 from vqdm.stages.calibrate import recorded_calls
 from vqdm.stages.hessians import collect, drive_student, drive_teacher, execution_groups, teacher_groups
-from vqdm.stages.schemes import Assignment, assign_schemes, read_harm
-from vqdm.store import atomic_write, read_item, write_item, write_json
-from vqdm.weights.additive import AdditiveScheme
-from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart
+from vqdm.stages.layout import DENOISER
+from vqdm.schemes import Assignment, assign_schemes, read_harm
+from vqdm.store import read_item, write_item, write_json
+from vqdm.weights.base import QuantizedWeight, SharedPart
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
-from vqdm.weights.trellis import TrellisTable
 
 log = logging.getLogger("vqdm")
-
-Problem = tuple[LayerSpec, Scheme]
-
-
-def matrix_of(denoiser: nn.Module, spec: LayerSpec) -> Tensor:
-    return weight_to_matrix(denoiser.get_submodule(spec.name).weight.detach().float())
-
-
-def needs_hessians(config: QuantizeConfig) -> bool:
-    return config.kind in ("gptq", "additive", "trellis") or (config.kind == "rtn" and config.clip == "hessian")
-
-
-def encode_layer(
-    matrix: Tensor,
-    hessian: Tensor | None,
-    scheme: Scheme,
-    *,
-    config: QuantizeConfig,
-    shared: SharedPart | None,
-    layer: str,
-) -> QuantizedWeight:
-    """One layer by the codec of `config`; all that a codec draws is seeded by the layer's name."""
-    scalar = {"clip": config.clip, "group_size": config.group_size, "layer": layer}
-    if config.kind == "rtn":
-        return rtn.encode(matrix, hessian, bits=scheme.bits, **scalar)
-    if config.kind == "gptq":
-        return gptq.encode(
-            matrix, hessian, bits=scheme.bits, act_order=config.act_order, damping=config.damping, **scalar
-        )
-    if config.kind == "trellis":
-        return trellis.encode(
-            matrix, hessian, bits=scheme.bits, table=shared, damping=config.damping,
-            row_exponent=config.row_exponent, layer=layer,
-        )  # fmt: skip
-    return additive.encode(
-        matrix,
-        hessian,
-        num_codebooks=scheme.num_codebooks,
-        codebook_bits=scheme.codebook_bits,
-        group_size=scheme.group_size,
-        input_scales=scheme.input_scales,
-        shared=shared,
-        shared_key=scheme.shared,
-        recipe=config.recipe,
-        beam_size=config.beam_size,
-        damping=config.damping,
-        generator=torch_generator(config.seed, "encode", layer),
-        layer=layer,
-    )
-
 
 def shared_parts(
     directory: Path, denoiser: nn.Module, problems: list[Problem], *, config: QuantizeConfig
 ) -> dict[str, SharedPart]:
-    """What the schemes share, by key: codebooks are learned from all layers that use them, once, and kept as items."""
-    users: dict[str, list[Problem]] = {}
-    for spec, scheme in problems:
-        if scheme.shared_key is not None:
-            users.setdefault(scheme.shared_key, []).append((spec, scheme))
-    return {key: _shared_part(directory, denoiser, members, config=config) for key, members in users.items()}
+    """What the schemes share, by key; learned codebooks are learned once and kept as items."""
+    return {key: _shared_part(directory, denoiser, users, config) for key, users in users_of_shared(problems).items()}
 
 
-def _shared_part(directory: Path, denoiser: nn.Module, users: list[Problem], *, config: QuantizeConfig) -> SharedPart:
+def _shared_part(directory: Path, denoiser: nn.Module, users: list[Problem], config: QuantizeConfig) -> SharedPart:
     scheme = users[0][1]
-    if not isinstance(scheme, AdditiveScheme):
-        return TrellisTable.from_values(load_table())
     name = f"shared_{scheme.shared_key}"
     if read_item(directory, name) is None:
-        made = additive.train_shared_codebooks(
-            (matrix_of(denoiser, spec) for spec, _ in users),
-            num_codebooks=scheme.num_codebooks,
-            codebook_bits=scheme.codebook_bits,
-            group_size=scheme.group_size,
-            generator=torch_generator(config.seed, "codebooks", scheme.shared_key),
-        )
+        made = make_shared(denoiser, users, config=config)
         write_item(directory, name, {f"{name}.safetensors": to_bytes(made.state_dict())}, {})
     part = empty_shared(scheme)
     part.load_state_dict(load((directory / f"{name}.safetensors").read_bytes()))
@@ -182,7 +118,8 @@ def _error_of(record: dict) -> float:
 
 def _record(spec: LayerSpec, weight: QuantizedWeight, matrix: Tensor, hessian: Tensor | None) -> dict:
     """One line of the per-layer table; errors are relative to the weight's own power, or to that of its output."""
-    change = weight().detach().float() - matrix
+    with torch.no_grad():
+        change = weight().float() - matrix
     record = {
         "name": spec.name,
         "shape": list(spec.shape),
@@ -217,7 +154,7 @@ def quantize(
     device: str,
     harm: Path | None = None,
 ) -> dict:
-    """Fill the stage's directory: `denoiser.safetensors`, `layers.json`. Returns bits, bytes and output error.
+    """Fill the stage's directory: `denoiser/`, `layers.json`. Returns bits, bytes and output error.
 
     pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: the stage's directory.
     harm: the directory of the sensitivity stage, by which bits are given to layers; None: all get the same.
@@ -296,8 +233,7 @@ def _finish(
 ) -> dict:
     records = [read_item(directory, spec.name) for spec in assignment.specs]
     bits = count_bits(denoiser)
-    content = denoiser_bytes(denoiser)
-    atomic_write(directory / MODEL_FILE, content)
+    file_bytes = save_denoiser(denoiser, directory / DENOISER)
     left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in assignment.skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
     nn.Module.to(denoiser, device=device, dtype=dtype)
@@ -306,4 +242,4 @@ def _finish(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
         len(records), len(left), bits.bits_per_weight, error,
     )  # fmt: skip
-    return {**bits.to_dict(), "file_bytes": len(content), "relative_output_error": error}
+    return {**bits.to_dict(), "file_bytes": file_bytes, "relative_output_error": error}

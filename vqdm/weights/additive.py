@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdm.errors import UserError
-from vqdm.weights.base import FixedWidthWeight, Scheme, SharedPart, check_groups, stored_parameter
+from vqdm.weights.base import (
+    FixedWidthWeight,
+    Scheme,
+    SharedPart,
+    check_groups,
+    kernels_apply,
+    stored_parameter,
+    widened,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,10 @@ class SharedCodebooks(SharedPart):
         shared.codebooks.data.copy_(codebooks)
         return shared
 
+    def forward(self) -> nn.Parameter:
+        """The codebooks. Weights call for them: accelerate's offloading has tensors in place only around a call."""
+        return self.codebooks
+
 
 def check_shared(scheme: AdditiveScheme, shared: SharedCodebooks | None) -> None:
     """ValueError if the shared set has another shape than the scheme's codebooks."""
@@ -129,10 +141,19 @@ class AdditiveWeight(FixedWidthWeight):
 
     def effective_codebooks(self) -> nn.Parameter:
         """Those that decode this weight, its own or shared."""
-        return self.shared[0].codebooks if self.shared else self.codebooks
+        return self.shared[0]() if self.shared else self.codebooks
 
     def forward(self) -> Tensor:
-        return decode_additive(self.unpacked_codes(), self.effective_codebooks(), self.scales, self.input_scales)
+        dtype, (codebooks, scales, columns) = widened(self.effective_codebooks(), self.scales, self.input_scales)
+        if kernels_apply(self.codes, codebooks, scales, columns):
+            from vqdm.weights import kernels  # imports numba, which not everyone needs
+
+            weight = kernels.decode_additive(
+                self.codes, self.code_width, codebooks, inputs=self.shape[1], scales=scales, input_scales=columns
+            )
+        else:
+            weight = decode_additive(self.unpacked_codes(), codebooks, scales, columns)
+        return weight.to(dtype)
 
     def paper_bits(self) -> int:
         return super().paper_bits() + (0 if self.shared else 16 * self.codebooks.numel())

@@ -4,6 +4,7 @@ Its integer buffers are packed bytes, its float parameters fp16 as stored. A wei
 empty: ready for `load_state_dict`, or, on the meta device, the plan whose bytes are summed before anything is run.
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -16,6 +17,9 @@ from vqdm.errors import UserError
 
 STORED = torch.float16  # every float parameter of a quantized weight on disk
 LARGEST = torch.finfo(STORED).max
+NOT_MERGED = (
+    "a LoRA cannot be merged into quantized weights: keep it loaded beside them, or dequantize() the model and fuse then"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,7 @@ class Scheme:
     """The codec that made a weight, and the numbers that fix the shapes of its tensors."""
 
     kind: ClassVar[str]
+    told_by_shapes: ClassVar[tuple[str, ...]] = ()  # fields that the shapes of the weight's tensors tell
     codec: str
 
     @property
@@ -50,10 +55,36 @@ def stored_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, dtype=STORED))
 
 
+def widened(*parameters: Tensor | None) -> tuple[torch.dtype, list[Tensor | None]]:
+    """The dtype of a decoded weight, that of its float parameters, and these in the one it is computed in.
+
+    Computed in fp32 (or fp64, where that is theirs) and rounded once: then all ways to decode give the same bits.
+    """
+    dtype = functools.reduce(torch.promote_types, [p.dtype for p in parameters if p is not None])
+    computed = torch.promote_types(dtype, torch.float32)
+    return dtype, [None if p is None else p.to(computed) for p in parameters]
+
+
+def kernels_apply(*tensors: Tensor | None) -> bool:
+    """Whether `kernels` may decode: plain CPU tensors, floats in fp32, no gradient wanted, nothing being traced."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.uint8)
+        for tensor in given
+    )
+
+
 class QuantizedWeight(nn.Module):
     """A weight [out, in] held as packed codes and float parameters; calling it decodes it.
 
     The result has the dtype of the float parameters: fp16 as stored, fp32 after `.float()`, say for training.
+    Without gradients it is decoded by `kernels` on a CPU, otherwise by torch: the same weight, bit for bit.
     A shared part is referred to through a tuple, which nn.Module does not register: it is not in this module's
     state_dict, and a deepcopy of the whole denoiser refers to the copied part.
     """
@@ -68,6 +99,7 @@ class QuantizedWeight(nn.Module):
             raise ValueError(f"{scheme.name} takes a shared part if and only if its scheme says so")
         self.scheme = scheme
         self.shape = (int(shape[0]), int(shape[1]))
+        self.original_shape: tuple[int, ...] = self.shape  # of the weight it stands for; a convolution's layer says it
         self.shared = () if shared is None else (shared,)
 
     def forward(self) -> Tensor:
@@ -82,6 +114,22 @@ class QuantizedWeight(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def dim(self) -> int:
+        """Of the weight it stands for; like `size` and `data`, what peft asks of the weight under a LoRA."""
+        return len(self.original_shape)
+
+    def size(self) -> torch.Size:
+        return torch.Size(self.original_shape)
+
+    @property
+    def data(self) -> Tensor:
+        """UserError: codes cannot be written over by what a LoRA adds. That is so for every way to merge."""
+        raise UserError(NOT_MERGED)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UserError(NOT_MERGED)
 
     def paper_bits(self) -> int:
         """Stored bits as the paper counts them: codes, and codebooks that are this weight's own; no scales."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vqdm.errors import UserError
-from vqdm.weights.base import FixedWidthWeight, Scheme, check_groups, stored_parameter
+from vqdm.weights.base import FixedWidthWeight, Scheme, check_groups, kernels_apply, stored_parameter, widened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +57,13 @@ class ScalarWeight(FixedWidthWeight):
         return weight
 
     def forward(self) -> Tensor:
-        return decode_scalar(self.unpacked_codes(), self.scales, self.zeros)
+        dtype, (scales, zeros) = widened(self.scales, self.zeros)
+        if kernels_apply(self.codes, scales, zeros):
+            from vqdm.weights import kernels  # imports numba, which not everyone needs
+
+            weight = kernels.decode_scalar(
+                self.codes, self.code_width, inputs=self.shape[1], scales=scales, zeros=zeros
+            )
+        else:
+            weight = decode_scalar(self.unpacked_codes(), scales, zeros)
+        return weight.to(dtype)

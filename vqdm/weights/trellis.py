@@ -5,9 +5,11 @@ Format, for a matrix [out, in] (design after QTIP's bitshift trellis; rates per 
 - a column of rate q/4 bits (q = 0 or 4 … 24) spends (q·T) // 4 bits on a sequence of T values. Value t of it is
   table[state], the state being the WINDOW_BITS bits from bit (q·t) // 4 on, least significant first, circularly within
   the sequence. So every weight is decoded on its own, by arithmetic;
-- `codes`: columns one after the other, each its sequences in order, bit i of the stream in byte i // 8 at bit i % 8.
+- `codes` holds two parts. The rates first: 5 bits a column, 0 for rate 0, else q − 3, padded to whole bytes. Then the
+  stream: columns one after the other, each its sequences in order, bit i of the stream in byte i // 8 at bit i % 8.
   Its length follows from the shape and `TrellisScheme.bits` alone; bits that are left over are 0;
-- `rates`: 5 bits a column, 0 for rate 0, else q − 3; `column_scales` [in], `row_scales` [out];
+- `scales` [out + in]: those of the rows, then those of the columns. One tensor, as every tensor costs a file's header
+  some hundred bytes;
 - weight[o, j] = row_scales[o] · column_scales[j] · value; columns of rate 0 are 0.
 """
 
@@ -16,11 +18,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdm.bitpack import pack, packed_bytes, unpack
 from vqdm.errors import UserError
-from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart, stored_parameter
+from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart, kernels_apply, stored_parameter, widened
 
 WINDOW_BITS = 12
 LONGEST_SEQUENCE = 320
@@ -35,6 +37,7 @@ class TrellisScheme(Scheme):
     """bits: per weight of this layer, with its scales and rates; the table is the whole model's and not in it."""
 
     kind: ClassVar[str] = "trellis"
+    told_by_shapes: ClassVar[tuple[str, ...]] = ("bits",)
     codec: str = "trellis"
     bits: float
 
@@ -62,9 +65,13 @@ def column_bits(out: int, rate: int | Tensor) -> int | Tensor:
     return (out // length) * (rate * length // 4) + rate * (out % length) // 4
 
 
+def rates_bytes(columns: int) -> int:
+    return packed_bytes(columns, RATE_BITS)
+
+
 def side_bytes(shape: tuple[int, int]) -> int:
     """Bytes of row scales, column scales and rates."""
-    return 2 * shape[0] + 2 * shape[1] + packed_bytes(shape[1], RATE_BITS)
+    return 2 * shape[0] + 2 * shape[1] + rates_bytes(shape[1])
 
 
 def side_bits(shape: tuple[int, int]) -> float:
@@ -73,8 +80,8 @@ def side_bits(shape: tuple[int, int]) -> float:
 
 
 def stream_bytes(shape: tuple[int, int], bits: float) -> int:
-    """Bytes of `codes`: all that `bits` per weight leave beside the side information; negative where they do not."""
-    return int(bits * shape[0] * shape[1] / 8 + 1e-9) - side_bytes(shape)
+    """Bytes of the stream: all that `bits` per weight leave beside the side information; negative where they do not."""
+    return int(bits * shape[0] * shape[1] / 8 + 1e-6) - side_bytes(shape)
 
 
 def reason_to_skip(shape: tuple[int, int], bits: float) -> str | None:
@@ -100,9 +107,13 @@ class TrellisTable(SharedPart):
         table.table.data.copy_(values)
         return table
 
+    def forward(self) -> nn.Parameter:
+        """The table. Weights call for it: accelerate's offloading has tensors in place only around a call."""
+        return self.table
+
 
 class TrellisWeight(QuantizedWeight):
-    """`codes` and packed `rates`, uint8; row_scales [out], column_scales [in]; values from a shared TrellisTable."""
+    """`codes`, uint8: packed rates, then the stream; `scales` [out + in]; values from a shared TrellisTable."""
 
     scheme_type = TrellisScheme
 
@@ -111,10 +122,9 @@ class TrellisWeight(QuantizedWeight):
         reason = reason_to_skip(self.shape, scheme.bits)
         if reason is not None:
             raise UserError(f"{scheme.name} cannot hold a matrix {list(self.shape)}: {reason}")
-        self.register_buffer("codes", torch.zeros(stream_bytes(self.shape, scheme.bits), dtype=torch.uint8))
-        self.register_buffer("rates", torch.zeros(packed_bytes(self.shape[1], RATE_BITS), dtype=torch.uint8))
-        self.row_scales = stored_parameter(self.shape[0])
-        self.column_scales = stored_parameter(self.shape[1])
+        size = rates_bytes(self.shape[1]) + stream_bytes(self.shape, scheme.bits)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
+        self.scales = stored_parameter(sum(self.shape))
 
     @classmethod
     def from_parts(
@@ -130,21 +140,47 @@ class TrellisWeight(QuantizedWeight):
         """states: int [in, out], a path of the trellis in every sequence; rates: quarter bits [in]."""
         with states.device:
             weight = cls(scheme, (states.shape[1], states.shape[0]), table)
-        weight.codes.copy_(pack_states(states, rates, len(weight.codes)))
-        weight.rates.copy_(pack((rates - LOWEST_RATE + 1).clamp(min=0), RATE_BITS))
-        weight.row_scales.data.copy_(row_scales)
-        weight.column_scales.data.copy_(column_scales)
+        weight.stream.copy_(pack_states(states, rates, len(weight.stream)))
+        weight.packed_rates.copy_(pack((rates - LOWEST_RATE + 1).clamp(min=0), RATE_BITS))
+        weight.scales.data.copy_(torch.cat([row_scales, column_scales]))
         return weight
+
+    @property
+    def packed_rates(self) -> Tensor:
+        """A view of the codes."""
+        return self.codes[: rates_bytes(self.shape[1])]
+
+    @property
+    def stream(self) -> Tensor:
+        """A view of the codes."""
+        return self.codes[rates_bytes(self.shape[1]) :]
+
+    @property
+    def row_scales(self) -> Tensor:
+        """[out], a view of the scales."""
+        return self.scales[: self.shape[0]]
+
+    @property
+    def column_scales(self) -> Tensor:
+        """[in], a view of the scales."""
+        return self.scales[self.shape[0] :]
 
     def unpacked_rates(self) -> Tensor:
         """Quarter bits per weight of every column: int64 [in]."""
-        stored = unpack(self.rates, RATE_BITS, self.shape[1]).long()
+        stored = unpack(self.packed_rates, RATE_BITS, self.shape[1]).long()
         return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
 
     def forward(self) -> Tensor:
         rates = self.unpacked_rates()
-        states = unpack_states(self.codes, rates, self.shape[0])
-        return decode_trellis(states, rates, self.shared[0].table, self.row_scales, self.column_scales)
+        dtype, (table, scales) = widened(self.shared[0](), self.scales)
+        rows, columns = scales.split(self.shape)
+        if kernels_apply(self.codes, table, scales):
+            from vqdm.weights import kernels  # imports numba, which not everyone needs
+
+            weight = kernels.decode_trellis(self.stream, rates, table, row_scales=rows, column_scales=columns)
+        else:
+            weight = decode_trellis(unpack_states(self.stream, rates, self.shape[0]), rates, table, rows, columns)
+        return weight.to(dtype)
 
 
 def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""The model card that lies beside every saved denoiser: what it is, how many bits it takes, how to load it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+from vqdm.bits import count_bits
+from vqdm.hub.checkpoint import checkpoint_size
+from vqdm.layers import quantized_layers
+
+CARD_FILE = "README.md"
+LICENCES = {  # of models whose own card is rarely beside their weights
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/sdxl-turbo": "sai-nc-community",
+}
+_TEXT = """---
+{front}
+---
+
+# {title}
+
+The denoiser ({denoiser}) of {base}, quantized with vqdm.
+
+| | |
+|---|---|
+{rows}
+
+Load it with diffusers; nothing but the import of vqdm is new:
+
+```python
+import vqdm
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this directory")
+pipeline("a red bicycle by the sea").images[0].save("image.png")
+```
+
+Licence: {licence}
+"""
+
+
+def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str | None) -> str:
+    """Markdown with the hub's front matter. base: where the original came from, a hub id or a directory."""
+    licence = licence_of(base)
+    base = base if base is None or not Path(base).exists() else None  # a path of this machine is nobody's business
+    counts, layers = count_bits(denoiser), quantized_layers(denoiser)
+    schemes = Counter(_family(layer.weight.scheme) for layer in layers.values())
+    rows = {
+        "scheme": ", ".join(f"{name} ({count} layers)" for name, count in schemes.items()),
+        "bits per weight, everything counted": f"{counts.bits_per_weight:.3f}",
+        "bits per weight of the quantized layers": f"{counts.bits_quantized:.3f}",
+        "bytes": f"{checkpoint_size(denoiser).total:,}",
+    } | {name.replace("_", " "): f"{value:.4g}" for name, value in metrics.items()}
+    front = ModelCardData(
+        library_name="diffusers", tags=["vqdm", "quantized", "text-to-image"], base_model=base, license=licence
+    )
+    return _TEXT.format(
+        front=front.to_yaml().strip(),
+        title=f"{base or type(denoiser).__name__}, {', '.join(schemes)}",
+        denoiser=type(denoiser).__name__,
+        base=base or "a model of unknown name",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        licence=f"that of the base model, {licence}."
+        if licence
+        else "that of the base model, which is not known here.",
+    )
+
+
+def _family(scheme) -> str:
+    """The scheme without the numbers that differ from layer to layer."""
+    return scheme.codec if "bits" in scheme.told_by_shapes else scheme.name
+
+
+def licence_of(base: str | None) -> str | None:
+    """The licence of a base model, from its own card if it lies there as a directory, else from what is known."""
+    card = Path(base or "") / CARD_FILE
+    if base and card.is_file():
+        return ModelCard.load(card).data.license
+    return LICENCES.get(base or "")

@@ -1,0 +1,219 @@
+"""SDXL-type pipelines from one `.safetensors` file with the original key names, without the hub.
+
+What such a file does not hold (configs, scheduler, tokenizers) comes from a directory of configs, shipped for SDXL
+and SDXL-Turbo. The file's header is compared with it before anything is read, since diffusers only warns of gaps.
+"""
+
+import functools
+import gzip
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from vqdm.errors import UserError
+from vqdm.models.location import CONFIGS, shipped_configs
+from vqdm.models.original_keys import COMPONENTS, to_original
+
+UNET = COMPONENTS["unet"][0]
+POSITIONS = (
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+    "conditioner.embedders.1.model.positional_embedding",
+)
+FLOATS = {"F16", "BF16", "F32", "F64"}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+CONFIG_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"{component}/config.json" for component in COMPONENTS),
+    *(f"{tokenizer}/tokenizer_config.json" for tokenizer in TOKENIZERS),
+)
+BPE_MERGES = 49152 - 256 - 2  # that CLIP uses of the file's
+# a part of a key, and what has it; the first that fits names the file
+KINDS = (
+    ("lora_", "a LoRA"),
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("double_blocks.", "Flux"),
+    ("cond_stage_model.transformer.", "Stable Diffusion 1"),
+    ("cond_stage_model.model.", "Stable Diffusion 2"),
+    ("conditioner.embedders.0.model.", "the SDXL refiner"),
+    ("down_blocks.", "a model in diffusers' own names"),
+)
+# keys by which a file says that it was trained with other noise than SDXL
+TRAINED_OTHERWISE = {"v_pred": "v-prediction", "edm_mean": "EDM preconditioning"}
+
+
+def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
+    """The pipeline of the class that `configs`/model_index.json names, in evaluation mode, on the CPU."""
+    import diffusers
+
+    check_single_file(path, configs)
+    name = _json(configs / "model_index.json").get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    if not hasattr(kind, "from_single_file"):
+        raise UserError(f"{configs}/model_index.json names {name}, which diffusers cannot load from a single file")
+    own = {name: clip_tokenizer(configs / name) for name in TOKENIZERS if not _has_vocabulary(configs / name)}
+    try:
+        return kind.from_single_file(str(path), config=str(configs), torch_dtype=dtype, local_files_only=True, **own)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be loaded with the configs of {configs}: {_first_line(error)}") from error
+
+
+def check_single_file(path: Path, configs: Path) -> None:
+    """By the header alone: a whole file that holds every weight of an SDXL-type pipeline with these configs."""
+    shapes = _shapes(path)
+    _check_denoiser(path, shapes)
+    absent = [name for name in CONFIG_FILES if not (configs / name).is_file()]
+    if absent:
+        raise UserError(f"{configs} has no {', '.join(absent)}; give model.configs=DIR with an SDXL-type pipeline's")
+    expected = _expected_shapes(configs)
+    width, width_2 = (expected[key][-1] for key in POSITIONS)
+    if width == width_2:
+        raise UserError(
+            f"{configs}: both text encoders are {width} wide, and diffusers tells them apart by their widths"
+        )
+    if fault := _fault(shapes, expected):
+        raise UserError(f"{path} does not fit the configs of {configs}: {fault}; give the file's own model.configs")
+
+
+def default_configs(path: Path) -> Path:
+    """The shipped configs that fit the file; SDXL's for SDXL-Turbo too, whose keys and shapes are the same."""
+    shapes = _shapes(path)
+    _check_denoiser(path, shapes)
+    for key, training in TRAINED_OTHERWISE.items():
+        if key in shapes:
+            raise UserError(f"{path} was trained with {training} ({key}); give model.configs=DIR with its scheduler")
+    shipped = [shipped_configs(index.parent.name) for index in sorted(CONFIGS.glob("*/model_index.json"))]
+    faults = [_fault(shapes, _expected_shapes(configs)) for configs in shipped]
+    if None in faults:
+        return shipped[faults.index(None)]
+    names = ", ".join(configs.name for configs in shipped)
+    raise UserError(
+        f"{path} fits none of the shipped configs ({names}): by {shipped[0].name}, {faults[0]}; "
+        "give model.configs=DIR with its own"
+    )
+
+
+def denoiser_bytes(path: Path) -> int:
+    """Bytes of the denoiser's tensors, as they lie in the file."""
+    with _opened(path), path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    offsets = [entry["data_offsets"] for key, entry in header.items() if key.startswith(UNET)]
+    return sum(end - start for start, end in offsets)
+
+
+def clip_tokenizer(directory: Path):
+    """CLIP's tokenizer with the special tokens of `directory`/tokenizer_config.json.
+
+    Vocabulary and merges come from the BPE file that open_clip ships; ids are those of openai/clip-vit-large-patch14.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    package = Path(importlib.util.find_spec("open_clip").origin).parent  # found, not imported: that takes seconds
+    lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    merges = lines[1 : 1 + BPE_MERGES]
+    letters = sorted(ByteLevel.alphabet())
+    words = ["".join(merge.split()) for merge in merges]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *words, "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(directory / "tokenizer_config.json", folder)
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def component_on_meta(directory: Path) -> nn.Module:
+    """A pipeline's component with shapes and no values, from the config.json in `directory`."""
+    import diffusers
+    import transformers
+
+    settings = _json(directory / "config.json")
+    with torch.device("meta"):
+        if kind := getattr(diffusers, str(settings.get("_class_name")), None):
+            return kind.from_config(settings)
+        if kind := getattr(transformers, str((settings.get("architectures") or [None])[0]), None):
+            return kind(kind.config_class.from_dict(settings))
+    raise UserError(
+        f"{directory}/config.json names no model of diffusers or transformers; copy the model's configs again"
+    )
+
+
+@functools.cache
+def _expected_shapes(configs: Path) -> dict[str, list[int]]:
+    """{original key: shape} of everything a file for these configs must hold."""
+    shapes = {}
+    for component in COMPONENTS:
+        module = component_on_meta(configs / component)
+        original = to_original(component, module.state_dict(), module.config)
+        shapes |= {key: list(weight.shape) for key, weight in original.items()}
+    return shapes
+
+
+def _opened(path: Path):
+    if not path.is_file():
+        raise UserError(f"no file {path}; give model.path=FILE.safetensors or a diffusers pipeline directory")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors file; only safetensors is read: pickles can run code")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is no whole safetensors file ({_first_line(error)}); download or convert it again"
+        ) from error
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """{key: shape} from the header; the U-Net must not be quantized, since its scales would be passed over."""
+    with _opened(path) as file:
+        views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    other = {view.get_dtype() for key, view in views.items() if key.startswith(UNET)} - FLOATS
+    if other:
+        raise UserError(f"{path} holds a U-Net of {', '.join(sorted(other))}; give a file with 16- or 32-bit floats")
+    return {key: view.get_shape() for key, view in views.items()}
+
+
+def _check_denoiser(path: Path, keys: Iterable[str]) -> None:
+    """An SDXL-type U-Net and text encoders, by their names."""
+    found = next((name for part, name in KINDS if any(part in key for key in keys)), None)
+    has_unet = any(key.startswith(f"{UNET}input_blocks.") for key in keys)
+    if found is not None or not has_unet:
+        names = found or f"keys such as {', '.join(sorted(keys)[:2]) or 'none'}"
+        raise UserError(f"{path} is no SDXL-type checkpoint: it holds {names}; give one with {UNET}… and conditioner.…")
+
+
+def _fault(shapes: dict[str, list[int]], expected: dict[str, list[int]]) -> str | None:
+    """What a file lacks of `expected`, in words. Surplus keys (position_ids, EMA copies) do no harm."""
+    missing = [key for key in expected if key not in shapes]
+    if missing:
+        return f"{len(missing)} of {len(expected)} weights are missing, first {' and '.join(missing[:2])}"
+    other = [key for key in expected if _trimmed(shapes[key]) != _trimmed(expected[key])]
+    if other:
+        return f"{other[0]} is {shapes[other[0]]} instead of {expected[other[0]]} ({len(other)} shapes differ)"
+    return None
+
+
+def _trimmed(shape: list[int]) -> list[int]:
+    """Without the trailing ones of a 1 × 1 convolution: some files keep the VAE's attention as matrices."""
+    return [*shape[:2], *(n for n in shape[2:] if n != 1)]
+
+
+def _has_vocabulary(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def _json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is no JSON object ({_first_line(error)}); copy the model's configs again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
