@@ -9,7 +9,6 @@ back bit for bit; configs, scheduler and tokenizers stay in the directory, whose
 import argparse
 import secrets
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -26,11 +25,9 @@ def original_weights(directory: Path, *, dtype: torch.dtype, variant: str | None
     from diffusers import DiffusionPipeline
 
     check_pipeline_directory(directory)
-    # the name that older versions of diffusers know, too
-    warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated", category=FutureWarning)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            directory, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+            directory, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} cannot be loaded as a pipeline: {str(error).splitlines()[0]}") from error

@@ -27,6 +27,60 @@ def test_agrees_with_one_big_integer_and_comes_back(case):
     assert unpack(packed, width, len(codes)).tolist() == codes
 
 
+@given(width_and_codes(), st.data())
+def test_the_order_of_codes_is_row_major_whatever_their_strides(case, data):
+    width, codes = case
+    columns = data.draw(st.sampled_from([n for n in range(1, len(codes) + 1) if len(codes) % n == 0] or [1]))
+    matrix = torch.tensor(codes, dtype=torch.int64).view(-1, columns)
+    transposed = matrix.T.contiguous().T
+    strided = torch.stack([matrix, matrix.flip(0)], dim=2)[..., 0]
+    for same in (matrix, transposed, strided):
+        assert pack(same, width).tolist() == slow_pack(codes, width)
+
+
+@given(width_and_codes(), width_and_codes())
+def test_streams_join_where_the_first_ends_with_a_byte(case, other):
+    width, first = case
+    first = first[: len(first) // 8 * 8]
+    second = [code % 2**width for code in other[1]]
+    joined = torch.cat([pack(torch.tensor(part, dtype=torch.int64), width) for part in (first, second)])
+    assert joined.tolist() == slow_pack(first + second, width)
+    assert unpack(joined, width, len(first + second)).tolist() == first + second
+
+
+@given(width_and_codes(), st.data())
+def test_any_part_of_a_stream_that_begins_with_a_byte_unpacks_alone(case, data):
+    width, codes = case
+    packed = pack(torch.tensor(codes, dtype=torch.int64), width)
+    start = 8 * data.draw(st.integers(0, len(codes) // 8))
+    count = data.draw(st.integers(0, len(codes) - start))
+    part = packed[start * width // 8 :][: packed_bytes(count, width)]
+    assert unpack(part, width, count).tolist() == codes[start : start + count]
+    spread = torch.stack([packed, ~packed], dim=1)[:, 0]  # every second byte of a larger tensor
+    assert unpack(spread, width, len(codes)).tolist() == codes
+
+
+@given(width_and_codes(), st.data())
+def test_a_code_changes_its_own_bits_only_and_no_bit_is_left_over(case, data):
+    width, codes = case
+    packed = pack(torch.tensor(codes, dtype=torch.int64), width)
+    k = data.draw(st.integers(0, max(0, len(codes) - 1)))
+    changed = [code ^ (2**width - 1) if i == k else code for i, code in enumerate(codes)]
+    flipped = int.from_bytes(bytes((packed ^ pack(torch.tensor(changed, dtype=torch.int64), width)).tolist()), "little")
+    assert flipped == ((2**width - 1) << (k * width) if codes else 0)
+    assert int.from_bytes(bytes(packed.tolist()), "little") >> (len(codes) * width) == 0
+
+
+@given(st.integers(1, 16), st.integers(0, 100), st.data())
+def test_any_bytes_are_codes_and_pack_to_themselves(width, count, data):
+    size = packed_bytes(count, width)
+    stream = data.draw(st.binary(min_size=size, max_size=size))
+    codes = unpack(torch.tensor(list(stream), dtype=torch.uint8), width, count)
+    assert codes.dtype == torch.int32 and codes.shape == (count,)
+    kept = int.from_bytes(stream, "little") & ((1 << count * width) - 1)
+    assert bytes(pack(codes, width).tolist()) == kept.to_bytes(size, "little")
+
+
 @pytest.mark.parametrize("width", range(1, 17))
 def test_largest_codes_of_every_width(width):
     codes = torch.full((3, 7), 2**width - 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from format_example import worked_example
 
 from vqdm.compose import register_schemas, to_config
 
@@ -39,3 +40,7 @@ def test_the_readmes_table_is_the_published_one():
         for row in csv.DictReader(file):
             assert f"| {row['method']} | {float(row['bits_per_weight']):.2f} | {float(row['mib']):.2f} |" in readme
             assert f"{float(row['fidelity']):.3f} ± {float(row['fidelity_se']):.3f}" in readme
+
+
+def test_the_formats_worked_example_is_what_is_really_stored():
+    assert f"```\n{worked_example()}\n```" in (ROOT / "docs" / "format.md").read_text(encoding="utf-8")

@@ -104,6 +104,65 @@ def test_other_convolutions_are_refused_by_name(options):
         QuantizedConv2d(scalar(conv), conv.bias, spec_of("down.conv", conv))
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_dequantized_layers_are_plain_and_compute_the_same(padding):
+    stride = 1 if padding == "same" else (2, 1)
+    conv = nn.Conv2d(16, 24, (3, 2), stride=stride, padding=padding, dilation=(1, 2), bias=False).eval()
+    quantized = QuantizedConv2d(vectors(conv).float(), None, spec_of("c", conv)).eval()
+    linear = QuantizedLinear(
+        scalar(nn.Linear(24, 16)).float(), nn.Parameter(torch.ones(16)), spec_of("l", nn.Linear(24, 16))
+    )
+    for layer, inputs in ((quantized, pictures()), (linear, torch.randn(3, 24, generator=torch_generator(0, "rows")))):
+        plain = layer.dequantized()
+        assert type(plain) in (nn.Linear, nn.Conv2d) and plain.training == layer.training
+        assert plain.weight.shape == layer.original_shape == layer.weight.size()
+        assert plain.weight.dim() == layer.weight.dim() and not plain.weight.requires_grad
+        with torch.no_grad():
+            assert torch.equal(plain(inputs), layer(inputs))
+
+
+def test_they_are_layers_of_torch_with_its_attributes():
+    """peft and accelerate ask for the class and read these."""
+    conv = nn.Conv2d(16, 24, (3, 2), stride=(2, 1), padding="valid", dilation=(1, 2))
+    linear = nn.Linear(24, 16)
+    for plain, kind in ((conv, QuantizedConv2d), (linear, QuantizedLinear)):
+        quantized = kind(scalar(plain), plain.bias, spec_of("layer", plain))
+        assert isinstance(quantized, type(plain))
+        for name in type(plain).__constants__:
+            assert getattr(quantized, name) == getattr(plain, name), name
+
+
+def test_a_convolution_of_other_arguments_is_a_plain_one():
+    """peft makes the two convolutions of a LoRA with the class of the layer it adapts."""
+    made = QuantizedConv2d(16, 4, (3, 3), (1, 1), (1, 1), bias=False)
+    assert type(made) is nn.Conv2d and made.weight.shape == (4, 16, 3, 3) and made.bias is None
+    conv = nn.Conv2d(16, 24, 3)
+    copied = copy.deepcopy(QuantizedConv2d(scalar(conv), conv.bias, spec_of("c", conv)))
+    assert type(copied) is QuantizedConv2d
+
+
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double, nn.Module.float])
+@pytest.mark.parametrize("kind", ["scalar", "shared"])
+@torch.no_grad()
+def test_a_change_of_dtype_is_one_of_the_floats(pair, kind, change):
+    denoiser = quantized_pair(pair, kind=kind, decode="cached")
+    expected = denoiser(pictures())
+    codes = {name: buffer.clone() for name, buffer in denoiser.named_buffers()}
+    change(denoiser)
+    dtype = denoiser.conv.weight.dtype
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {dtype} == {denoiser.conv.weight().dtype}
+    assert all(torch.equal(buffer, codes[name]) for name, buffer in denoiser.named_buffers())
+    assert torch.allclose(denoiser(pictures().to(dtype)).float(), expected, atol=0.05)
+
+
+def test_a_weight_has_no_data_to_read_or_write():
+    weight = scalar(nn.Linear(24, 16))
+    with pytest.raises(UserError, match="merge neither"):
+        weight.data.clone()
+    with pytest.raises(UserError, match="merge neither"):
+        weight.data = torch.zeros(16, 24)
+
+
 def test_computes_in_the_dtype_of_its_inputs():
     linear = nn.Linear(24, 16)
     quantized = QuantizedLinear(scalar(linear), linear.bias, spec_of("l", linear))

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("vqdm.compose",),
     ("vqdm.pipeline", "vqdm.api"),
-    ("vqdm.plan",),
     ("vqdm.report",),
+    ("vqdm.plan",),
     ("vqdm.stages", "vqdm.tiny.train", "vqdm.tracker"),
     ("vqdm.tiny.evaluators", "vqdm.tiny.turbo", "vqdm.tiny.unet", "vqdm.tiny.text", "vqdm.tiny.vae", "vqdm.tiny.loop"),
     ("vqdm.hub", "vqdm.metrics"),

@@ -30,12 +30,12 @@ from vqdm.models.loader import denoiser_of, denoiser_on_meta, load_pipeline, sam
 from vqdm.models.recording import OUTPUT, play_back
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
+from vqdm.schemes import assign_schemes, planned_bits
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import calibrate, recorded_calls, token_limit
 from vqdm.stages.graph import build_graph
 from vqdm.stages.hessians import collect, drive_teacher, execution_groups
 from vqdm.stages.quantize import quantize
-from vqdm.schemes import assign_schemes, planned_bits
 
 KINDS = {"pixart": (tiny_pixart, "dpm_solver"), "sd3": (tiny_sd3, "native"), "flux": (tiny_flux, "native")}
 TEXTS = ["a large red circle", "two small blue squares"]

@@ -162,13 +162,15 @@ class TinyTrainConfig:
 @dataclasses.dataclass
 class Config:
     name: str = "custom"  # of the experiment; names the run record
-    task: str = "compress"  # compress: calibrate, quantize, generate, evaluate | tiny_train
+    task: str = "experiment"  # experiment: calibrate, quantize, generate, evaluate | compress: write it | tiny_train
     table: str | None = None  # a file of experiments/: run its rows and write its table
     method: str | None = None  # how tables call this row
     plan: bool = False  # only say what is done and what would run
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # of torch on the CPU; None = all cores
     results_dir: str = "results"
+    show_layers: bool = False  # a line for every layer that is quantized
+    output: str | None = None  # task=compress: the directory to write; None = below results_dir
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
@@ -178,7 +180,7 @@ class Config:
 
 
 CHOICES = {
-    "task": ("compress", "tiny_train"),
+    "task": ("experiment", "compress", "tiny_train"),
     "device": ("auto", "cpu", "cuda"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.sampler.scheduler": ("ddim", "euler", "euler_ancestral", "dpm_solver", "native"),
@@ -226,14 +228,14 @@ def check(config: Config) -> None:
         if prompts.n is not None and prompts.n < 1:
             raise UserError(f"{key}.n={prompts.n} must be at least 1")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]
-    if config.task == "compress" and len(sources) != 1:
+    if config.task != "tiny_train" and len(sources) != 1:
         found = ", ".join(f"model.{k}" for k in sources) or "none of them"
         raise UserError(f"give exactly one of model.builtin, model.path, model.hub_id; found {found}")
     if config.model.hub_id is not None and config.model.revision is None:
         raise UserError(
             f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"
         )
-    _check_quantize(config.quantize)
+    check_quantize(config.quantize)
 
 
 SCALAR_KINDS = ("rtn", "gptq", "adaround")
@@ -259,19 +261,21 @@ def parse_scheme(name: str) -> QuantizeConfig:
         options = {"kind": "additive", "codebook_bits": width, "group_size": group_size}
         options["bits"] = count * width / max(1, group_size)
     else:
-        raise UserError(f"{name!r} is no scheme; give one like trellis3, trellis2.5, 3x8g8, vq3, gptq4, rtn4 or rtn4g64")
+        raise UserError(f"{name!r} is no scheme; give one like trellis3, trellis2.5, 3x8g8, vq3, gptq4 or rtn4g64")
     config = QuantizeConfig(**options)
-    _check_quantize(config)
+    check_quantize(config)
     return config
 
 
-def _check_quantize(config: QuantizeConfig) -> None:
+def check_quantize(config: QuantizeConfig) -> None:
     """Combinations that make no sense."""
     kind, bits = config.kind, config.bits
     if kind in (*SCALAR_KINDS, "additive") and bits != int(bits):
         raise UserError(f"quantize.bits={bits:g} must be a whole number for {kind}; quantize=trellis takes any")
     if kind in (*SCALAR_KINDS, "trellis") and bits > 8:
         raise UserError(f"quantize.bits={bits:g} must be 1 to 8 for {kind}")
+    if kind in SCALAR_KINDS and config.group_size is not None and config.group_size < 1:
+        raise UserError(f"quantize.group_size={config.group_size} must be at least 1, or null for whole rows")
     if kind == "adaround" and config.clip == "hessian":
         raise UserError("quantize.clip=hessian is for rtn and gptq; adaround starts from mse or minmax")
     if kind != "trellis" and config.allocation != "uniform":

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-import json
 import logging
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from vqdm.config import Config
 from vqdm.errors import UserError
-from vqdm.stages.graph import Graph, build_graph, tiny_train_stage
+from vqdm.stages.graph import Graph, Quantization, build_graph, build_quantization, tiny_train_stage
 from vqdm.store import Store
 
 log = logging.getLogger("vqdm")
@@ -23,8 +23,7 @@ def run(config: Config) -> dict | None:
         return _tiny_train(config, store)
     if config.plan:
         return _print_plan(config, store)
-    graph = _ready(config, store)
-    return _compress(config, store, graph)
+    return _run(config, store, _ready(config, store))
 
 
 def run_table(table, rows: list[list[Config]]) -> None:
@@ -34,7 +33,8 @@ def run_table(table, rows: list[list[Config]]) -> None:
     configs = [config for row in rows for config in row]
     if configs[0].plan:
         for config in configs:
-            run(config)
+            print(f"— {config.name}, {config.method or ''}")
+            _print_plan(config, Store(Path(config.results_dir)), every_layer=False)
         return
     store = Store(Path(configs[0].results_dir))  # one command, so one folder
     graphs = iter([_ready(config, store) for config in configs])  # all checks before any work
@@ -44,7 +44,7 @@ def run_table(table, rows: list[list[Config]]) -> None:
         for config in row:
             log.info("— %s", config.name)
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-            made[-1].append(_compress(config, store, next(graphs)))
+            made[-1].append(_run(config, store, next(graphs)))
         text, files = write_table(table, made, of=len(rows), model=config.model.name, results=store.root)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
@@ -54,13 +54,19 @@ def _cache(store: Store) -> Path:
     return store.root / "cache" / "file_hashes.json"
 
 
-def _ready(config: Config, store: Store) -> Graph:
+def _stages(config: Config, store: Store) -> Graph | Quantization:
+    """Of an experiment, or only those up to the quantized denoiser."""
+    build = build_quantization if config.task == "compress" else build_graph
+    return build(config, cache=_cache(store))
+
+
+def _ready(config: Config, store: Store) -> Graph | Quantization:
     """Everything the run needs is there, or all that is missing is said at once, before any work."""
     from vqdm.models.location import download
 
-    problems, graph = [], None
+    problems, stages = [], None
     try:
-        graph = build_graph(config, cache=_cache(store))
+        stages = _stages(config, store)
     except UserError as error:
         problems.append(str(error))
     if config.model.hub_id is not None:
@@ -71,10 +77,11 @@ def _ready(config: Config, store: Store) -> Graph:
     if problems:
         raise UserError(" — and: ".join(problems))
     if config.model.hub_id is not None:
-        graph = build_graph(config, cache=_cache(store))  # now that the files say which layers the model has
-    if graph.quantize is not None and store.status(graph.quantize) != "done":
+        stages = _stages(config, store)  # now that the files say which layers the model has
+    quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
+    if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)
-    return graph
+    return stages
 
 
 def _check_layers(config: Config) -> None:
@@ -88,18 +95,52 @@ def _check_layers(config: Config) -> None:
     log.info("%s: will take %.3f bits per weight, %.2f MiB", config.name, bits.bits_per_weight, bits.bytes / 2**20)
 
 
-def _print_plan(config: Config, store: Store) -> None:
+def _print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
+    """The stages at once; then, which takes seconds, the layers, sizes, memory and time. Also as JSON."""
     try:
-        graph = build_graph(config, cache=_cache(store))
+        stages = _stages(config, store)
     except UserError as error:
-        print(f"{config.name}: the stages are known once this is mended: {error}")
-        return
-    for stage in graph.stages():
+        stages = None
+        print(f"{config.name}: the stages are known once this is mended: {error}", flush=True)
+    todo = None if stages is None else _print_stages(config, store, stages)
+    from vqdm.device import resolve_device
+    from vqdm.plan.report import layer_table, make_plan, summary, write_plan
+    from vqdm.schemes import read_harm
+
+    harm = None
+    quantization = getattr(stages, "quantization", stages)
+    if quantization is not None and quantization.sensitivity is not None and "sensitivity" not in todo:
+        harm = read_harm(store.directory(quantization.sensitivity))
+    device = resolve_device(config.device, threads=config.threads).name
+    counts = {"prompts": config.evaluate.prompts.n, "calibration_prompts": config.calibration.n}
+    if stages is not None:
+        counts["prompts"] = len(getattr(stages, "prompts", ()))
+        counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts)
+    plan = make_plan(
+        config, harm=harm, device=device, cache=store.root / "cache" / "probe.json", todo=todo,
+        **{name: count or 0 for name, count in counts.items()},
+    )  # fmt: skip
+    if every_layer:
+        print(layer_table(plan.denoiser))
+    print(summary(plan, device=device))
+    file = store.root / "plans" / f"{config.name}.json"
+    write_plan(plan, file, experiment=config.name, model=config.model.name, device=device)
+    print(f"wrote {file}")
+
+
+def _print_stages(config: Config, store: Store, stages: Graph | Quantization) -> set[str]:
+    """One line each; returns the names, as fields of Graph, of those that are not done."""
+    todo = set()
+    for name, stage in stages.named().items():
         state = store.status(stage)
         if stage.name == "generate":
-            made = _images_made(store.directory(stage), graph, config)
-            state = "done" if made == len(graph.prompts) else f"{made} of {len(graph.prompts)} images made"
+            made = _images_made(store.directory(stage), stages, config)
+            state = "done" if made == len(stages.prompts) else f"{made} of {len(stages.prompts)} images made"
+        if state != "done":
+            todo.add(name)
         print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
+    sys.stdout.flush()
+    return todo
 
 
 def _images_made(directory: Path, graph: Graph, config: Config) -> int:
@@ -109,55 +150,26 @@ def _images_made(directory: Path, graph: Graph, config: Config) -> int:
     return sum(len(rows) for name, rows in ranges if (directory / "items" / f"{name}.json").is_file())
 
 
-class _Models:
-    """Pipelines of one run, loaded when first needed."""
-
-    def __init__(self, config: Config, device):
-        self.config, self.device = config, device
-
-    @functools.cached_property
-    def teacher(self):
-        from vqdm.models.loader import load_pipeline
-
-        return load_pipeline(self.config.model, device=self.device.name)
-
-    def own(self):
-        """A full-precision pipeline that may be changed."""
-        from vqdm.models.loader import load_pipeline
-
-        self.__dict__.pop("teacher", None)  # one pipeline at a time, so that a small GPU will do
-        return load_pipeline(self.config.model, device=self.device.name)
-
-    def student(self, quantized: Path | None):
-        """The teacher itself, or a pipeline of its own with the quantized denoiser."""
-        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
-        from vqdm.stages.layout import DENOISER
-
-        if quantized is None:
-            return self.teacher
-        pipeline = self.own()
-        denoiser = load_denoiser(quantized / DENOISER, dtype=pipeline.dtype, decode="cached")
-        replace_denoiser(pipeline, denoiser.to(self.device.name))
-        return pipeline
-
-
-def _compress(config: Config, store: Store, graph: Graph) -> dict:
-    """calibrate → quantize → generate → evaluate, under one tracker run."""
+def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
+    """All stages under one tracker run; returns the run's record."""
     from vqdm.device import resolve_device
+    from vqdm.stages.compression import compress_model
+    from vqdm.stages.experiment import run_experiment
     from vqdm.tracker import start_tracker
 
     began = time.monotonic()
     device = resolve_device(config.device, threads=config.threads)
     log.info("%s", device)
-    record = _record(config, store, graph)
+    record, last = _record(config, store, stages), stages.stages()[-1]
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
-        config.tracker, name=f"{config.name}-{graph.evaluate.short}", run_id=graph.evaluate.fingerprint[:16],
+        config.tracker, name=f"{config.name}-{last.short}", run_id=last.fingerprint[:16],
         settings=asdict(config), directory=store.root / "tracker",
     )  # fmt: skip
     failed = True
     try:
-        record |= _run_stages(config, store, graph, device, tracker) | {"tracker": tracker.id}
+        work = compress_model if isinstance(stages, Quantization) else run_experiment
+        record |= work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
         store.record_run(config.name, record)
         failed = False
     finally:
@@ -166,129 +178,17 @@ def _compress(config: Config, store: Store, graph: Graph) -> dict:
     return record
 
 
-def _record(config: Config, store: Store, graph: Graph) -> dict:
-    directories = {stage.name: store.directory(stage) for stage in graph.stages() if stage is not graph.teacher_images}
+def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:
+    originals = getattr(stages, "teacher_images", None)
+    directories = {stage.name: store.directory(stage) for stage in stages.stages() if stage is not originals}
     return {
-        "fingerprint": graph.evaluate.fingerprint,
+        "fingerprint": stages.stages()[-1].fingerprint,
         "experiment": config.name,
         "method": config.method or config.name,
         "model": config.model.name,
-        "stages": [str(store.directory(stage).relative_to(store.root)) for stage in graph.stages()],
+        "stages": [str(store.directory(stage).relative_to(store.root)) for stage in stages.stages()],
         "directories": {name: str(path.relative_to(store.root)) for name, path in directories.items()},
     }
-
-
-def _run_stages(config: Config, store: Store, graph: Graph, device, tracker) -> dict:
-    environment = {
-        "device": device.name,
-        "reason": device.reason,
-        "threads": device.threads,
-        "dtype": config.model.dtype,
-    }
-    models = _Models(config, device)
-    quantized = _quantize(config, store, graph, models, environment=environment, tracker=tracker)
-    with store.open(graph.teacher_images or graph.images) as originals:
-        _generate(config, graph, originals, lambda: models.teacher)
-    images = originals
-    if graph.teacher_images is not None:
-        with store.open(graph.images) as images:
-            _generate(config, graph, images, lambda: models.student(quantized))
-    scores = _evaluate(config, store, graph, images, originals, environment=environment)
-    tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
-    tracker.table("metrics", [{"metric": name, **score} for name, score in scores["metrics"].items()])
-    _show_images(tracker, images, graph)
-    return {"bits": _bits(config, store, graph)}
-
-
-def _quantize(
-    config: Config, store: Store, graph: Graph, models: _Models, *, environment: dict, tracker
-) -> Path | None:
-    if graph.quantize is None:
-        return None
-
-    def make_calibration(directory: Path) -> dict:
-        from vqdm.stages.calibrate import calibrate
-
-        return calibrate(
-            directory,
-            models.teacher,
-            graph.calibration_prompts,
-            config=config.calibration,
-            sampler=config.model.sampler,
-        )
-
-    def make_sensitivity(directory: Path) -> dict:
-        from vqdm.stages.sensitivity import sensitivity
-
-        return sensitivity(
-            directory, models.teacher, calibration, config=config.quantize, model=config.model,
-            device=environment["device"],
-        )  # fmt: skip
-
-    def make_quantized(directory: Path) -> dict:
-        from vqdm.stages.quantize import quantize
-
-        return quantize(
-            directory, models.own(), calibration, config=config.quantize, model=config.model,
-            calibration_config=config.calibration, device=environment["device"], harm=harm,
-        )  # fmt: skip
-
-    calibration = store.ensure(graph.calibrate, make_calibration, environment=environment)
-    harm = None
-    if graph.sensitivity is not None:
-        harm = store.ensure(graph.sensitivity, make_sensitivity, environment=environment)
-    quantized = store.ensure(graph.quantize, make_quantized, environment=environment)
-    layers = json.loads((quantized / "layers.json").read_text())["quantized"]
-    tracker.table("layers", [{**layer, "scheme": layer["scheme"]["codec"]} for layer in layers])
-    tracker.log({f"quantize/{name}": value for name, value in store.summary(graph.quantize).items()})
-    return quantized
-
-
-def _generate(config: Config, graph: Graph, directory: Path, make_pipeline) -> None:
-    from vqdm.stages.generate import generate
-
-    generate(
-        directory, make_pipeline, graph.prompts, sampler=config.model.sampler, batch_size=config.evaluate.batch_size,
-        seed=config.evaluate.seed,
-    )  # fmt: skip
-
-
-def _evaluate(config: Config, store: Store, graph: Graph, images: Path, originals: Path, *, environment: dict) -> dict:
-    from vqdm.models.location import evaluators_directory
-
-    def make(directory: Path) -> None:
-        from vqdm.stages.evaluate import evaluate
-
-        evaluators = evaluators_directory(config.evaluate.evaluators) if config.evaluate.metrics == "tiny" else None
-        evaluate(
-            directory, images, None if originals is images else originals, graph.prompts, config=config.evaluate,
-            evaluators_directory=evaluators,
-        )  # fmt: skip
-
-    directory = store.ensure(graph.evaluate, make, environment=environment)
-    return json.loads((directory / "metrics.json").read_text())
-
-
-def _bits(config: Config, store: Store, graph: Graph) -> dict:
-    """bits and file size, from the quantize stage, or of the model as it is: all of it at 16 bit."""
-    if graph.quantize is not None:
-        return store.summary(graph.quantize)
-    from vqdm.models.location import full_precision_bytes
-
-    return {
-        "bits_per_weight": 16.0,
-        "bits_quantized": 16.0,
-        "bits_as_in_paper": 16.0,
-        "file_bytes": full_precision_bytes(config.model),
-    }
-
-
-def _show_images(tracker, images: Path, graph: Graph) -> None:
-    from vqdm.stages.layout import image_path
-    from vqdm.tracker import MAX_IMAGES
-
-    shown = graph.prompts.prompts[:MAX_IMAGES]
-    tracker.images("images", [image_path(images, i) for i in range(len(shown))], [p.text for p in shown])
 
 
 def _tiny_train(config: Config, store: Store) -> dict | None:

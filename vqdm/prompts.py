@@ -109,6 +109,14 @@ def load_prompts(
     return PromptList(tuple(prompt_at(row) for row in rows), origin)
 
 
+def prompt_list(texts: Iterable[str]) -> PromptList:
+    """Texts given in Python as prompts, numbered. UserError unless they are some strings with text in them."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(_is_text(text) and text.strip() for text in texts):
+        raise _error("prompts", "must be one or more strings with text in them", "give captions")
+    return PromptList(tuple(Prompt(f"{i:06d}", text) for i, text in enumerate(texts)), f"{len(texts)} given prompts")
+
+
 def token_report(prompts: PromptList | Iterable[str], tokenizer: Any, max_length: int) -> dict[str, int]:
     """What a text encoder of `max_length` tokens does not see of the prompts.
 

@@ -60,7 +60,7 @@ def test_shards_hold_the_same_and_shared_parts_stay_one(saved, kind, tmp_path):
 
 def test_saved_once_more_it_is_the_same_file(saved, tmp_path):
     _, directory = saved["trellis"]
-    UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.float16).save_pretrained(tmp_path)
+    UNet2DConditionModel.from_pretrained(directory, dtype=torch.float16).save_pretrained(tmp_path)
     assert _data(tmp_path) == _data(directory)
     assert (tmp_path / "config.json").read_text() != ""
 
@@ -73,12 +73,12 @@ def _data(directory) -> bytes:
 
 def test_bfloat16_loads_computes_and_saves_what_it_holds(saved, tmp_path):
     unet, directory = saved["additive"]
-    loaded = UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.bfloat16)
+    loaded = UNet2DConditionModel.from_pretrained(directory, dtype=torch.bfloat16)
     found = output(loaded, dtype=torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert torch.allclose(found.float(), output(unet), atol=0.1)
     loaded.save_pretrained(tmp_path)
-    assert same_state(loaded, UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
+    assert same_state(loaded, UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.bfloat16))
 
 
 def test_a_process_that_knows_only_vqdm_and_diffusers_loads_it(saved):

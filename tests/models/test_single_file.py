@@ -57,7 +57,7 @@ def file(script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return DiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32, local_files_only=True)
+    return DiffusionPipeline.from_pretrained(TINY, dtype=torch.float32, local_files_only=True)
 
 
 @pytest.fixture

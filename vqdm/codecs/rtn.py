@@ -14,7 +14,7 @@ from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 CHUNK = 1 << 22  # weights searched at once
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 # Both ends shrink together first, down to a tenth for heavy tails; then each end on its own around the best.
-JOINT_FACTORS = torch.linspace(1.0, 0.1, 37).tolist()
+JOINT_FACTORS = torch.linspace(1.0, 0.1, 37, device="cpu").tolist()
 END_FACTORS = [0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 1.025, 1.05, 1.075, 1.1, 1.15, 1.2, 1.3]
 
 

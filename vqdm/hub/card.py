@@ -45,7 +45,9 @@ Licence: {licence}
 def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str | None) -> str:
     """Markdown with the hub's front matter. base: where the original came from, a hub id or a directory."""
     licence = licence_of(base)
-    base = base if base is None or not Path(base).exists() else None  # a path of this machine is nobody's business
+    name = "a model of unknown name" if base is None else base
+    if base is not None and Path(base).exists():  # a path of this machine is nobody's business
+        base, name = None, Path(base).name
     counts, layers = count_bits(denoiser), quantized_layers(denoiser)
     schemes = Counter(_family(layer.weight.scheme) for layer in layers.values())
     rows = {
@@ -61,7 +63,7 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
         front=front.to_yaml().strip(),
         title=f"{base or type(denoiser).__name__}, {', '.join(schemes)}",
         denoiser=type(denoiser).__name__,
-        base=base or "a model of unknown name",
+        base=name,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         licence=f"that of the base model, {licence}."
         if licence

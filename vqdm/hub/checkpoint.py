@@ -46,12 +46,12 @@ class LayerGroup:
         try:
             shape, layers = tuple(fields["shape"]), tuple(fields["layers"])
             scheme = scheme_from_dict(fields["scheme"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"not a group of quantized layers: {str(fields)[:200]} ({error!r})") from error
         if len(shape) not in (2, 4) or not all(type(n) is int and n > 0 for n in shape):
             raise UserError(f"not the shape of a weight: {list(shape)} of layer {layers[:1]}")
-        if not layers or not all(isinstance(name, str) for name in layers):
-            raise UserError(f"not a list of layer names: {str(fields['layers'])[:200]}")
+        if not layers or not all(isinstance(name, str) for name in layers) or len(set(layers)) != len(layers):
+            raise UserError(f"not a list of layer names, each once: {str(fields['layers'])[:200]}")
         return cls(scheme, shape, layers)
 
 
@@ -186,12 +186,16 @@ def checkpoint_size(denoiser: nn.Module) -> CheckpointSize:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint's files say and hold: the groups of quantized layers, all tensors by sorted name, checksums."""
+    """What a checkpoint's files say and hold: the groups of quantized layers, all tensors by sorted name, checksums.
+
+    shapes: of the tensors, by name.
+    """
 
     where: str
     groups: list[dict]
     names: tuple[str, ...]
     checksums: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def check_groups(self, groups: Sequence[LayerGroup]) -> None:
         """UserError unless these are the quantized layers of which the files say that they hold them."""
@@ -213,11 +217,20 @@ class Contents:
                 f"{self.where} has {len(self.checksums)} checksums for {len(self.names)} tensors: it is damaged"
             )
 
+    def check_shapes(self, expected: Mapping[str, Tensor]) -> None:
+        """UserError, with a tensor's name, unless the files' tensors have these shapes (of meta tensors will do)."""
+        for name, tensor in expected.items():
+            if self.shapes[name] != tuple(tensor.shape):
+                raise UserError(
+                    f"{self.where}: tensor {name} is {list(self.shapes[name])} where the model has "
+                    f"{list(tensor.shape)}: it, or its config.json, is damaged or of another model"
+                )
+
     def check_tensors(self, state: Mapping[str, Tensor]) -> None:
         """UserError, with the tensor's name, unless each is as it was stored."""
         known = dict(zip(self.names, self.checksums, strict=True))
         for name, tensor in state.items():
-            if known[name] != checksum(name, tensor):
+            if known.get(name) != checksum(name, tensor):
                 raise UserError(
                     f"{self.where}: tensor {name} is not as it was saved; the file is damaged, get it again"
                 )
@@ -227,19 +240,21 @@ def read_contents(files: Sequence[Path]) -> Contents:
     """From the headers of all files of a checkpoint. UserError for anything but a whole vqdm checkpoint."""
     names: list[str] = []
     texts: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 texts.add((file.metadata() or {}).get(METADATA, ""))
                 names += file.keys()
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read ({error}): it is damaged or no safetensors file") from error
     if len(texts) != 1:
         raise UserError(f"{files[0]} and its other shards are of different checkpoints: save the model again")
-    return _parse(str(files[0]), texts.pop(), names)
+    return _parse(str(files[0]), texts.pop(), names, shapes)
 
 
-def _parse(where: str, text: str, names: list[str]) -> Contents:
+def _parse(where: str, text: str, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Contents:
     try:
         about = json.loads(text)
         version, groups, joined = about["version"], list(about["groups"]), str(about["checksums"])
@@ -247,9 +262,11 @@ def _parse(where: str, text: str, names: list[str]) -> Contents:
         raise UserError(f"{where} does not say what it holds ({error!r}): it is no vqdm file, or damaged") from error
     check_version(where, version)
     sums = (joined[i : i + CHECKSUM_DIGITS] for i in range(0, len(joined), CHECKSUM_DIGITS))
-    return Contents(where, groups, tuple(sorted(names)), tuple(sums))
+    return Contents(where, groups, tuple(sorted(names)), tuple(sums), shapes)
 
 
 def check_version(where: str, version: object) -> None:
-    if version != FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}, this vqdm reads version {FORMAT_VERSION}: update vqdm")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format version {str(version)[:80]}, this vqdm reads version {FORMAT_VERSION}: update vqdm"
+        )

@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from vqdm.errors import UserError
+from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
 from vqdm.layers import quantized_layers
-from vqdm.models.loader import denoiser_part
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+from vqdm.models.loader import denoiser_of, denoiser_part
+from vqdm.models.location import DENOISERS
 
 
 @contextlib.contextmanager
@@ -29,9 +32,9 @@ def quiet_diffusers():
             logging.enable_progress_bar()
 
 
-def save_denoiser(denoiser: nn.Module, directory: Path) -> int:
+def save_denoiser(denoiser: nn.Module, directory: Path, *, metrics: Mapping[str, float]) -> int:
     """Write a denoiser with quantized layers as diffusers does; returns the bytes of its safetensors files."""
-    attach(denoiser)
+    attach(denoiser, metrics=dict(metrics))
     with quiet_diffusers():
         denoiser.save_pretrained(directory)
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
@@ -46,7 +49,7 @@ def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_cal
     if kind is None:
         raise UserError(f"{directory}/config.json names no model of diffusers ({config.get('_class_name')})")
     with quiet_diffusers():
-        denoiser = kind.from_pretrained(directory, torch_dtype=dtype, local_files_only=True)
+        denoiser = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
     set_decode(denoiser, decode)
     return denoiser.requires_grad_(False)
 
@@ -55,6 +58,40 @@ def set_decode(denoiser: nn.Module, decode: str) -> None:
     """`per_call` or `cached`, of all quantized layers."""
     for layer in quantized_layers(denoiser).values():
         layer.decode = decode
+
+
+def check_place(directory: Path) -> None:
+    """UserError if something lies there that is not a pipeline which vqdm has written, so that nothing else is lost."""
+    configs = [directory / part / "config.json" for part in DENOISERS]
+    ours = any(file.is_file() and '"quant_method": "vqdm"' in file.read_text(encoding="utf-8") for file in configs)
+    if directory.exists() and not ours and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"output={directory} holds something else than a pipeline written by vqdm: give another place")
+
+
+def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
+    """Write a pipeline with a quantized denoiser as a directory for from_pretrained, with a card; whole or not at all.
+
+    base: where the original came from, a hub id or a directory. All other parts keep their dtype.
+    """
+    check_place(directory)
+    denoiser_of(pipeline).register_to_config(_name_or_path=base)
+    written = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    try:
+        with quiet_diffusers():
+            pipeline.save_pretrained(written)
+        shutil.copy(written / denoiser_part(pipeline) / CARD_FILE, written / CARD_FILE)
+        replace_directory(written, directory)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def replace_directory(new: Path, place: Path) -> None:
+    """Put a complete directory in the place of an older one, which goes only then."""
+    old = new.with_name(f"{new.name}-old")
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_denoiser(pipeline, denoiser: nn.Module) -> None:

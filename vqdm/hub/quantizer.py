@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from vqdm.atomic import atomic_write, canonical_json
 from vqdm.config import parse_scheme
-from vqdm.encode import quantize_without_data
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE, model_card
 from vqdm.hub.checkpoint import (
@@ -71,10 +70,12 @@ class VQDMConfig(QuantizationConfigMixin):
             raise UserError("VQDMConfig takes a scheme, such as VQDMConfig('trellis3'), or the groups of a checkpoint")
         if decode not in DECODE_MODES:
             raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+        if metrics is not None and not isinstance(metrics, dict):
+            raise UserError(f"metrics of a quantization_config are numbers by name, not {str(metrics)[:80]!r}")
         self.quant_method = _Method.VQDM
         self.version = version
         self.scheme = scheme
-        self.groups = None if groups is None else [LayerGroup.from_dict(group).to_dict() for group in groups]
+        self.groups = None if groups is None else [group.to_dict() for group in _groups(groups)]
         self.layers = layers
         self.decode = decode
         self.architecture = architecture
@@ -95,6 +96,18 @@ class VQDMConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return f"VQDMConfig({self.scheme or f'{sum(len(group.layers) for group in self.layer_groups())} layers'})"
+
+
+def _groups(found: Sequence[dict]) -> list[LayerGroup]:
+    """UserError unless these are groups of quantized layers, no layer in two."""
+    if not isinstance(found, list | tuple):
+        raise UserError(f"groups of a quantization_config are a list, not {str(found)[:80]!r}: config.json is damaged")
+    groups = [LayerGroup.from_dict(group) for group in found]
+    names = [name for group in groups for name in group.layers]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"layer {twice} is in two groups of a quantization_config: config.json is damaged")
+    return groups
 
 
 def architecture_of(model: nn.Module) -> str:
@@ -145,7 +158,9 @@ class VQDMQuantizer(DiffusersQuantizer):
                 "damaged or of another model"
             )
         empty_layers(model, config.layer_groups(), decode=config.decode)
-        self._contents.check_names(model.state_dict())
+        state = model.state_dict()
+        self._contents.check_names(state)
+        self._contents.check_shapes(state)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.pre_quantized:
@@ -155,6 +170,8 @@ class VQDMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         self._contents = None
         if not self.pre_quantized:
+            from vqdm.encode import quantize_without_data  # all codecs: loading what is quantized needs none
+
             asked, dtype = self.quantization_config, model.dtype
             quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers)
             nn.Module.to(model, dtype=dtype)  # diffusers' own refuses to cast what is quantized
@@ -200,9 +217,19 @@ def empty_layers(model: nn.Module, groups: Sequence[LayerGroup], *, decode: str 
             shape = tuple(model.get_submodule(name).weight.shape)
             if shape != group.shape:
                 raise UserError(f"layer {name} is {list(shape)} in the model and {list(group.shape)} in the checkpoint")
+    _check_shared(groups)
     named = {name: group.scheme for group in groups for name in group.layers}
     order = [name for name, _ in model.named_modules() if name in named]
     swap_empty(model, [(specs[name], named[name]) for name in order], decode=decode)
+
+
+def _check_shared(groups: Sequence[LayerGroup]) -> None:
+    """UserError for schemes that cannot decode with one shared part though they name the same."""
+    users: dict[str, tuple] = {}
+    for scheme in (group.scheme for group in groups if group.scheme.shared_key is not None):
+        part = scheme.kind, getattr(scheme, "codebooks_shape", None)
+        if users.setdefault(scheme.shared_key, part) != part:
+            raise UserError(f"{scheme.name} cannot decode with the shared {scheme.shared_key} of other layers")
 
 
 def attach(model: nn.Module, *, decode: str = "per_call", metrics: dict[str, float] | None = None) -> None:

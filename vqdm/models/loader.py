@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -56,11 +55,9 @@ def _from_files(config: ModelConfig, directory: Path):
     dtype = getattr(torch, config.dtype)
     if (file := single_file(config)) is not None:
         return load_single_file(file, configs=directory, dtype=dtype)
-    # the name that older versions of diffusers know, too
-    warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated", category=FutureWarning)
     try:
         return DiffusionPipeline.from_pretrained(
-            directory, torch_dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True
+            directory, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise UserError(
@@ -74,8 +71,9 @@ def denoiser_on_meta(config: ModelConfig) -> nn.Module:
 
     directory = denoiser_directory(configs_directory(config))
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(diffusers, settings["_class_name"])  # diffusers imports it now: not on the meta device
     with torch.device("meta"):
-        return getattr(diffusers, settings["_class_name"]).from_config(settings)
+        return kind.from_config(settings)
 
 
 def check_sampler(directory: Path, sampler: SamplerConfig) -> None:

@@ -60,7 +60,7 @@ def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
         raise UserError(f"{configs}/model_index.json names {name}, which diffusers cannot load from a single file")
     own = {name: clip_tokenizer(configs / name) for name in TOKENIZERS if not _has_vocabulary(configs / name)}
     try:
-        return kind.from_single_file(str(path), config=str(configs), torch_dtype=dtype, local_files_only=True, **own)
+        return kind.from_single_file(str(path), config=str(configs), dtype=dtype, local_files_only=True, **own)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded with the configs of {configs}: {_first_line(error)}") from error
 
@@ -135,11 +135,14 @@ def component_on_meta(directory: Path) -> nn.Module:
     import transformers
 
     settings = _json(directory / "config.json")
+    # the classes are looked up first: both libraries import them only now, and that not on the meta device
+    ours = getattr(diffusers, str(settings.get("_class_name")), None)
+    theirs = getattr(transformers, str((settings.get("architectures") or [None])[0]), None)
     with torch.device("meta"):
-        if kind := getattr(diffusers, str(settings.get("_class_name")), None):
-            return kind.from_config(settings)
-        if kind := getattr(transformers, str((settings.get("architectures") or [None])[0]), None):
-            return kind(kind.config_class.from_dict(settings))
+        if ours is not None:
+            return ours.from_config(settings)
+        if theirs is not None:
+            return theirs(theirs.config_class.from_dict(settings))
     raise UserError(
         f"{directory}/config.json names no model of diffusers or transformers; copy the model's configs again"
     )

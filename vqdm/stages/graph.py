@@ -27,21 +27,43 @@ VERSIONS = {"calibrate": 1, "sensitivity": 1, "quantize": 3, "generate": 1, "eva
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """The stages that lead to a quantized denoiser."""
+
+    prompts: PromptList
+    calibrate: Stage
+    sensitivity: Stage | None  # None = not needed
+    quantize: Stage
+
+    def named(self) -> dict[str, Stage]:
+        """The stages in order, by the names of the fields."""
+        return _there(self, "calibrate", "sensitivity", "quantize")
+
+    def stages(self) -> list[Stage]:
+        return list(self.named().values())
+
+
+def _there(holder, *names: str) -> dict[str, Stage]:
+    return {name: getattr(holder, name) for name in names if getattr(holder, name) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph:
     """The stages of one experiment; None = not needed."""
 
-    calibration_prompts: PromptList | None
-    calibrate: Stage | None
-    sensitivity: Stage | None
-    quantize: Stage | None
+    quantization: Quantization | None
     prompts: PromptList
     images: Stage
     teacher_images: Stage | None  # the same captions and noise, full precision
     evaluate: Stage
 
+    def named(self) -> dict[str, Stage]:
+        """The stages in order, by the names of the fields."""
+        first = {} if self.quantization is None else self.quantization.named()
+        return first | _there(self, "teacher_images", "images", "evaluate")
+
     def stages(self) -> list[Stage]:
-        found = [self.calibrate, self.sensitivity, self.quantize, self.teacher_images, self.images, self.evaluate]
-        return [stage for stage in found if stage is not None]
+        return list(self.named().values())
 
 
 _load = functools.lru_cache(maxsize=8)(load_prompts)  # the rows of a table share their lists
@@ -138,16 +160,22 @@ def _images(config: Config, model: str, quantize: Stage | None) -> Stage:
     return _stage("generate", label, settings, model=model, **({} if quantize is None else {"quantize": quantize}))
 
 
+def build_quantization(config: Config, *, cache: Path) -> Quantization:
+    """Reads the calibration prompts and locates the model: what is missing is said here, before any work."""
+    model = model_identity(config.model, cache=cache)
+    prompts = read_prompts(config.calibration)
+    calibrate = _calibrate(config, prompts, model)
+    sensitivity = _sensitivity(config, calibrate, model)
+    return Quantization(prompts, calibrate, sensitivity, _quantize(config, calibrate, sensitivity, model))
+
+
 def build_graph(config: Config, *, cache: Path) -> Graph:
-    """Reads the prompt lists, locates the model and evaluators: whatever is missing is said here, before any work."""
+    """The same for a whole experiment, with the prompts and evaluators that it is scored by."""
     model = model_identity(config.model, cache=cache)
     quantized = config.quantize.kind != "none"
-    calibration_prompts = read_prompts(config.calibration) if quantized else None
+    quantization = build_quantization(config, cache=cache) if quantized else None
     prompts = read_prompts(config.evaluate.prompts)
-    calibrate = _calibrate(config, calibration_prompts, model) if quantized else None
-    sensitivity = _sensitivity(config, calibrate, model) if quantized else None
-    quantize = _quantize(config, calibrate, sensitivity, model) if quantized else None
-    images = _images(config, model, quantize)
+    images = _images(config, model, quantization.quantize if quantized else None)
     teacher_images = _images(config, model, None) if quantized else None
     settings = _pick(config.evaluate, "metrics", "bootstrap") | {"n": len(prompts.prompts), "prompts": prompts.sha256}
     upstream: dict[str, Stage | str] = {"images": images}
@@ -157,7 +185,7 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
         _needs_tiny_captions(prompts)
         upstream["evaluators"] = files_identity(evaluators_directory(config.evaluate.evaluators), cache)
     evaluate = _stage("evaluate", images.label, settings, **upstream)
-    return Graph(calibration_prompts, calibrate, sensitivity, quantize, prompts, images, teacher_images, evaluate)
+    return Graph(quantization, prompts, images, teacher_images, evaluate)
 
 
 def _needs_tiny_captions(prompts: PromptList) -> None:

@@ -17,8 +17,8 @@ from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import play_back
 from vqdm.models.specs import LayerSpec
 from vqdm.prompts import PromptList
-from vqdm.stages.calibrate import recorded_calls, recorded_positions, sample_batches
 from vqdm.schemes import group_of
+from vqdm.stages.calibrate import recorded_calls, recorded_positions, sample_batches
 
 ONE_TOKEN = re.compile(r"norm\w*\.linear$")  # adaptive norms of transformers read one token per image
 TEACHER_BYTES = 4 << 30  # of Hessians that one pass of the teacher collects, at least one layer's

@@ -9,6 +9,8 @@ import copy
 import dataclasses
 import functools
 import logging
+import math
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,15 +32,16 @@ from vqdm.layers import swap
 from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import OUTPUT, Call, play_back
 from vqdm.models.specs import LayerSpec
+from vqdm.schemes import Assignment, assign_schemes, read_harm
 from vqdm.stages.calibrate import recorded_calls
 from vqdm.stages.hessians import collect, drive_student, drive_teacher, execution_groups, teacher_groups
 from vqdm.stages.layout import DENOISER
-from vqdm.schemes import Assignment, assign_schemes, read_harm
 from vqdm.store import read_item, write_item, write_json
 from vqdm.weights.base import QuantizedWeight, SharedPart
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
 
 log = logging.getLogger("vqdm")
+
 
 def shared_parts(
     directory: Path, denoiser: nn.Module, problems: list[Problem], *, config: QuantizeConfig
@@ -100,12 +103,38 @@ class Encoder:
             futures = [pool.submit(self.encode, problem, hessians.get(problem[0].name)) for problem in largest_first]
             try:
                 for future in concurrent.futures.as_completed(futures):
-                    record = future.result()
-                    progress.set_postfix(bits=f"{record['bits']:.3f}", error=f"{_error_of(record):.4f}")
-                    progress.update()
+                    progress.show(future.result())
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+class LayerProgress(tqdm):
+    """The bar of a stage; it goes forward by layers, time left is by their weights.
+
+    lines: print one for every layer that is made, too.
+    """
+
+    def __init__(self, specs: list[LayerSpec], *, desc: str, lines: bool):
+        super().__init__(total=len(specs), desc=desc, unit="layer")
+        self.lines, self.weights, self.made = lines, sum(spec.size for spec in specs), 0
+
+    def skip(self, specs: list[LayerSpec]) -> None:
+        """These were there before."""
+        self.weights -= sum(spec.size for spec in specs)
+        self.update(len(specs))
+
+    def show(self, record: dict) -> None:
+        self.set_postfix(bits=f"{record['bits']:.3f}", error=f"{_error_of(record):.4f}")
+        self.update()
+        self.made += math.prod(record["shape"])
+        if self.lines:
+            left = self.format_dict["elapsed"] * (self.weights - self.made) / self.made
+            self.write(
+                f"{self.n:4d}/{self.total} {record['name']}: {record['bits']:.3f} bits, error {_error_of(record):.2g}, "
+                f"{record.get('seconds', 0):.1f} s, {tqdm.format_interval(left)} left",
+                file=sys.stderr,
+            )
 
 
 def _file(spec: LayerSpec) -> str:
@@ -153,11 +182,13 @@ def quantize(
     calibration_config: CalibrationConfig,
     device: str,
     harm: Path | None = None,
+    show_layers: bool = False,
 ) -> dict:
     """Fill the stage's directory: `denoiser/`, `layers.json`. Returns bits, bytes and output error.
 
     pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: the stage's directory.
     harm: the directory of the sensitivity stage, by which bits are given to layers; None: all get the same.
+    show_layers: print a line for every layer.
     """
     denoiser = denoiser_of(pipeline)
     dtype = next(denoiser.parameters()).dtype
@@ -166,7 +197,7 @@ def quantize(
     with one_thread_each():
         shared = shared_parts(directory, denoiser, assignment.quantized, config=config)
     encoder = Encoder(directory, denoiser, config, shared)
-    with tqdm(total=len(assignment.quantized), desc=f"quantize {directory.name}", unit="layer") as progress:
+    with LayerProgress(assignment.specs, desc=f"quantize {directory.name}", lines=show_layers) as progress:
         if config.kind == "adaround":
             _by_blocks(encoder, assignment, calibration, progress=progress)
         else:
@@ -184,7 +215,7 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
     workers = torch.get_num_threads()
     for group in groups if student else teacher_groups(groups):
         missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
-        progress.update(len(group) - len(missing))
+        progress.skip([spec for spec in group if spec not in missing])
         hessians = {}
         if missing and needs_hessians(config):  # of the whole group: its draws of tokens do not depend on what is there
             hessians = collect(denoiser, group, drive, config=config)
@@ -222,10 +253,12 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, p
             stored=stored, progress=show, bits=int(config.bits), group_size=config.group_size, clip=config.clip,
             iterations=config.iterations, batch_size=config.batch_size,
         ):  # fmt: skip
-            progress.update(len(weights))
-            if report is not None:
-                for name, weight in weights.items():
-                    encoder.store(specs[name], weight, matrix_of(teacher, specs[name]), **dataclasses.asdict(report))
+            if report is None:
+                progress.skip([specs[name] for name in weights])
+                continue
+            for name, weight in weights.items():
+                matrix = matrix_of(teacher, specs[name])
+                progress.show(encoder.store(specs[name], weight, matrix, **dataclasses.asdict(report)))
 
 
 def _finish(
@@ -233,11 +266,11 @@ def _finish(
 ) -> dict:
     records = [read_item(directory, spec.name) for spec in assignment.specs]
     bits = count_bits(denoiser)
-    file_bytes = save_denoiser(denoiser, directory / DENOISER)
     left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in assignment.skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
     nn.Module.to(denoiser, device=device, dtype=dtype)
     error = output_error(denoiser, recorded_calls(calibration), device)
+    file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error": error})
     log.info(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
         len(records), len(left), bits.bits_per_weight, error,

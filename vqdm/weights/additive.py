@@ -35,8 +35,11 @@ class AdditiveScheme(Scheme):
     shared: str | None = None  # whose codebooks: None = the layer's own, else a key of the denoiser's shared parts
 
     def __post_init__(self):
+        super().__post_init__()
         if min(self.num_codebooks, self.group_size, self.out_group_size) < 1 or not 1 <= self.codebook_bits <= 16:
             raise UserError(f"{self.codec}: {self.name} needs 1 or more codebooks of 1 to 16 bits, groups of 1 or more")
+        if self.shared is not None and (not self.shared.isidentifier() or hasattr(nn.ModuleDict, self.shared)):
+            raise UserError(f"{self.codec}: {self.shared[:80]!r} cannot name shared codebooks: take a plain word")
 
     @property
     def name(self) -> str:

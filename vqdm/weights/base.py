@@ -6,7 +6,7 @@ empty: ready for `load_state_dict`, or, on the meta device, the plan whose bytes
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -17,8 +17,9 @@ from vqdm.errors import UserError
 
 STORED = torch.float16  # every float parameter of a quantized weight on disk
 LARGEST = torch.finfo(STORED).max
+LARGEST_COUNT = 1 << 16  # of what a scheme counts: whatever a file says, shapes then stay within 64 bits
 NOT_MERGED = (
-    "a LoRA cannot be merged into quantized weights: keep it loaded beside them, or dequantize() the model and fuse then"
+    "quantized weights merge neither with a LoRA nor with each other: keep the LoRA loaded, or dequantize() the model"
 )
 
 
@@ -29,6 +30,18 @@ class Scheme:
     kind: ClassVar[str]
     told_by_shapes: ClassVar[tuple[str, ...]] = ()  # fields that the shapes of the weight's tensors tell
     codec: str
+
+    def __post_init__(self):
+        """UserError for a field that is not of its type or counts too many, as a damaged file may have it."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
+            if not fits or (isinstance(value, bool) and field.type is not bool):
+                expected = getattr(field.type, "__name__", field.type)
+                raise UserError(f"{self.kind} codes: {field.name} must be of type {expected}, not {str(value)[:80]!r}")
+            if type(value) is int and not 0 <= value <= LARGEST_COUNT:
+                found = str(value)[:40]
+                raise UserError(f"{self.kind} codes: {field.name} must be from 0 to {LARGEST_COUNT}, not {found}")
 
     @property
     def name(self) -> str:
@@ -46,6 +59,14 @@ class Scheme:
 
 class SharedPart(nn.Module):
     """What many weights of a denoiser decode with: one parameter, stored once, in the denoiser's `SHARED_NAME`."""
+
+    def forward(self) -> Tensor:
+        """Its parameter. Weights call for it: offloading has tensors in place only around a call.
+
+        A view, since diffusers' group offloading takes the data out of the parameter itself after the call.
+        """
+        (parameter,) = self.parameters()
+        return parameter.view_as(parameter)
 
 
 SHARED_NAME = "shared"  # an nn.ModuleDict at the denoiser's root: Scheme.shared_key -> SharedPart
@@ -124,7 +145,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def data(self) -> Tensor:
-        """UserError: codes cannot be written over by what a LoRA adds. That is so for every way to merge."""
+        """UserError: who reads or writes a weight so, wants to merge it with a LoRA or with other weights."""
         raise UserError(NOT_MERGED)
 
     @data.setter

@@ -19,8 +19,11 @@ class ScalarScheme(Scheme):
     group_size: int | None = None  # consecutive inputs that share a scale; None: the whole row
 
     def __post_init__(self):
+        super().__post_init__()
         if not 1 <= self.bits <= 8:  # zero points up to 255 are exact in fp16 and in bf16
             raise UserError(f"{self.codec}: bits must be 1 to 8, not {self.bits}")
+        if self.group_size == 0:
+            raise UserError(f"{self.codec}: group_size must be 1 or more, or none for whole rows, not 0")
 
     @property
     def name(self) -> str:

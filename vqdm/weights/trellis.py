@@ -42,6 +42,7 @@ class TrellisScheme(Scheme):
     bits: float
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.bits <= 16:
             raise UserError(f"{self.codec}: bits must be above 0 and at most 16, not {self.bits}")
 

@@ -1,0 +1,189 @@
+"""From a user's own model, as a directory or as one file, to a small pipeline that diffusers loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import vqdm
+from vqdm.bits import count_bits
+from vqdm.config import parse_scheme
+from vqdm.errors import UserError
+from vqdm.hub.pipelines import quiet_diffusers
+from vqdm.layers import quantized_layers
+from vqdm.models.location import builtin_directory
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPTIONS = ["a red circle above a blue square", "a big green triangle"]
+QUICK = ["quantize=rtn4", "calibration.n=4", "model.sampler.steps=4", "tracker=none", "threads=1"]
+
+
+def tiny():
+    with quiet_diffusers():
+        pipeline = DiffusionPipeline.from_pretrained(builtin_directory("tiny"), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def image(pipeline, **options) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    made = pipeline(CAPTIONS[0], num_inference_steps=4, guidance_scale=3.0, generator=generator, **options)
+    return np.asarray(made.images[0]).astype(int)
+
+
+def run(*overrides, ok=True):
+    command = [sys.executable, str(ROOT / "run.py"), "+experiment=compress", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode == 0) == ok, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("original") / "tiny.safetensors"
+    command = [sys.executable, str(ROOT / "scripts" / "to_single_file.py"), str(builtin_directory("tiny")), str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    return file
+
+
+@pytest.fixture(scope="module")
+def compressed(single_file, tmp_path_factory):
+    """A single file compressed by the command; the directory it wrote, and what it said."""
+    results = tmp_path_factory.mktemp("results")
+    output = results / "small"
+    done = run(
+        f"model.path={single_file}", f"model.configs={builtin_directory('tiny')}", f"output={output}",
+        f"results_dir={results}", *QUICK,
+    )  # fmt: skip
+    return output, done, results
+
+
+def test_a_single_file_becomes_a_pipeline_that_diffusers_loads(compressed):
+    output, done, _ = compressed
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if " bits, error " in line]
+    assert len(lines) == 118 and all("left" in line for line in lines)
+    assert (
+        "license" not in (output / "README.md").read_text()
+        and "rtn4 (118 layers)" in (output / "README.md").read_text()
+    )
+    code = f"""
+import vqdm, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({str(output)!r})
+made = pipeline({CAPTIONS[0]!r}, num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
+made.images[0].save({str(output.parent / "image.png")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    from PIL import Image
+
+    with quiet_diffusers():
+        pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(quantized_layers(pipeline.unet)) == 118
+    found = np.asarray(Image.open(output.parent / "image.png")).astype(int)
+    assert np.abs(found - image(pipeline)).max() <= 1
+
+
+def test_the_stages_file_is_what_the_pipeline_holds(compressed):
+    output, _, results = compressed
+    stage = next((results / "stages" / "quantize").iterdir()) / "denoiser"
+    with quiet_diffusers():
+        ours = DiffusionPipeline.from_pretrained(output).unet.state_dict()
+        theirs = type(DiffusionPipeline.from_pretrained(output).unet).from_pretrained(stage).state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_plan_foretells_the_file(compressed, single_file):
+    output, _, results = compressed
+    run(
+        f"model.path={single_file}", f"model.configs={builtin_directory('tiny')}", f"results_dir={results}",
+        "plan=true", *QUICK,
+    )  # fmt: skip
+    plan = json.loads((results / "plans" / "compress.json").read_text())
+    assert plan["bytes"] == (output / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert {stage["name"]: stage["done"] for stage in plan["stages"]} == {"calibrate": True, "quantize": True}
+
+
+def test_nothing_else_is_overwritten(single_file, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    done = run(
+        f"model.path={single_file}", f"model.configs={builtin_directory('tiny')}", f"output={tmp_path}",
+        f"results_dir={tmp_path / 'results'}", *QUICK, ok=False,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1].startswith("error: output=") and "another place" in done.stderr
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_without_a_model_the_command_says_what_to_give(tmp_path):
+    done = run(f"results_dir={tmp_path}", ok=False)
+    assert "model.path" in done.stderr.splitlines()[-1]
+
+
+def test_compress_from_python_in_place(tmp_path):
+    pipeline = tiny()
+    original = image(pipeline)
+    assert vqdm.compress(pipeline, "trellis4", CAPTIONS, steps=4, batch_size=2, folder=tmp_path / "work") is pipeline
+    assert count_bits(pipeline.unet).bits_quantized == pytest.approx(4.0, abs=2e-3)
+    assert np.abs(image(pipeline) - original).mean() < 10
+    with quiet_diffusers():
+        pipeline.save_pretrained(tmp_path / "saved")
+        again = DiffusionPipeline.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    assert np.abs(image(again) - image(pipeline)).max() <= 1
+    with pytest.raises(UserError, match="quantized already"):
+        vqdm.compress(pipeline, "rtn4", CAPTIONS)
+
+
+def test_what_compress_cannot_do_is_said_before_any_work():
+    pipeline = tiny()
+    for scheme, prompts, said in (("magic", CAPTIONS, "is no scheme"), ("rtn4", [""], "strings with text")):
+        with pytest.raises(UserError, match=said):
+            vqdm.compress(pipeline, scheme, prompts)
+    assert not quantized_layers(pipeline.unet)
+
+
+@pytest.mark.parametrize("scheme", ["rtn4", "trellis3"])
+def test_quantized_on_the_fly_without_data(scheme, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    config = vqdm.VQDMConfig(scheme)
+    unet = UNet2DConditionModel.from_pretrained(
+        builtin_directory("tiny") / "unet", quantization_config=config, dtype=torch.float32
+    )
+    assert len(quantized_layers(unet)) == 118 and {p.dtype for p in unet.parameters()} == {torch.float32}
+    unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_codecs_that_need_data_say_so():
+    from diffusers import UNet2DConditionModel
+
+    with pytest.raises(UserError, match="gptq needs calibration data"):
+        UNet2DConditionModel.from_pretrained(
+            builtin_directory("tiny") / "unet", quantization_config=vqdm.VQDMConfig("gptq4")
+        )
+
+
+PRESETS = ("rtn3", "rtn4", "gptq3", "gptq4", "vq2", "vq3", "vq4", "trellis2", "trellis3", "trellis4")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_schemes_name_means_what_the_preset_means(name):
+    from test_structure import compose
+
+    assert parse_scheme(name) == compose(f"quantize={name}").quantize
+
+
+def test_other_names_of_schemes():
+    assert parse_scheme("3x8g8") == parse_scheme("vq3")
+    assert parse_scheme("rtn4g64").group_size == 64 and parse_scheme("trellis2.5").bits == 2.5
+    assert parse_scheme("adaround4").batch_size == 16
+    for name in ("rtn", "rtn9", "vq2.5", "3x8g7", "trellis", "3x20g8", "rtn4g0"):
+        with pytest.raises(UserError):
+            parse_scheme(name)

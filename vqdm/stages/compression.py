@@ -1,0 +1,35 @@
+"""The user's own model, small: quantized through the store, then written as a pipeline that diffusers loads."""
+
+import logging
+from pathlib import Path
+
+from vqdm.config import Config
+from vqdm.device import Device
+from vqdm.hub.pipelines import check_place, save_pipeline
+from vqdm.stages.graph import Quantization
+from vqdm.stages.quantization import Models, ensure_quantized, environment_of
+from vqdm.store import Store
+
+log = logging.getLogger("vqdm")
+
+
+def output_directory(config: Config, store: Store, stages: Quantization) -> Path:
+    """Where the compressed pipeline goes: `output`, or a place that its fingerprint names."""
+    return store.root / "compressed" / stages.quantize.directory_name if config.output is None else Path(config.output)
+
+
+def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
+    """calibrate → quantize → the pipeline's directory. Returns what the run's record should say of its result."""
+    check_place(output_directory(config, store, stages))
+    models = Models(config, device.name)
+    quantized = ensure_quantized(
+        config, store, stages, models, environment=environment_of(config, device), tracker=tracker
+    )
+    summary, directory = store.summary(stages.quantize), output_directory(config, store, stages)
+    pipeline = models.student(quantized, decode="per_call")
+    save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
+    log.info(
+        "wrote %s: the denoiser takes %.2f MiB, %.3f bits per weight with everything counted",
+        directory, summary["file_bytes"] / 2**20, summary["bits_per_weight"],
+    )  # fmt: skip
+    return {"bits": summary, "output": str(directory)}

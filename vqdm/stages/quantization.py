@@ -1,0 +1,78 @@
+"""The stages that lead to a quantized denoiser, run through the store, and the pipelines that they need."""
+
+import functools
+import json
+from pathlib import Path
+
+from vqdm.config import Config
+from vqdm.device import Device
+from vqdm.hub.pipelines import load_denoiser, replace_denoiser
+from vqdm.models.loader import load_pipeline
+from vqdm.stages.calibrate import calibrate
+from vqdm.stages.graph import Quantization
+from vqdm.stages.layout import DENOISER
+from vqdm.stages.quantize import quantize
+from vqdm.stages.sensitivity import sensitivity
+from vqdm.store import Store
+
+
+def environment_of(config: Config, device: Device) -> dict:
+    """What every manifest says of where its stage was made."""
+    return {"device": device.name, "reason": device.reason, "threads": device.threads, "dtype": config.model.dtype}
+
+
+class Models:
+    """Pipelines of one run, loaded when first needed; one at a time, so that a small GPU will do."""
+
+    def __init__(self, config: Config, device: str):
+        self.config, self.device = config, device
+
+    @functools.cached_property
+    def teacher(self):
+        return load_pipeline(self.config.model, device=self.device)
+
+    def own(self):
+        """A full-precision pipeline that may be changed."""
+        self.__dict__.pop("teacher", None)
+        return load_pipeline(self.config.model, device=self.device)
+
+    def student(self, quantized: Path | None, *, decode: str = "cached"):
+        """The teacher itself, or a pipeline of its own with the denoiser that the quantize stage made."""
+        if quantized is None:
+            return self.teacher
+        pipeline = self.own()
+        denoiser = load_denoiser(quantized / DENOISER, dtype=pipeline.dtype, decode=decode)
+        replace_denoiser(pipeline, denoiser.to(self.device))
+        return pipeline
+
+
+def ensure_quantized(
+    config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
+) -> Path:
+    """The directory of the quantize stage, and of those before it, made unless they are there."""
+
+    def make_calibration(directory: Path) -> dict:
+        return calibrate(
+            directory, models.teacher, stages.prompts, config=config.calibration, sampler=config.model.sampler
+        )
+
+    def make_sensitivity(directory: Path) -> dict:
+        return sensitivity(
+            directory, models.teacher, calibration, config=config.quantize, model=config.model, device=models.device
+        )
+
+    def make_quantized(directory: Path) -> dict:
+        return quantize(
+            directory, models.own(), calibration, config=config.quantize, model=config.model,
+            calibration_config=config.calibration, device=models.device, harm=harm, show_layers=config.show_layers,
+        )  # fmt: skip
+
+    calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
+    harm = None
+    if stages.sensitivity is not None:
+        harm = store.ensure(stages.sensitivity, make_sensitivity, environment=environment)
+    quantized = store.ensure(stages.quantize, make_quantized, environment=environment)
+    layers = json.loads((quantized / "layers.json").read_text())["quantized"]
+    tracker.table("layers", [{**layer, "scheme": layer["scheme"]["codec"]} for layer in layers])
+    tracker.log({f"quantize/{name}": value for name, value in store.summary(stages.quantize).items()})
+    return quantized
