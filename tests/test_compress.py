@@ -109,6 +109,21 @@ def test_the_plan_foretells_the_file(compressed, single_file):
     assert {stage["name"]: stage["done"] for stage in plan["stages"]} == {"calibrate": True, "quantize": True}
 
 
+def test_exported_it_is_a_plain_pipeline_of_the_same_images(compressed, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "export_plain.py"), str(compressed[0]), str(tmp_path / "plain")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "unet" / "config.json").read_text())
+    with quiet_diffusers():
+        plain = DiffusionPipeline.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+        small = DiffusionPipeline.from_pretrained(compressed[0], dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    small.set_progress_bar_config(disable=True)
+    assert not quantized_layers(plain.unet)
+    assert np.abs(image(plain) - image(small)).max() <= 8  # its weights and text encoders are rounded to fp16
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "exists already" in done.stderr
+
+
 def test_nothing_else_is_overwritten(single_file, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     done = run(

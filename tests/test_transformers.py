@@ -10,6 +10,7 @@ import torch
 from denoisers import SIZE, tiny_flux, tiny_pixart, tiny_sd3
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
+from vqdm.api import compress
 from vqdm.blocks import blocks_of
 from vqdm.codecs import gptq
 from vqdm.config import (
@@ -23,9 +24,12 @@ from vqdm.config import (
     QuantizeConfig,
     RescaleConfig,
     SamplerConfig,
+    parse_scheme,
 )
 from vqdm.errors import UserError
 from vqdm.hessian import shrunk
+from vqdm.hub.checkpoint import checkpoint_size
+from vqdm.layers import quantized_layers, swap_empty
 from vqdm.models.loader import denoiser_of, denoiser_on_meta, load_pipeline, sample
 from vqdm.models.recording import OUTPUT, play_back
 from vqdm.models.specs import layer_specs
@@ -231,6 +235,26 @@ def test_fewer_bits_do_more_harm_and_cost_what_the_plan_says(made, tmp_path):
     assert 0 < errors["rtn8"] < 1e-4
     assert errors["rtn8"] < errors["trellis4"] < errors["additive2"] < errors["rtn3"] < 0.05
     assert errors["adaround3"] < 0.05
+
+
+@pytest.mark.parametrize("scheme", ["rtn4", "trellis4"])
+def test_compressed_saved_loaded_and_sampled(made, scheme, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipeline, planned = made.pipeline(), denoiser_on_meta(made.model)
+    config = parse_scheme(scheme)
+    swap_empty(planned, assign_schemes(planned, config, pattern=None, min_size=16).quantized)
+    compress(pipeline, config, TEXTS, steps=2, size=SIZE, batch_size=2, recorded_steps=1)
+    pipeline.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    ours, theirs = denoiser_of(pipeline), denoiser_of(again)
+    assert quantized_layers(theirs).keys() == quantized_layers(ours).keys()
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    before, after = (images(p, made.model.sampler, output="np") for p in (pipeline, again))
+    assert abs(before - after).max() <= 1 / 255
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size == checkpoint_size(planned).total
 
 
 def test_students_hessians_come_from_the_same_loop(made, tmp_path):

@@ -62,7 +62,8 @@ def _stages(config: Config, store: Store) -> Graph | Quantization:
 
 def _ready(config: Config, store: Store) -> Graph | Quantization:
     """Everything the run needs is there, or all that is missing is said at once, before any work."""
-    from vqdm.models.location import download
+    from vqdm.models.loader import check_sampler
+    from vqdm.models.location import download, model_directory
 
     problems, stages = [], None
     try:
@@ -78,6 +79,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
         raise UserError(" — and: ".join(problems))
     if config.model.hub_id is not None:
         stages = _stages(config, store)  # now that the files say which layers the model has
+    check_sampler(model_directory(config.model), config.model.sampler)
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)

@@ -14,6 +14,7 @@ from unets import output
 import vqdm
 from vqdm.codecs import additive, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
+from vqdm.errors import UserError
 from vqdm.hub.quantizer import attach
 from vqdm.layers import QuantizedConv2d, QuantizedLinear, dequantize_layers, quantized_layers, swap
 from vqdm.models.specs import layer_specs, spec_of, weight_to_matrix
@@ -95,9 +96,10 @@ def test_a_unet_is_one_graph():
     assert torch.allclose(output(unet), expected, atol=1e-5)
 
 
-@pytest.mark.skipif(INDUCTOR not in os.environ, reason=f"20 s of g++ per graph on a slow core: set {INDUCTOR}=1")
+@pytest.mark.skipif(INDUCTOR not in os.environ, reason=f"12 to 20 s of g++ per layer on a slow core: set {INDUCTOR}=1")
 @pytest.mark.parametrize("kind", KINDS)
-def test_inductor(kind):
+def test_inductor(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     layer, inputs = layer_and_inputs(kind, "linear")
     compiled = torch.compile(layer, fullgraph=True)
     with torch.no_grad():
@@ -117,6 +119,14 @@ def test_autocast_is_that_of_the_dequantized_model(kind, decode):
     assert found.dtype == expected.dtype == torch.bfloat16
     assert torch.equal(found, expected)
     assert 0 < float((found.float() - output(unet)).abs().max()) < 0.05
+
+
+def test_layerwise_casting_is_refused():
+    unet = quantized_unet("rtn")
+    with pytest.raises(UserError, match="would round the scales"):
+        unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert unet.dtype == torch.float32
+    unet.dequantize().enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
 def tiny_pipeline(dtype, *, upcast, bits=None):

@@ -13,7 +13,7 @@ from quantized import KINDS, quantized_unet
 from torch import nn
 
 from vqdm.bitpack import pack
-from vqdm.hub.checkpoint import checkpoint_bytes, read_contents
+from vqdm.hub.checkpoint import checkpoint_bytes
 from vqdm.layers import quantized_layers, swap
 from vqdm.models.specs import spec_of
 from vqdm.seeds import torch_generator

@@ -60,7 +60,7 @@ def test_a_good_directory_is_given_back(tmp_path):
 def test_no_directory(tmp_path):
     assert "is no directory; give" in error_of(tmp_path / "missing")
     (tmp_path / "file").write_text("")
-    assert "is no directory; give" in error_of(tmp_path / "file")
+    assert "is no .safetensors file" in error_of(tmp_path / "file")
 
 
 def test_no_model_index(tmp_path):

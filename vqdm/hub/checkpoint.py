@@ -101,6 +101,14 @@ def to_stored(state: Mapping[str, Tensor], groups: Sequence[LayerGroup]) -> dict
     return stored
 
 
+@torch.no_grad()
+def round_to_stored_(denoiser: nn.Module) -> None:
+    """Give every float the value that a file will hold of it, in place: the model that is used is the one saved."""
+    state = denoiser.state_dict()
+    for name, tensor in to_stored(state, layer_groups(denoiser)).items():
+        state[name].copy_(tensor)
+
+
 def checksum(name: str, tensor: Tensor) -> str:
     """The first digits of sha256 over `name dtype shape`, a line feed, and the stored bytes."""
     about = f"{name} {_NAMES.get(tensor.dtype, str(tensor.dtype))} {json.dumps(list(tensor.shape))}\n"

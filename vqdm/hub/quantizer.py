@@ -28,6 +28,7 @@ from vqdm.hub.checkpoint import (
     check_version,
     layer_groups,
     read_contents,
+    round_to_stored_,
     stored_with_metadata,
 )
 from vqdm.layers import DECODE_MODES, dequantize_layers, quantized_layers, swap_empty
@@ -174,6 +175,7 @@ class VQDMQuantizer(DiffusersQuantizer):
 
             asked, dtype = self.quantization_config, model.dtype
             quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers)
+            round_to_stored_(model)
             nn.Module.to(model, dtype=dtype)  # diffusers' own refuses to cast what is quantized
             self.quantization_config = config_of(model, decode=asked.decode)
             self.pre_quantized = True
@@ -233,7 +235,11 @@ def _check_shared(groups: Sequence[LayerGroup]) -> None:
 
 
 def attach(model: nn.Module, *, decode: str = "per_call", metrics: dict[str, float] | None = None) -> None:
-    """Make a diffusers model whose layers are quantized one that diffusers' save_pretrained writes as such."""
+    """Make a diffusers model whose layers are quantized one that diffusers' save_pretrained writes as such.
+
+    All its floats are rounded to 16 bit, as they are stored.
+    """
+    round_to_stored_(model)
     config = config_of(model, decode=decode, metrics=metrics)
     model.hf_quantizer = VQDMQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
@@ -254,7 +260,7 @@ def _quantized(model: nn.Module, quantizer: VQDMQuantizer) -> None:
 
 @functools.cache
 def _with_card(kind: type) -> type:
-    """A model class of diffusers, under its own name, that saves a model card too and fuses no LoRA with codes.
+    """A model class of diffusers, under its own name, that saves a model card too and refuses what codes cannot bear.
 
     An attribute of the model instead would tie it into a cycle that keeps its memory until the next collection.
     """
@@ -273,8 +279,13 @@ def _with_card(kind: type) -> type:
             raise UserError(NOT_MERGED)
         kind.fuse_lora(self, *args, **kwargs)
 
-    own = {"__module__": kind.__module__, "save_pretrained": save_pretrained}
-    return type(kind.__name__, (kind,), own | ({"fuse_lora": fuse_lora} if hasattr(kind, "fuse_lora") else {}))
+    def enable_layerwise_casting(self, *args, **kwargs):
+        """UserError: codes are not cast, and scales in 8 bits would be others."""
+        raise UserError("layerwise casting would round the scales of quantized weights: leave it out, or dequantize()")
+
+    methods = (save_pretrained, fuse_lora, enable_layerwise_casting)
+    own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)}
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__} | own)
 
 
 def register() -> None:

@@ -128,7 +128,8 @@ def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    weights = "*.safetensors" if config.variant is None else f"*.{config.variant}.safetensors"
+    # in the parts' folders only: some repositories have the whole model once more as one file
+    weights = "*/*.safetensors" if config.variant is None else f"*/*.{config.variant}*.safetensors"
     wanted = {
         "repo_id": config.hub_id,
         "revision": config.revision,

@@ -27,6 +27,7 @@ from vqdm.codecs import adaround
 from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
 from vqdm.device import one_thread_each
 from vqdm.encode import Problem, encode_layer, make_shared, matrix_of, needs_hessians, users_of_shared
+from vqdm.hub.checkpoint import round_to_stored_
 from vqdm.hub.pipelines import save_denoiser
 from vqdm.layers import swap
 from vqdm.models.loader import denoiser_of
@@ -268,6 +269,7 @@ def _finish(
     bits = count_bits(denoiser)
     left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in assignment.skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
+    round_to_stored_(denoiser)
     nn.Module.to(denoiser, device=device, dtype=dtype)
     error = output_error(denoiser, recorded_calls(calibration), device)
     file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error": error})

@@ -91,10 +91,6 @@ class SharedCodebooks(SharedPart):
         shared.codebooks.data.copy_(codebooks)
         return shared
 
-    def forward(self) -> nn.Parameter:
-        """The codebooks. Weights call for them: accelerate's offloading has tensors in place only around a call."""
-        return self.codebooks
-
 
 def check_shared(scheme: AdditiveScheme, shared: SharedCodebooks | None) -> None:
     """ValueError if the shared set has another shape than the scheme's codebooks."""
@@ -142,7 +138,7 @@ class AdditiveWeight(FixedWidthWeight):
             weight.input_scales.data.copy_(input_scales)
         return weight
 
-    def effective_codebooks(self) -> nn.Parameter:
+    def effective_codebooks(self) -> Tensor:
         """Those that decode this weight, its own or shared."""
         return self.shared[0]() if self.shared else self.codebooks
 

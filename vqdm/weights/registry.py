@@ -17,7 +17,7 @@ def scheme_from_dict(fields: dict) -> Scheme:
     try:
         return WEIGHTS[fields["kind"]].scheme_type(**numbers)
     except (KeyError, TypeError) as error:
-        raise UserError(f"not a weight scheme of this version: {fields} ({error})") from error
+        raise UserError(f"not a weight scheme of this version: {str(fields)[:200]} ({str(error)[:80]})") from error
 
 
 def empty_weight(scheme: Scheme, shape: tuple[int, int], shared: SharedPart | None = None) -> QuantizedWeight:

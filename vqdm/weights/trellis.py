@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqdm.bitpack import pack, packed_bytes, unpack
 from vqdm.errors import UserError
@@ -107,10 +107,6 @@ class TrellisTable(SharedPart):
             table = cls()
         table.table.data.copy_(values)
         return table
-
-    def forward(self) -> nn.Parameter:
-        """The table. Weights call for it: accelerate's offloading has tensors in place only around a call."""
-        return self.table
 
 
 class TrellisWeight(QuantizedWeight):
@@ -213,22 +209,21 @@ def unpack_states(codes: Tensor, rates: Tensor, out: int) -> Tensor:
     parts = []
     for first in range(0, len(rates), step):
         part = rates[first : first + step]
-        start = 0 if first == 0 else int(ends[first - 1])
+        start = 0 if first == 0 else ends[first - 1]
         parts.append(_states(words, part, out, start))
     return torch.cat(parts)
 
 
-def _states(words: Tensor, rates: Tensor, out: int, first_bit: int) -> Tensor:
+def _states(words: Tensor, rates: Tensor, out: int, first_bit: int | Tensor) -> Tensor:
     """The states of neighbouring columns whose bits begin at `first_bit`: int32 [columns, out]."""
     starts, offsets, lengths = _positions(rates, out)
     starts = starts + first_bit
     ahead = lengths - offsets  # bits from here to the end of the sequence, after which it goes on at its start
     window = _read(words, starts + offsets)
-    wrapped = ahead < WINDOW_BITS
-    rest = ahead[wrapped]
-    tail = window[wrapped] & ((1 << rest) - 1)
-    window[wrapped] = (tail | _read(words, starts[wrapped]) << rest & (1 << WINDOW_BITS) - 1).to(torch.int32)
-    return window
+    rest = ahead.clamp(max=WINDOW_BITS)  # all of the window, or what is left before it wraps
+    tail = window & ((1 << rest) - 1)
+    # of all windows, not only of those that wrap: shapes that depend on data stop a GPU and torch.compile
+    return (tail | _read(words, starts) << rest & (1 << WINDOW_BITS) - 1).to(torch.int32)
 
 
 def _read(words: Tensor, bit: Tensor) -> Tensor:
