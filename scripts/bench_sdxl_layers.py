@@ -18,36 +18,24 @@ from pathlib import Path
 import pandas as pd
 import torch
 from bench_codecs import Settings, encode, warm_trellis
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
 from vqdm.atomic import atomic_write
 from vqdm.device import one_thread_each
 from vqdm.errors import UserError
+from vqdm.models.location import shipped_configs
+from vqdm.models.single_file import component_on_meta
 from vqdm.models.specs import layer_specs
 from vqdm.seeds import torch_generator
 
 RANK = 64  # of the random Hessians beside their diagonal
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 Shape = tuple[int, int]
 
 
 def sdxl_shapes() -> Counter[Shape]:
     """How many of SDXL's layers that are quantized have each shape."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
+    unet = component_on_meta(shipped_configs("sdxl") / "unet")
     return Counter(spec.shape for spec in layer_specs(unet))
 
 

@@ -175,8 +175,9 @@ def edit_metadata(folder: Path, rng: random.Random) -> str:
 
 def edit_quantization_config(folder: Path, rng: random.Random) -> str:
     config = read_config(folder)
-    done = _edit(config["quantization_config"], rng)
-    write_config(folder, config)
+    chosen = {"quantization_config": config.pop("quantization_config")}
+    done = _edit(chosen, rng)
+    write_config(folder, config | chosen)
     return done
 
 

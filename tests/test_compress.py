@@ -154,6 +154,20 @@ def test_compress_from_python_in_place(tmp_path):
         vqdm.compress(pipeline, "rtn4", CAPTIONS)
 
 
+def test_a_folder_goes_on_with_the_same_call_and_only_with_it(tmp_path):
+    pipelines = [tiny(), tiny(), tiny()]
+    options = {"steps": 2, "batch_size": 2, "recorded_steps": 1, "folder": tmp_path}
+    vqdm.compress(pipelines[0], "rtn4", CAPTIONS, **options)
+    layers = next(tmp_path.glob("rtn4-*/quantized/layers"))
+    written = {file: file.stat().st_mtime_ns for file in layers.iterdir()}
+    vqdm.compress(pipelines[1], "rtn4", CAPTIONS, **options)
+    assert {file: file.stat().st_mtime_ns for file in layers.iterdir()} == written
+    vqdm.compress(pipelines[2], "rtn4", CAPTIONS[::-1], **options)
+    assert len(list(tmp_path.iterdir())) == 2
+    states = [pipeline.unet.state_dict() for pipeline in pipelines[:2]]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_what_compress_cannot_do_is_said_before_any_work():
     pipeline = tiny()
     for scheme, prompts, said in (("magic", CAPTIONS, "is no scheme"), ("rtn4", [""], "strings with text")):

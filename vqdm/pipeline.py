@@ -62,8 +62,8 @@ def _stages(config: Config, store: Store) -> Graph | Quantization:
 
 def _ready(config: Config, store: Store) -> Graph | Quantization:
     """Everything the run needs is there, or all that is missing is said at once, before any work."""
-    from vqdm.models.loader import check_sampler
     from vqdm.models.location import download, model_directory
+    from vqdm.models.samplers import check_sampler
 
     problems, stages = [], None
     try:
@@ -155,8 +155,6 @@ def _images_made(directory: Path, graph: Graph, config: Config) -> int:
 def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     """All stages under one tracker run; returns the run's record."""
     from vqdm.device import resolve_device
-    from vqdm.stages.compression import compress_model
-    from vqdm.stages.experiment import run_experiment
     from vqdm.tracker import start_tracker
 
     began = time.monotonic()
@@ -170,14 +168,23 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     )  # fmt: skip
     failed = True
     try:
-        work = compress_model if isinstance(stages, Quantization) else run_experiment
-        record |= work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
+        record |= _work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
         store.record_run(config.name, record)
         failed = False
     finally:
         tracker.finish(failed=failed)
     log.info("%s: finished in %.1f s", config.name, time.monotonic() - began)
     return record
+
+
+def _work(config: Config, store: Store, stages: Graph | Quantization, *, device, tracker) -> dict:
+    if isinstance(stages, Quantization):
+        from vqdm.stages.compression import compress_model
+
+        return compress_model(config, store, stages, device=device, tracker=tracker)
+    from vqdm.stages.experiment import run_experiment
+
+    return run_experiment(config, store, stages, device=device, tracker=tracker)
 
 
 def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:

@@ -6,8 +6,6 @@ from pathlib import Path
 from vqdm.config import Config
 from vqdm.device import Device
 from vqdm.models.location import evaluators_directory, full_precision_bytes
-from vqdm.stages.evaluate import evaluate
-from vqdm.stages.generate import generate
 from vqdm.stages.graph import Graph
 from vqdm.stages.layout import image_path
 from vqdm.stages.quantization import Models, ensure_quantized, environment_of
@@ -37,6 +35,8 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
 
 
 def _generate(config: Config, graph: Graph, directory: Path, make_pipeline) -> None:
+    from vqdm.stages.generate import generate
+
     generate(
         directory, make_pipeline, graph.prompts, sampler=config.model.sampler, batch_size=config.evaluate.batch_size,
         seed=config.evaluate.seed,
@@ -45,6 +45,8 @@ def _generate(config: Config, graph: Graph, directory: Path, make_pipeline) -> N
 
 def _evaluate(config: Config, store: Store, graph: Graph, images: Path, originals: Path, *, environment: dict) -> dict:
     def make(directory: Path) -> None:
+        from vqdm.stages.evaluate import evaluate
+
         evaluators = evaluators_directory(config.evaluate.evaluators) if config.evaluate.metrics == "tiny" else None
         evaluate(
             directory, images, None if originals is images else originals, graph.prompts, config=config.evaluate,

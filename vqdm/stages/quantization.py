@@ -1,4 +1,7 @@
-"""The stages that lead to a quantized denoiser, run through the store, and the pipelines that they need."""
+"""The stages that lead to a quantized denoiser, run through the store, and the pipelines that they need.
+
+Libraries that take seconds to import are imported when there is something to make: a run that is done says so at once.
+"""
 
 import functools
 import json
@@ -6,13 +9,8 @@ from pathlib import Path
 
 from vqdm.config import Config
 from vqdm.device import Device
-from vqdm.hub.pipelines import load_denoiser, replace_denoiser
-from vqdm.models.loader import load_pipeline
-from vqdm.stages.calibrate import calibrate
 from vqdm.stages.graph import Quantization
 from vqdm.stages.layout import DENOISER
-from vqdm.stages.quantize import quantize
-from vqdm.stages.sensitivity import sensitivity
 from vqdm.store import Store
 
 
@@ -29,15 +27,21 @@ class Models:
 
     @functools.cached_property
     def teacher(self):
+        from vqdm.models.loader import load_pipeline
+
         return load_pipeline(self.config.model, device=self.device)
 
     def own(self):
         """A full-precision pipeline that may be changed."""
+        from vqdm.models.loader import load_pipeline
+
         self.__dict__.pop("teacher", None)
         return load_pipeline(self.config.model, device=self.device)
 
     def student(self, quantized: Path | None, *, decode: str = "cached"):
         """The teacher itself, or a pipeline of its own with the denoiser that the quantize stage made."""
+        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
+
         if quantized is None:
             return self.teacher
         pipeline = self.own()
@@ -52,16 +56,22 @@ def ensure_quantized(
     """The directory of the quantize stage, and of those before it, made unless they are there."""
 
     def make_calibration(directory: Path) -> dict:
+        from vqdm.stages.calibrate import calibrate
+
         return calibrate(
             directory, models.teacher, stages.prompts, config=config.calibration, sampler=config.model.sampler
         )
 
     def make_sensitivity(directory: Path) -> dict:
+        from vqdm.stages.sensitivity import sensitivity
+
         return sensitivity(
             directory, models.teacher, calibration, config=config.quantize, model=config.model, device=models.device
         )
 
     def make_quantized(directory: Path) -> dict:
+        from vqdm.stages.quantize import quantize
+
         return quantize(
             directory, models.own(), calibration, config=config.quantize, model=config.model,
             calibration_config=config.calibration, device=models.device, harm=harm, show_layers=config.show_layers,
