@@ -1,6 +1,8 @@
 """From a user's own model, as a directory or as one file, to a small pipeline that diffusers loads."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,19 @@ made.images[0].save({str(output.parent / "image.png")!r})
     assert len(quantized_layers(pipeline.unet)) == 118
     found = np.asarray(Image.open(output.parent / "image.png")).astype(int)
     assert np.abs(found - image(pipeline)).max() <= 1
+
+
+def test_the_readmes_lines_go_from_load_to_image(compressed, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(import vqdm\n.*?)```", readme, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line]) <= 5
+    (tmp_path / "my_model_3bit").symlink_to(compressed[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "image.png").stat().st_size > 100
 
 
 def test_the_stages_file_is_what_the_pipeline_holds(compressed):

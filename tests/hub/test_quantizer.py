@@ -142,8 +142,9 @@ def _first_group(config):
         (lambda c: _first_group(c)["layers"].append("somewhere.else"), "somewhere.else|other quantized layers"),
         (lambda c: _first_group(c).update(shape=[16, -1]), "not the shape of a weight"),
         (lambda c: _first_group(c)["scheme"].update(kind="magic"), "not a weight scheme"),
-        (lambda c: c.update(norm_eps=0.1), "other options"),
-        (lambda c: c.update(act_fn="gelu"), "other options"),
+        (lambda c: c.update(norm_eps=0.1), "says norm_eps=0.1"),
+        (lambda c: c.update(act_fn="gelu"), "says act_fn=gelu"),
+        (lambda c: c["quantization_config"].update(options=[]), "options of a quantization_config"),
     ],
 )
 def test_an_altered_config_is_refused(saved, change, said, tmp_path):

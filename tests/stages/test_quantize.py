@@ -11,10 +11,10 @@ from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerC
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.prompts import load_prompts
+from vqdm.schemes import read_harm
 from vqdm.stages.calibrate import calibrate, recorded_calls, recorded_positions
 from vqdm.stages.hessians import execution_groups, teacher_groups
 from vqdm.stages.quantize import output_error, quantize
-from vqdm.schemes import read_harm
 from vqdm.stages.sensitivity import sensitivity
 
 # one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution

@@ -50,6 +50,8 @@ def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_cal
         raise UserError(f"{directory}/config.json names no model of diffusers ({config.get('_class_name')})")
     with quiet_diffusers():
         denoiser = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    if not quantized_layers(denoiser):
+        raise UserError(f"{directory} is not a quantized denoiser: its config.json has no quantization_config")
     set_decode(denoiser, decode)
     return denoiser.requires_grad_(False)
 

@@ -6,8 +6,8 @@ shape of every quantized layer under `quantization_config`; its safetensors file
 
 import enum
 import functools
-import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +51,8 @@ class VQDMConfig(QuantizationConfigMixin):
     scheme: of data-free quantization while loading, such as `trellis3`, `rtn4`, `3x8g8`; layers: a regular expression
     of those to quantize; None: those that go with the model's class.
     groups: what a saved checkpoint says: its quantized layers. decode: `per_call` or `cached`, of all layers.
-    architecture: fingerprint of the model's other options. metrics: what is known of the model, for its card.
+    options: those that the model was built with when it was quantized, which config.json says too, unprotected.
+    metrics: what is known of the model, for its card.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class VQDMConfig(QuantizationConfigMixin):
         version: int = FORMAT_VERSION,
         layers: str | None = None,
         decode: str = "per_call",
-        architecture: str | None = None,
+        options: dict | None = None,
         metrics: dict[str, float] | None = None,
         **_: object,
     ):
@@ -71,15 +72,16 @@ class VQDMConfig(QuantizationConfigMixin):
             raise UserError("VQDMConfig takes a scheme, such as VQDMConfig('trellis3'), or the groups of a checkpoint")
         if decode not in DECODE_MODES:
             raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
-        if metrics is not None and not isinstance(metrics, dict):
-            raise UserError(f"metrics of a quantization_config are numbers by name, not {str(metrics)[:80]!r}")
+        for name, value in (("metrics", metrics), ("options", options)):
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{name} of a quantization_config are values by name, not {str(value)[:80]!r}")
         self.quant_method = _Method.VQDM
         self.version = version
         self.scheme = scheme
         self.groups = None if groups is None else [group.to_dict() for group in _groups(groups)]
         self.layers = layers
         self.decode = decode
-        self.architecture = architecture
+        self.options = dict(options or {})
         self.metrics = dict(metrics or {})
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
@@ -87,7 +89,7 @@ class VQDMConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict:
         """As config.json has it: how the layers decode is up to who loads."""
-        fields = {"quant_method": METHOD, "version": self.version, "architecture": self.architecture}
+        fields = {"quant_method": METHOD, "version": self.version, "options": self.options}
         fields |= {"metrics": self.metrics} if self.metrics else {}
         return fields | ({"scheme": self.scheme} if self.groups is None else {"groups": self.groups})
 
@@ -111,22 +113,20 @@ def _groups(found: Sequence[dict]) -> list[LayerGroup]:
     return groups
 
 
-def architecture_of(model: nn.Module) -> str:
-    """sha256 over a diffusers model's class and those of its options that differ from their defaults.
-
-    An option that a later diffusers adds has its default in models that were saved before.
-    """
-    parameters = inspect.signature(type(model).__init__).parameters
-    own = {
-        name: model.config[name]
-        for name, parameter in parameters.items()
-        if name in model.config and canonical_json(model.config[name]) != _canonical_default(parameter)
-    }
-    return hashlib.sha256(canonical_json([type(model).__name__, own])).hexdigest()
+def options_of(model: nn.Module) -> dict:
+    """The options that a diffusers model was built with, as plain JSON."""
+    names = inspect.signature(type(model).__init__).parameters
+    return json.loads(canonical_json({name: model.config[name] for name in names if name in model.config}))
 
 
-def _canonical_default(parameter: inspect.Parameter) -> bytes | None:
-    return None if parameter.default is inspect.Parameter.empty else canonical_json(parameter.default)
+def check_options(model: nn.Module, saved: dict) -> None:
+    """UserError, naming it, if an option is not what it was; one that only another diffusers has is let be."""
+    for name, value in options_of(model).items():
+        if name in saved and saved[name] != value:
+            raise UserError(
+                f"the config.json of this {type(model).__name__} says {name}={str(value)[:80]}, and that it was "
+                f"quantized with {name}={str(saved[name])[:80]}: it is damaged or of another model"
+            )
 
 
 class VQDMQuantizer(DiffusersQuantizer):
@@ -153,11 +153,7 @@ class VQDMQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
-        if config.architecture is not None and config.architecture != architecture_of(model):
-            raise UserError(
-                f"{type(model).__name__}'s config.json has other options than when the model was quantized: it is "
-                "damaged or of another model"
-            )
+        check_options(model, config.options)
         empty_layers(model, config.layer_groups(), decode=config.decode)
         state = model.state_dict()
         self._contents.check_names(state)
@@ -249,7 +245,7 @@ def attach(model: nn.Module, *, decode: str = "per_call", metrics: dict[str, flo
 def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None = None) -> VQDMConfig:
     """What a model with quantized layers says of itself."""
     groups = [group.to_dict() for group in layer_groups(model)]
-    return VQDMConfig(groups=groups, architecture=architecture_of(model), decode=decode, metrics=metrics)
+    return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics)
 
 
 def _quantized(model: nn.Module, quantizer: VQDMQuantizer) -> None:
