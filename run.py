@@ -61,6 +61,8 @@ def main(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the other jobs go on
         sys.exit(_line(error))  # past Hydra, which would add lines of its own
+    except BrokenPipeError:  # of `… plan=true | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(error: BaseException) -> str:

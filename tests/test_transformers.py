@@ -272,7 +272,7 @@ def layers_in_graph(tmp_path, **model) -> str:
         model=ModelConfig(**model), calibration=CALIBRATION, quantize=QuantizeConfig(kind="rtn"),
         evaluate=EvaluateConfig(prompts=prompts, metrics="paired"),
     )  # fmt: skip
-    return build_graph(config, cache=tmp_path / "hashes.json").quantize.config["layers"]
+    return build_graph(config, cache=tmp_path / "hashes.json").quantization.quantize.config["layers"]
 
 
 def test_fingerprints_take_the_pattern_of_the_model(made, tmp_path):

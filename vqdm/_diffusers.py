@@ -24,7 +24,7 @@ class _Loader(importlib.abc.Loader):
         importlib.import_module(_QUANTIZER)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _TablesFinder(importlib.abc.MetaPathFinder):
     asked = False
 
     def find_spec(self, fullname, path=None, target=None):
@@ -41,5 +41,5 @@ def register_when_imported() -> None:
     """At once if diffusers' tables are there, else when they are imported."""
     if _TABLES in sys.modules:
         importlib.import_module(_QUANTIZER)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    elif not any(isinstance(finder, _TablesFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TablesFinder())

@@ -46,7 +46,7 @@ def count_bits(denoiser: nn.Module) -> BitCounts:
     return BitCounts(
         bits_per_weight=8 * total / original,
         bits_quantized=8 * tensor_bytes(_states(coded)) / weights if weights else 16.0,
-        bits_as_in_paper=(in_paper + 16 * _unquantized_weights(denoiser)) / original,
+        bits_as_in_paper=(in_paper + 16 * _unquantized_weights(denoiser)) / original if weights else 16.0,
         bytes=total,
     )
 

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import logging
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from vqdm.config import Config
 from vqdm.errors import UserError
-from vqdm.stages.graph import Graph, Quantization, build_graph, build_quantization, tiny_train_stage
+from vqdm.plan.command import print_plan
+from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
 from vqdm.store import Store
 
 log = logging.getLogger("vqdm")
@@ -22,7 +22,7 @@ def run(config: Config) -> dict | None:
     if config.task == "tiny_train":
         return _tiny_train(config, store)
     if config.plan:
-        return _print_plan(config, store)
+        return print_plan(config, store)
     return _run(config, store, _ready(config, store))
 
 
@@ -34,7 +34,7 @@ def run_table(table, rows: list[list[Config]]) -> None:
     if configs[0].plan:
         for config in configs:
             print(f"— {config.name}, {config.method or ''}")
-            _print_plan(config, Store(Path(config.results_dir)), every_layer=False)
+            print_plan(config, Store(Path(config.results_dir)), every_layer=False)
         return
     store = Store(Path(configs[0].results_dir))  # one command, so one folder
     graphs = iter([_ready(config, store) for config in configs])  # all checks before any work
@@ -50,16 +50,6 @@ def run_table(table, rows: list[list[Config]]) -> None:
     print("wrote " + ", ".join(str(file) for file in files))
 
 
-def _cache(store: Store) -> Path:
-    return store.root / "cache" / "file_hashes.json"
-
-
-def _stages(config: Config, store: Store) -> Graph | Quantization:
-    """Of an experiment, or only those up to the quantized denoiser."""
-    build = build_quantization if config.task == "compress" else build_graph
-    return build(config, cache=_cache(store))
-
-
 def _ready(config: Config, store: Store) -> Graph | Quantization:
     """Everything the run needs is there, or all that is missing is said at once, before any work."""
     from vqdm.models.location import download, model_directory
@@ -67,7 +57,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
 
     problems, stages = [], None
     try:
-        stages = _stages(config, store)
+        stages = build_stages(config, cache=store.hashes)
     except UserError as error:
         problems.append(str(error))
     if config.model.hub_id is not None:
@@ -78,7 +68,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     if problems:
         raise UserError(" — and: ".join(problems))
     if config.model.hub_id is not None:
-        stages = _stages(config, store)  # now that the files say which layers the model has
+        stages = build_stages(config, cache=store.hashes)  # now that the files say which layers the model has
     check_sampler(model_directory(config.model), config.model.sampler)
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
@@ -95,61 +85,6 @@ def _check_layers(config: Config) -> None:
         denoiser_on_meta(config.model), config.quantize, pattern=config.model.layers, min_size=config.model.min_size
     )
     log.info("%s: will take %.3f bits per weight, %.2f MiB", config.name, bits.bits_per_weight, bits.bytes / 2**20)
-
-
-def _print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
-    """The stages at once; then, which takes seconds, the layers, sizes, memory and time. Also as JSON."""
-    try:
-        stages = _stages(config, store)
-    except UserError as error:
-        stages = None
-        print(f"{config.name}: the stages are known once this is mended: {error}", flush=True)
-    todo = None if stages is None else _print_stages(config, store, stages)
-    from vqdm.device import resolve_device
-    from vqdm.plan.report import layer_table, make_plan, summary, write_plan
-    from vqdm.schemes import read_harm
-
-    harm = None
-    quantization = getattr(stages, "quantization", stages)
-    if quantization is not None and quantization.sensitivity is not None and "sensitivity" not in todo:
-        harm = read_harm(store.directory(quantization.sensitivity))
-    device = resolve_device(config.device, threads=config.threads).name
-    counts = {"prompts": config.evaluate.prompts.n, "calibration_prompts": config.calibration.n}
-    if stages is not None:
-        counts["prompts"] = len(getattr(stages, "prompts", ()))
-        counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts)
-    plan = make_plan(
-        config, harm=harm, device=device, cache=store.root / "cache" / "probe.json", todo=todo,
-        **{name: count or 0 for name, count in counts.items()},
-    )  # fmt: skip
-    if every_layer:
-        print(layer_table(plan.denoiser))
-    print(summary(plan, device=device))
-    file = store.root / "plans" / f"{config.name}.json"
-    write_plan(plan, file, experiment=config.name, model=config.model.name, device=device)
-    print(f"wrote {file}")
-
-
-def _print_stages(config: Config, store: Store, stages: Graph | Quantization) -> set[str]:
-    """One line each; returns the names, as fields of Graph, of those that are not done."""
-    todo = set()
-    for name, stage in stages.named().items():
-        state = store.status(stage)
-        if stage.name == "generate":
-            made = _images_made(store.directory(stage), stages, config)
-            state = "done" if made == len(stages.prompts) else f"{made} of {len(stages.prompts)} images made"
-        if state != "done":
-            todo.add(name)
-        print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
-    sys.stdout.flush()
-    return todo
-
-
-def _images_made(directory: Path, graph: Graph, config: Config) -> int:
-    from vqdm.stages.layout import batches
-
-    ranges = batches(len(graph.prompts), config.evaluate.batch_size)
-    return sum(len(rows) for name, rows in ranges if (directory / "items" / f"{name}.json").is_file())
 
 
 def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
@@ -202,7 +137,7 @@ def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:
 
 def _tiny_train(config: Config, store: Store) -> dict | None:
     """Train the tiny world into its own stage; `scripts/publish_tiny.py` makes it the shipped one."""
-    stage = tiny_train_stage(config.tiny_train, cache=_cache(store))
+    stage = tiny_train_stage(config.tiny_train, cache=store.hashes)
     if config.plan:
         print(f"tiny_train {store.status(stage)} {store.directory(stage)}")
         return None

@@ -103,6 +103,11 @@ class Store:
     def __init__(self, root: Path):
         self.root = Path(root)
 
+    @property
+    def hashes(self) -> Path:
+        """The cache of model files' hashes."""
+        return self.root / "cache" / "file_hashes.json"
+
     def directory(self, stage: Stage) -> Path:
         return self.root / "stages" / stage.name / stage.directory_name
 

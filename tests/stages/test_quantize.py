@@ -37,7 +37,7 @@ def run(directory, calibration, **options):
         directory, load_pipeline(MODEL, device="cpu"), calibration, config=QuantizeConfig(**options), model=MODEL,
         calibration_config=CALIBRATION, device="cpu",
     )  # fmt: skip
-    return load_file(directory / "denoiser.safetensors"), summary
+    return load_file(directory / "denoiser" / "diffusion_pytorch_model.safetensors"), summary
 
 
 def codes(tensors, part=""):

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from vqdm.atomic import full_disk_is_mendable
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
@@ -20,13 +23,17 @@ from vqdm.models.location import DENOISERS
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Without diffusers' own progress bars inside."""
+    """Without diffusers' own progress bars inside; a disk that is full is the OSError it is, not safetensors' own."""
     from diffusers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
+    except SafetensorError as error:
+        if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), str(error)) from error
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -79,7 +86,7 @@ def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
     denoiser_of(pipeline).register_to_config(_name_or_path=base)
     written = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
     try:
-        with quiet_diffusers():
+        with full_disk_is_mendable(directory), quiet_diffusers():
             pipeline.save_pretrained(written)
         shutil.copy(written / denoiser_part(pipeline) / CARD_FILE, written / CARD_FILE)
         replace_directory(written, directory)

@@ -188,6 +188,11 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     return Graph(quantization, prompts, images, teacher_images, evaluate)
 
 
+def build_stages(config: Config, *, cache: Path) -> Graph | Quantization:
+    """Of an experiment, or, to compress a model, only those up to the quantized denoiser."""
+    return (build_quantization if config.task == "compress" else build_graph)(config, cache=cache)
+
+
 def _needs_tiny_captions(prompts: PromptList) -> None:
     from vqdm.tiny.captions import requested
 

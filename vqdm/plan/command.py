@@ -1,0 +1,81 @@
+"""What `plan=true` prints and writes: the stages at once; then, after some imports, layers, sizes, memory and time."""
+
+import sys
+from pathlib import Path
+
+from vqdm.config import Config
+from vqdm.errors import UserError
+from vqdm.stages.graph import Graph, Quantization, build_stages
+from vqdm.stages.layout import batches
+from vqdm.store import Store
+
+
+def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
+    """Also as JSON in plans/<experiment>.json of the results. Nothing is loaded, downloaded or made.
+
+    What keeps the stages from being known (a caption file that is missing) is said; the rest is planned all the same.
+    """
+    try:
+        stages = build_stages(config, cache=store.hashes)
+    except UserError as error:
+        stages = None
+        print(f"{config.name}: the stages are known once this is mended: {error}")
+    todo = None if stages is None else _print_stages(config, store, stages)
+    sys.stdout.flush()
+    from vqdm.device import resolve_device
+    from vqdm.plan.report import layer_table, make_plan, summary, write_plan
+
+    device = resolve_device(config.device, threads=config.threads).name
+    prompts, calibration_prompts = _counts(config, stages)
+    plan = make_plan(
+        config, harm=_harm(store, stages, todo), prompts=prompts, calibration_prompts=calibration_prompts,
+        device=device, cache=store.root / "cache" / "probe.json", todo=todo,
+    )  # fmt: skip
+    file = store.root / "plans" / f"{config.name}.json"
+    write_plan(plan, file, experiment=config.name, model=config.model.name, device=device)
+    if every_layer:
+        print(layer_table(plan.denoiser))
+    print(summary(plan, device=device))
+    print(f"wrote {file}")
+
+
+def _quantization(stages: Graph | Quantization | None) -> Quantization | None:
+    return stages.quantization if isinstance(stages, Graph) else stages
+
+
+def _harm(store: Store, stages: Graph | Quantization | None, todo: set[str] | None):
+    """What the sensitivity stage measured, if it is needed and done."""
+    from vqdm.schemes import read_harm
+
+    quantization = _quantization(stages)
+    if quantization is None or quantization.sensitivity is None or "sensitivity" in todo:
+        return None
+    return read_harm(store.directory(quantization.sensitivity))
+
+
+def _counts(config: Config, stages: Graph | Quantization | None) -> tuple[int, int]:
+    """Prompts of the images, and of the calibration: of the lists, or, while these are not there, as configured."""
+    if stages is None:
+        return config.evaluate.prompts.n or 0, config.calibration.n or 0
+    quantization = _quantization(stages)
+    prompts = len(stages.prompts) if isinstance(stages, Graph) else 0
+    return prompts, 0 if quantization is None else len(quantization.prompts)
+
+
+def _print_stages(config: Config, store: Store, stages: Graph | Quantization) -> set[str]:
+    """One line each; returns the names, as fields of Graph, of those that are not done."""
+    todo = set()
+    for name, stage in stages.named().items():
+        state = store.status(stage)
+        if stage.name == "generate":
+            made = _images_made(store.directory(stage), stages, config)
+            state = "done" if made == len(stages.prompts) else f"{made} of {len(stages.prompts)} images made"
+        if state != "done":
+            todo.add(name)
+        print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
+    return todo
+
+
+def _images_made(directory: Path, graph: Graph, config: Config) -> int:
+    ranges = batches(len(graph.prompts), config.evaluate.batch_size)
+    return sum(len(rows) for name, rows in ranges if (directory / "items" / f"{name}.json").is_file())
