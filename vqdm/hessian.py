@@ -203,7 +203,7 @@ def shrunk(hessian: Tensor, tokens: int) -> Tensor:
 def token_count(inputs: Tensor, conv: ConvGeometry | None) -> int:
     if conv is None:
         return inputs.numel() // inputs.shape[-1]
-    return math.prod(inputs.shape[:-3]) * math.prod(_output_size(inputs.shape[-2:], conv))
+    return math.prod(inputs.shape[:-3]) * math.prod(output_size(inputs.shape[-2:], conv))
 
 
 def add_second_moment(
@@ -215,7 +215,7 @@ def add_second_moment(
     to that of all.
     """
     weight = 1.0 if chosen is None else token_count(inputs, conv) / len(chosen)
-    if chosen is None and conv is not None and _is_large(inputs, conv):
+    if chosen is None and conv is not None and by_displacement(inputs, conv):
         _add_by_displacement(total, inputs.reshape(-1, *inputs.shape[-3:]), conv)
         return
     for part in _rows(inputs, chosen) if conv is None else _patches(inputs, conv, chosen):
@@ -242,7 +242,7 @@ def _reach(conv: ConvGeometry) -> list[int]:
     return [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel, strict=True)]
 
 
-def _output_size(size: Iterable[int], conv: ConvGeometry) -> list[int]:
+def output_size(size: Iterable[int], conv: ConvGeometry) -> list[int]:
     along = zip(size, _padding(conv), _reach(conv), conv.stride, strict=True)
     return [(n + sum(padding) - reach - 1) // stride + 1 for n, padding, reach, stride in along]
 
@@ -255,7 +255,7 @@ def _padded(inputs: Tensor, conv: ConvGeometry) -> Tensor:
 
 def _patches(inputs: Tensor, conv: ConvGeometry, chosen: Tensor | None) -> Iterator[Tensor]:
     """Chunks [m, kh·kw·channels] of the patches under all or the `chosen` output positions."""
-    height, width = _output_size(inputs.shape[-2:], conv)
+    height, width = output_size(inputs.shape[-2:], conv)
     padded = _padded(inputs.reshape(-1, *inputs.shape[-3:]), conv)
     pixels = padded.flatten(0, 2)
     down, across = (torch.arange(k, device=inputs.device) * d for k, d in zip(conv.kernel, conv.dilation, strict=True))
@@ -268,9 +268,9 @@ def _patches(inputs: Tensor, conv: ConvGeometry, chosen: Tensor | None) -> Itera
         yield pixels[corner[:, None] + taps].flatten(1)
 
 
-def _is_large(inputs: Tensor, conv: ConvGeometry) -> bool:
-    """Whether `_add_by_displacement` applies and pays."""
-    sizes = zip(_output_size(inputs.shape[-2:], conv), _reach(conv), strict=True)
+def by_displacement(inputs: Tensor, conv: ConvGeometry) -> bool:
+    """Whether a convolution's sum is made by `_add_by_displacement`: it applies and pays."""
+    sizes = zip(output_size(inputs.shape[-2:], conv), _reach(conv), strict=True)
     return conv.stride == (1, 1) and conv.kernel != (1, 1) and all(n >= LARGE * reach for n, reach in sizes)
 
 
@@ -280,7 +280,7 @@ def _add_by_displacement(total: Tensor, inputs: Tensor, conv: ConvGeometry) -> N
     The block of taps (a, b) sums x_q x_{q+b−a}ᵀ over the pixels q that tap a sees. Blocks of one displacement b − a
     differ by strips along the borders only: what all their windows have in common is summed once, then the strips.
     """
-    height, width = _output_size(inputs.shape[-2:], conv)
+    height, width = output_size(inputs.shape[-2:], conv)
     taps = [(y * conv.dilation[0], x * conv.dilation[1]) for y, x in itertools.product(*map(range, conv.kernel))]
     pairs = defaultdict(list)
     for (i, a), (j, b) in itertools.combinations_with_replacement(enumerate(taps), 2):

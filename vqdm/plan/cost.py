@@ -5,6 +5,8 @@ layers share. In fp16 a CPU's convolutions are timed on a smaller image than SDX
 """
 
 import dataclasses
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import torch
 from torch import nn
 
 from vqdm.config import Config
-from vqdm.hessian import add_second_moment, token_count
-from vqdm.models.specs import LayerSpec
+from vqdm.hessian import by_displacement, output_size, token_count
+from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.plan import memory
 from vqdm.plan.encoding import CodecSpeed, encode_seconds, probe_codec
 from vqdm.plan.forward import (
@@ -22,7 +24,6 @@ from vqdm.plan.forward import (
     ForwardCost,
     LayerInput,
     latent_size,
-    measure,
     measure_decoder,
     measure_denoiser,
 )
@@ -246,18 +247,34 @@ def _readers(groups: list[list[LayerSpec]], inputs: dict[str, LayerInput]) -> li
 
 
 def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int, limit: int | None) -> ForwardCost:
-    """Of adding one call's tokens to a layer's Hessian, by the code that does it, on meta.
+    """Of adding one call's tokens to a layer's Hessian, as vqdm/hessian.py does it; copies of its inputs only roughly.
 
     shape: of what the layer reads in a batch of BATCH; samples: of the call's batch; limit: tokens_per_call.
     """
     inputs = torch.empty(shape, device="meta")
-    tokens = token_count(inputs, spec.conv)
-    total = torch.empty(spec.shape[1], spec.shape[1], device="meta")
-    chosen = None
-    if limit is not None and tokens * samples / BATCH > limit:
-        chosen = torch.empty(min(limit, tokens), dtype=torch.int64, device="meta")
-    cost = measure(lambda: add_second_moment(total, inputs, spec.conv, chosen=chosen))
-    return cost.times(samples / BATCH if chosen is None else limit / len(chosen))
+    tokens, size = token_count(inputs, spec.conv) * samples / BATCH, spec.shape[1]
+    if limit is not None and tokens > limit:
+        return ForwardCost(matmul_flops=2 * limit * size**2, written_bytes=4 * limit * size)
+    if spec.conv is None or not by_displacement(inputs, spec.conv):
+        return ForwardCost(matmul_flops=2 * tokens * size**2, written_bytes=4 * tokens * size)
+    channels, images = inputs.shape[-3], samples / BATCH * math.prod(inputs.shape[:-3])
+    pixels = images * _pixel_products(inputs, spec.conv)
+    return ForwardCost(matmul_flops=2 * pixels * channels**2, written_bytes=4 * 4 * pixels * channels)
+
+
+def _pixel_products(inputs: torch.Tensor, conv: ConvGeometry) -> int:
+    """Pixels whose outer products are summed, per image: for every displacement what all windows see, then strips."""
+    height, width = output_size(inputs.shape[-2:], conv)
+    taps = list(itertools.product(*(range(0, d * k, d) for d, k in zip(conv.dilation, conv.kernel, strict=True))))
+    members: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for a, b in itertools.combinations_with_replacement(taps, 2):
+        members.setdefault((b[0] - a[0], b[1] - a[1]), []).append(a)
+    total = 0
+    for seen in members.values():
+        spread = [max(tap[i] for tap in seen) - min(tap[i] for tap in seen) for i in (0, 1)]
+        common = (height - spread[0]) * (width - spread[1])
+        total += common + len(seen) * (height * width - common)
+    return total
 
 
 def duration(seconds: float) -> str:
