@@ -14,7 +14,7 @@ class BitCounts:
 
     bits_quantized: quantized weights with all their scales and codebooks ÷ the weights they stand for (16 if there are
     none). bits_as_in_paper: codes, fp16 codebooks and the 16-bit weights of the other Linear and Conv layers ÷ the
-    original parameters (no scales, biases, norms: paper-facts.md, section 1). bytes: of all tensors.
+    original parameters (no scales, biases, norms; 16 if nothing is quantized). bytes: of all tensors.
     """
 
     bits_per_weight: float

@@ -200,8 +200,7 @@ CHOICES = {
     "tracker.mode": ("auto", "offline", "online"),
 }
 POSITIVE = (
-    "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size", "quantize.bits",
-    "quantize.codebook_bits", "quantize.beam_size", "quantize.iterations", "quantize.batch_size",
+    "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size",
     "evaluate.batch_size", "evaluate.bootstrap",
 )  # fmt: skip
 
@@ -236,6 +235,8 @@ def check(config: Config) -> None:
             f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"
         )
     check_quantize(config.quantize)
+    if config.task == "compress" and config.quantize.kind == "none":
+        raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
 
 
 SCALAR_KINDS = ("rtn", "gptq", "adaround")
@@ -268,8 +269,11 @@ def parse_scheme(name: str) -> QuantizeConfig:
 
 
 def check_quantize(config: QuantizeConfig) -> None:
-    """Combinations that make no sense."""
+    """Values and combinations that make no sense."""
     kind, bits = config.kind, config.bits
+    for name in ("bits", "codebook_bits", "beam_size", "iterations", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"quantize.{name}={getattr(config, name)} must be at least 1")
     if kind in (*SCALAR_KINDS, "additive") and bits != int(bits):
         raise UserError(f"quantize.bits={bits:g} must be a whole number for {kind}; quantize=trellis takes any")
     if kind in (*SCALAR_KINDS, "trellis") and bits > 8:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 
 from vqdm.errors import UserError
@@ -31,6 +32,32 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
     name = "cuda" if there and wanted != "cpu" else "cpu"
     reason = f"device={wanted}" if wanted != "auto" else ("torch sees a GPU" if there else "torch sees no GPU")
     return Device(name, reason, torch.get_num_threads())
+
+
+def encoding_room() -> int:
+    """Bytes of the host's memory that layers which are encoded at the same time may take together."""
+    import psutil
+
+    return int(0.8 * psutil.virtual_memory().available)
+
+
+class MemoryGate:
+    """Lets threads through as long as what they hold together is within `room` bytes; one alone always."""
+
+    def __init__(self, room: int):
+        self.room, self._held, self._changed = room, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def holding(self, size: float) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self.room)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
 
 
 @contextlib.contextmanager

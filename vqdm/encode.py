@@ -5,10 +5,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqdm.codecs import additive, gptq, rtn, trellis
+from vqdm.codecs.additive_fast import SAMPLES
 from vqdm.codecs.trellis_table import load_table
 from vqdm.config import QuantizeConfig
 from vqdm.device import one_thread_each
 from vqdm.errors import UserError
+from vqdm.kmeans import CHUNK as DISTANCES
 from vqdm.layers import swap
 from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.schemes import assign_schemes
@@ -65,6 +67,28 @@ def encode_layer(
         generator=torch_generator(config.seed, "encode", layer),
         layer=layer,
     )
+
+
+def encoder_bytes(shape: tuple[int, int], config: QuantizeConfig) -> float:
+    """What one worker holds while it encodes a layer, beside the Hessian that it is given, but with the matrix.
+
+    In copies of the Hessian (square) and of the matrix (full), both fp32, by the code and as measured in
+    tests/plan/test_memory.py. Trellis: a Hessian and its factor, then the factor and the bit positions of every weight
+    as int64. GPTQ: three of the Hessian while it is put in order, then the factor, columns, errors and grids. Additive:
+    six while errors' coupling is made, then three and the running products, or k-means' distances.
+    """
+    square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
+    distances = 4 * min(DISTANCES, SAMPLES << config.codebook_bits)
+    if config.kind == "trellis":
+        return full + max(2 * square, square + 27 * full)
+    if config.kind == "gptq":
+        return full + max(3 * square, square + 5.3 * full)
+    if config.kind == "rtn":  # 1.75: of the check that all of a Hessian is finite
+        return full + (max(1.75 * square, 5.1 * full) if config.clip == "hessian" else 2.7 * full)
+    if config.recipe == "paper":
+        tables = 4 * shape[1] * round(config.bits * config.group_size / config.codebook_bits) << config.codebook_bits
+        return full + square + max(8 * full, 4 * DISTANCES + 5 * full) + 2 * tables
+    return full + max(6 * square + 2.75 * full, 3 * square + 8.25 * full, 2 * square + 3.6 * full + distances)
 
 
 def users_of_shared(problems: list[Problem]) -> dict[str, list[Problem]]:

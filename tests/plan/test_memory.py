@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vqdm.config import QuantizeConfig
+from vqdm.encode import encoder_bytes
 from vqdm.hessian import add_second_moment
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.plan.encoding import _scheme
@@ -13,7 +14,6 @@ from vqdm.plan.memory import (
     PROCESS,
     Model,
     decoder_upcasts,
-    encoder_bytes,
     generate_memory,
     hessian_bytes,
     quantize_memory,
@@ -81,11 +81,11 @@ def test_a_gpu_keeps_hessians_and_the_host_the_encoders():
     specs = [LayerSpec("a", "linear", (64, 4096)), LayerSpec("b", "linear", (64, 64))]
     inputs = {"a": LayerInput((2, 4, 4096), 0), "b": LayerInput((2, 4, 64), 1)}
     options = {"config": CONFIGS["gptq"], "samples": 2, "needs_hessians": True}
-    cpu = quantize_memory(MODEL, [specs], inputs, workers=1, device="cpu", **options)
-    gpu = quantize_memory(MODEL, [specs], inputs, workers=1, device="cuda", **options)
+    cpu = quantize_memory(MODEL, [specs], inputs, workers=1, room=1 << 40, device="cpu", **options)
+    gpu = quantize_memory(MODEL, [specs], inputs, workers=1, room=1 << 40, device="cuda", **options)
     square = 4 * 4096**2
     assert cpu.device == 0
     assert cpu.host > 4 * square  # the Hessian, and three copies while it is put in order
     assert gpu.device > square and gpu.host > 4 * square
-    two = quantize_memory(MODEL, [specs], inputs, workers=2, device="cuda", **options)
+    two = quantize_memory(MODEL, [specs], inputs, workers=2, room=1 << 40, device="cuda", **options)
     assert two.device == gpu.device and two.host > gpu.host

@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +17,11 @@ from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
 from vqdm.layers import quantized_layers
+from vqdm.locking import LOCK, locked
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
+
+INDEX = "model_index.json"  # of a pipeline's directory
 
 
 @contextlib.contextmanager
@@ -70,11 +73,30 @@ def set_decode(denoiser: nn.Module, decode: str) -> None:
 
 
 def check_place(directory: Path) -> None:
-    """UserError if something lies there that is not a pipeline which vqdm has written, so that nothing else is lost."""
+    """UserError unless it can be written to: by the system, and as nothing lies there but a pipeline of vqdm's."""
+    strange = sorted(directory.iterdir()) if directory.is_dir() else [directory] if directory.exists() else []
+    if strange and _is_ours(directory):
+        strange = [path for path in strange if path.name not in _names_in(directory)]
+    if strange:
+        raise UserError(
+            f"output={directory} holds {strange[0].name}, which is of no pipeline written by vqdm: give another place"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent).cleanup()
+    except OSError as error:
+        raise UserError(f"output={directory} cannot be written ({error.strerror}): give another place") from error
+
+
+def _is_ours(directory: Path) -> bool:
     configs = [directory / part / "config.json" for part in DENOISERS]
-    ours = any(file.is_file() and '"quant_method": "vqdm"' in file.read_text(encoding="utf-8") for file in configs)
-    if directory.exists() and not ours and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"output={directory} holds something else than a pipeline written by vqdm: give another place")
+    return any(file.is_file() and b'"quant_method": "vqdm"' in file.read_bytes() for file in configs)
+
+
+def _names_in(directory: Path) -> set[str]:
+    """Of what a pipeline's directory holds, by its own list; empty without one."""
+    index = directory / INDEX
+    return {INDEX, CARD_FILE, *json.loads(index.read_text(encoding="utf-8"))} if index.is_file() else set()
 
 
 def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
@@ -82,22 +104,36 @@ def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
 
     base: where the original came from, a hub id or a directory. All other parts keep their dtype.
     """
+    directory = directory.resolve()  # where a link points to, the files shall lie
     check_place(directory)
     denoiser_of(pipeline).register_to_config(_name_or_path=base)
-    written = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-    try:
-        with full_disk_is_mendable(directory), quiet_diffusers():
-            pipeline.save_pretrained(written)
-        shutil.copy(written / denoiser_part(pipeline) / CARD_FILE, written / CARD_FILE)
-        replace_directory(written, directory)
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
+    written = directory.with_name(f".{directory.name}.tmp")
+    with locked(written):
+        try:
+            _remove_all_in(written)  # of a process that was killed
+            with full_disk_is_mendable(directory), quiet_diffusers():
+                pipeline.save_pretrained(written)
+            shutil.copy(written / denoiser_part(pipeline) / CARD_FILE, written / CARD_FILE)
+            (written / LOCK).unlink()
+            replace_directory(written, directory)
+        finally:
+            shutil.rmtree(written, ignore_errors=True)
+
+
+def _remove_all_in(directory: Path) -> None:
+    """All but the lock that is held."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def replace_directory(new: Path, place: Path) -> None:
     """Put a complete directory in the place of an older one, which goes only then."""
     old = new.with_name(f"{new.name}-old")
     if place.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
         place.rename(old)
     new.rename(place)
     shutil.rmtree(old, ignore_errors=True)

@@ -4,6 +4,7 @@
 shape of every quantized layer under `quantization_config`; its safetensors files say the same and hold the checksums.
 """
 
+import copyreg
 import enum
 import functools
 import inspect
@@ -65,11 +66,15 @@ class VQDMConfig(QuantizationConfigMixin):
         decode: str = "per_call",
         options: dict | None = None,
         metrics: dict[str, float] | None = None,
-        **_: object,
+        **others: object,
     ):
         check_version("quantization_config", version)
         if (scheme is None) == (groups is None):
             raise UserError("VQDMConfig takes a scheme, such as VQDMConfig('trellis3'), or the groups of a checkpoint")
+        if scheme is not None:
+            parse_scheme(scheme)
+            if strange := sorted(set(others) - {"quant_method"}):  # of a checkpoint, a later vqdm's may be there
+                raise UserError(f"VQDMConfig knows no {strange[0]}: it takes scheme, layers and decode")
         if decode not in DECODE_MODES:
             raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
         for name, value in (("metrics", metrics), ("options", options)):
@@ -250,8 +255,21 @@ def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None
 
 def _quantized(model: nn.Module, quantizer: VQDMQuantizer) -> None:
     model.register_to_config(quantization_config=quantizer.quantization_config)
-    if "save_pretrained" not in type(model).__dict__:
+    if not isinstance(type(model), _SameKind):
         model.__class__ = _with_card(type(model))
+
+
+class _SameKind(type):
+    """Of a class that passes for its base, as diffusers' `from_pipe` compares types; pickled by its base, too."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__mro__[1] is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
+
+
+copyreg.pickle(_SameKind, lambda kind: (_with_card, (kind.__mro__[1],)))
 
 
 @functools.cache
@@ -281,7 +299,7 @@ def _with_card(kind: type) -> type:
 
     methods = (save_pretrained, fuse_lora, enable_layerwise_casting)
     own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)}
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__} | own)
+    return _SameKind(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__} | own)
 
 
 def register() -> None:

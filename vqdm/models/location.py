@@ -49,6 +49,19 @@ def check_pipeline_directory(directory: Path) -> Path:
     return directory
 
 
+def check_original(directory: Path) -> Path:
+    """A pipeline directory whose denoiser has not been quantized: its weights are what quantizing starts from."""
+    file = denoiser_directory(check_pipeline_directory(directory)) / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); download the model again") from error
+    if isinstance(settings, dict) and (found := settings.get("quantization_config")):
+        method = found.get("quant_method", "another method") if isinstance(found, dict) else found
+        raise UserError(f"{directory} is quantized already (by {method}): give the original as model.path")
+    return directory
+
+
 def denoiser_directory(directory: Path, parts: Sequence[str] = DENOISERS) -> Path:
     """The one of a pipeline directory's `parts` that holds its U-Net or transformer."""
     for part in parts:
@@ -90,11 +103,11 @@ def named_configs(name: str) -> Path:
 def local_directory(config: ModelConfig) -> Path | None:
     """The checked directory of a shipped or local model; None for a model of the hub."""
     if config.builtin is not None:
-        return check_pipeline_directory(builtin_directory(config.builtin))
+        return check_original(builtin_directory(config.builtin))
     if config.path is None:
         return None
     file = single_file(config)
-    return check_pipeline_directory(Path(config.path) if file is None else _file_configs(config, file))
+    return check_original(Path(config.path) if file is None else _file_configs(config, file))
 
 
 def configs_directory(config: ModelConfig) -> Path:
@@ -109,7 +122,7 @@ def configs_directory(config: ModelConfig) -> Path:
 
 def model_directory(config: ModelConfig, *, allow_network: bool = True) -> Path:
     """Where the model's files lie, downloaded if need be."""
-    return local_directory(config) or download(config, allow_network=allow_network)
+    return local_directory(config) or check_original(download(config, allow_network=allow_network))
 
 
 def model_identity(config: ModelConfig, *, cache: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vqdm.config import Config
+from vqdm.device import encoding_room
 from vqdm.hessian import by_displacement, output_size, token_count
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.plan import memory
@@ -214,7 +215,8 @@ class _Experiment:
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
         return memory.quantize_memory(
             self.model, groups, self.cost.inputs, config=self.config.quantize, samples=self._samples_per_call(),
-            workers=workers, device=self.device, needs_hessians=needs_hessians(self.config.quantize),
+            workers=workers, room=encoding_room(), device=self.device,
+            needs_hessians=needs_hessians(self.config.quantize),
         )  # fmt: skip
 
     def _hessian_seconds(self, groups: list[list[LayerSpec]]) -> float:

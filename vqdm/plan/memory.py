@@ -7,10 +7,9 @@ the allocators, scratch of kernels, what text encoders need beside their weights
 import heapq
 from dataclasses import dataclass
 
-from vqdm.codecs.additive_fast import SAMPLES
 from vqdm.config import QuantizeConfig
+from vqdm.encode import encoder_bytes
 from vqdm.hessian import CHUNK
-from vqdm.kmeans import CHUNK as DISTANCES
 from vqdm.models.specs import LayerSpec
 from vqdm.plan.forward import LayerInput
 from vqdm.stages.evaluate import BATCH as SCORED
@@ -82,36 +81,15 @@ def hessian_bytes(group: list[LayerSpec], inputs: dict[str, LayerInput]) -> int:
     return sum(4 * specs[0].shape[1] ** 2 * min(len(specs), 2) for specs in readers.values())
 
 
-def encoder_bytes(shape: tuple[int, int], config: QuantizeConfig) -> float:
-    """What one worker holds while it encodes a layer, beside the Hessian that it is given, but with the matrix.
-
-    In copies of the Hessian (square) and of the matrix (full), both fp32, by the code and as measured in
-    tests/plan/test_memory.py. Trellis: a Hessian and its factor, then the factor and the bit positions of every weight
-    as int64. GPTQ: three of the Hessian while it is put in order, then the factor, columns, errors and grids. Additive:
-    six while errors' coupling is made, then three and the running products, or k-means' distances.
-    """
-    square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
-    distances = 4 * min(DISTANCES, SAMPLES << config.codebook_bits)
-    if config.kind == "trellis":
-        return full + max(2 * square, square + 27 * full)
-    if config.kind == "gptq":
-        return full + max(3 * square, square + 5.3 * full)
-    if config.kind == "rtn":  # 1.75: of the check that all of a Hessian is finite
-        return full + (max(1.75 * square, 5.1 * full) if config.clip == "hessian" else 2.7 * full)
-    if config.recipe == "paper":
-        tables = 4 * shape[1] * round(config.bits * config.group_size / config.codebook_bits) << config.codebook_bits
-        return full + square + max(8 * full, 4 * DISTANCES + 5 * full) + 2 * tables
-    return full + max(6 * square + 2.75 * full, 3 * square + 8.25 * full, 2 * square + 3.6 * full + distances)
-
-
 def quantize_memory(
     model: Model, groups: list[list[LayerSpec]], inputs: dict[str, LayerInput], *, config: QuantizeConfig,
-    samples: int, workers: int, device: str, needs_hessians: bool,
+    samples: int, workers: int, room: int, device: str, needs_hessians: bool,
 ) -> Memory:  # fmt: skip
     """The worst group: Hessians, and either the forward that fills them or the workers that encode its layers.
 
-    On a GPU every worker copies its Hessian to the host. At the end the student: decoded weights in the model's dtype
-    beside its codes, and its file in the host's memory.
+    room: bytes that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian
+    to the host. At the end the student: decoded weights in the model's dtype beside its codes, and its file in the
+    host's memory.
     """
     copied = 1 if device != "cpu" and needs_hessians else 0
     forward = samples * model.activations
@@ -119,7 +97,7 @@ def quantize_memory(
     for group in groups:
         held = hessian_bytes(group, inputs) if needs_hessians else 0
         each = [encoder_bytes(spec.shape, config) + copied * 4 * spec.shape[1] ** 2 for spec in group]
-        working = sum(heapq.nlargest(workers, each))
+        working = max(min(sum(heapq.nlargest(workers, each)), room), max(each))
         recording = held + forward + (HESSIAN_WORKSPACE if needs_hessians else 0)
         if device == "cpu":
             on_device = max(on_device, model.weights + max(recording, held + working))

@@ -25,8 +25,8 @@ from vqdm.bits import count_bits, tensor_bytes
 from vqdm.blocks import Block
 from vqdm.codecs import adaround
 from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
-from vqdm.device import one_thread_each
-from vqdm.encode import Problem, encode_layer, make_shared, matrix_of, needs_hessians, users_of_shared
+from vqdm.device import MemoryGate, encoding_room, one_thread_each
+from vqdm.encode import Problem, encode_layer, encoder_bytes, make_shared, matrix_of, needs_hessians, users_of_shared
 from vqdm.hub.checkpoint import round_to_stored_
 from vqdm.hub.pipelines import save_denoiser
 from vqdm.layers import swap
@@ -98,10 +98,16 @@ class Encoder:
         return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
 
     def encode_all(self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, progress) -> None:
-        """In parallel, the largest first."""
+        """In parallel, the largest first, as many at once as the host's memory allows."""
+        gate = MemoryGate(encoding_room())
+
+        def encode(problem: Problem) -> dict:
+            with gate.holding(encoder_bytes(problem[0].shape, self.config)):
+                return self.encode(problem, hessians.get(problem[0].name))
+
         with one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             largest_first = sorted(problems, key=lambda problem: -problem[0].size)
-            futures = [pool.submit(self.encode, problem, hessians.get(problem[0].name)) for problem in largest_first]
+            futures = [pool.submit(encode, problem) for problem in largest_first]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     progress.show(future.result())
