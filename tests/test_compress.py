@@ -149,6 +149,13 @@ def test_nothing_else_is_overwritten(single_file, tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+def test_nothing_to_quantize_is_refused(tmp_path):
+    for more in ([], ["plan=true"]):
+        model = f"model.path={builtin_directory('tiny')}"
+        done = run(model, "quantize=none", f"results_dir={tmp_path}", *more, ok=False)
+        assert done.stderr.splitlines()[-1].startswith("error: quantize=none")
+
+
 def test_without_a_model_the_command_says_what_to_give(tmp_path):
     done = run(f"results_dir={tmp_path}", ok=False)
     assert "model.path" in done.stderr.splitlines()[-1]
@@ -183,23 +190,65 @@ def test_a_folder_goes_on_with_the_same_call_and_only_with_it(tmp_path):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_what_compress_cannot_do_is_said_before_any_work():
+def test_another_scheduler_calibrates_anew(tmp_path):
+    from diffusers import EulerDiscreteScheduler
+
+    options = {"steps": 2, "batch_size": 2, "recorded_steps": 1, "folder": tmp_path}
+    vqdm.compress(tiny(), "rtn4", CAPTIONS, **options)
     pipeline = tiny()
-    for scheme, prompts, said in (("magic", CAPTIONS, "is no scheme"), ("rtn4", [""], "strings with text")):
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    vqdm.compress(pipeline, "rtn4", CAPTIONS, **options)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def image_to_image(pipeline):
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    return StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+
+
+IMPOSSIBLE = [
+    ({"scheme": "magic"}, "is no scheme"),
+    ({"scheme": "rtn0"}, "must be at least 1"),
+    ({"scheme": "rtn4g64"}, "group_size 64 does not divide in_features 288"),
+    ({"prompts": [""]}, "strings with text"),
+    ({"layers": "nothing_like_this"}, "selects no layer"),
+    ({"steps": 0}, "steps=0"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"recorded_steps": 0}, "recorded_steps=0"),
+]
+
+
+def test_what_compress_cannot_do_is_said_before_any_work(tmp_path):
+    from peft import LoraConfig
+
+    pipeline = tiny()
+    for options, said in IMPOSSIBLE:
         with pytest.raises(UserError, match=said):
-            vqdm.compress(pipeline, scheme, prompts)
-    assert not quantized_layers(pipeline.unet)
+            vqdm.compress(pipeline, **({"scheme": "rtn4", "prompts": CAPTIONS, "folder": tmp_path} | options))
+    for other, said in ((pipeline.unet, "no unet or transformer"), (image_to_image(pipeline), "from text alone")):
+        with pytest.raises(UserError, match=said):
+            vqdm.compress(other, "rtn4", CAPTIONS, folder=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        vqdm.compress(pipeline, "rtn4", CAPTIONS, folder=tmp_path / "file")
+    (tmp_path / "file").unlink()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(UserError, match="carries a LoRA"):
+        vqdm.compress(pipeline, "rtn4", CAPTIONS, folder=tmp_path)
+    assert not quantized_layers(pipeline.unet) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("scheme", ["rtn4", "trellis3"])
 def test_quantized_on_the_fly_without_data(scheme, tmp_path):
     from diffusers import UNet2DConditionModel
 
-    config = vqdm.VQDMConfig(scheme)
+    config = vqdm.VQDMConfig(scheme, decode="cached")
     unet = UNet2DConditionModel.from_pretrained(
         builtin_directory("tiny") / "unet", quantization_config=config, dtype=torch.float32
     )
     assert len(quantized_layers(unet)) == 118 and {p.dtype for p in unet.parameters()} == {torch.float32}
+    assert {layer.decode for layer in quantized_layers(unet).values()} == {"cached"}
     unet.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in unet.state_dict().items())

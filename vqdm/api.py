@@ -2,12 +2,14 @@
 
 import hashlib
 import inspect
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vqdm.atomic import canonical_json
@@ -18,7 +20,9 @@ from vqdm.hub.pipelines import set_decode
 from vqdm.models.loader import denoiser_of
 from vqdm.models.samplers import NATIVE
 from vqdm.prompts import load_prompts, prompt_list
+from vqdm.schemes import planned_bits
 from vqdm.stages.calibrate import calibrate
+from vqdm.stages.graph import VERSIONS
 from vqdm.stages.quantize import quantize
 
 __all__ = ["compress"]
@@ -49,10 +53,12 @@ def compress(
     check_quantize(config)
     if config.kind == "none" or config.allocation != "uniform":
         raise UserError("vqdm.compress quantizes with uniform bits; allocation=sensitivity is for run.py")
-    if getattr(denoiser_of(pipeline), "is_quantized", False):
-        raise UserError("the pipeline's denoiser is quantized already: load the original, or dequantize() it first")
+    _check_denoiser(denoiser_of(pipeline), config, layers=layers)
+    for name, value in {"steps": steps, "recorded_steps": recorded_steps, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
     chosen = load_prompts(source="builtin", n=64) if prompts is None else prompt_list(prompts)
-    parameters = inspect.signature(pipeline.__call__).parameters
+    parameters = _parameters(pipeline)
     sampler = SamplerConfig(
         scheduler=NATIVE,
         steps=parameters["num_inference_steps"].default if steps is None else steps,
@@ -64,6 +70,7 @@ def compress(
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         if folder is not None:
             settings = [chosen.sha256, *map(asdict, (config, calibration, model))]
+            _make_folder(Path(folder))
             place = Path(folder) / f"{config.kind}{config.bits:g}-{_identity(pipeline, settings)[:8]}"
         calls, made = Path(place) / "calibration", Path(place) / "quantized"
         calibrate(calls, pipeline, chosen, config=calibration, sampler=sampler)
@@ -75,9 +82,39 @@ def compress(
     return pipeline
 
 
+def _parameters(pipeline) -> Mapping[str, inspect.Parameter]:
+    """Of a call of the pipeline. UserError unless captions and noise are all that it samples from."""
+    found = inspect.signature(pipeline.__call__).parameters
+    if "image" in found or not {"prompt", "num_inference_steps", "guidance_scale"} <= set(found):
+        raise UserError(
+            f"{type(pipeline).__name__} does not make images from text alone: give the text-to-image pipeline of its "
+            "parts, such as StableDiffusionXLPipeline.from_pipe(pipeline)"
+        )
+    return found
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder={folder} cannot be made ({error.strerror}): give another place") from error
+
+
+def _check_denoiser(denoiser: nn.Module, config: QuantizeConfig, *, layers: str | None) -> None:
+    """UserError unless the scheme fits every layer, known from the shapes, and the weights are the original's."""
+    if getattr(denoiser, "is_quantized", False):
+        raise UserError("the pipeline's denoiser is quantized already: load the original, or dequantize() it first")
+    if any(name.endswith(".base_layer") for name, _ in denoiser.named_modules()):
+        raise UserError("the pipeline's denoiser carries a LoRA: unload it, and load it again when all is quantized")
+    with torch.device("meta"):
+        shapes = type(denoiser).from_config(denoiser.config)
+    planned_bits(shapes, config, pattern=layers, min_size=ModelConfig.min_size)
+
+
 def _identity(pipeline, settings: list) -> str:
     """sha256 over the pipeline's weights and all that the quantized ones depend on."""
-    digest = hashlib.sha256(canonical_json(settings))
+    scheduler = type(pipeline.scheduler).__name__, json.loads(pipeline.scheduler.to_json_string())
+    digest = hashlib.sha256(canonical_json([*settings, scheduler, VERSIONS]))
     for part, module in sorted(pipeline.components.items()):
         if isinstance(module, nn.Module):
             for name, tensor in module.state_dict().items():

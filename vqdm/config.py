@@ -273,7 +273,7 @@ def check_quantize(config: QuantizeConfig) -> None:
     kind, bits = config.kind, config.bits
     for name in ("bits", "codebook_bits", "beam_size", "iterations", "batch_size"):
         if getattr(config, name) < 1:
-            raise UserError(f"quantize.{name}={getattr(config, name)} must be at least 1")
+            raise UserError(f"quantize.{name}={getattr(config, name):g} must be at least 1")
     if kind in (*SCALAR_KINDS, "additive") and bits != int(bits):
         raise UserError(f"quantize.bits={bits:g} must be a whole number for {kind}; quantize=trellis takes any")
     if kind in (*SCALAR_KINDS, "trellis") and bits > 8:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from vqdm.codecs import additive, gptq, rtn, trellis
 from vqdm.codecs.additive_fast import SAMPLES
 from vqdm.codecs.trellis_table import load_table
-from vqdm.config import QuantizeConfig
+from vqdm.config import ModelConfig, QuantizeConfig
 from vqdm.device import one_thread_each
 from vqdm.errors import UserError
 from vqdm.kmeans import CHUNK as DISTANCES
@@ -118,18 +118,24 @@ DATA_FREE = ("rtn", "trellis", "additive")
 
 
 @torch.no_grad()
-def quantize_without_data(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None = None) -> None:
-    """Quantize a denoiser in place by its weights alone: codecs that want a Hessian get the identity.
+def quantize_without_data(
+    denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None = None, decode: str = "per_call"
+) -> None:
+    """Quantize a denoiser in place, on its device, by its weights alone: codecs that want a Hessian get the identity.
 
     pattern: of the layers; None is the one that goes with the denoiser's class. UserError for codecs that need data.
     """
     if config.kind not in DATA_FREE or config.clip == "hessian" or config.allocation != "uniform":
         raise UserError(f"{config.kind} needs calibration data: use vqdm.compress(pipeline, scheme, prompts)")
-    problems = assign_schemes(denoiser, config, pattern=pattern, min_size=16).quantized
+    problems = assign_schemes(denoiser, config, pattern=pattern, min_size=ModelConfig.min_size).quantized
     with one_thread_each():
         shared = {k: make_shared(denoiser, v, config=config) for k, v in users_of_shared(problems).items()}
         for spec, scheme in tqdm(problems, desc="quantize", unit="layer"):
             matrix = matrix_of(denoiser, spec).cpu()
             hessian = torch.eye(spec.shape[1]) if config.kind != "rtn" else None
             part = shared.get(scheme.shared_key)
-            swap(denoiser, spec, encode_layer(matrix, hessian, scheme, config=config, shared=part, layer=spec.name))
+            weight = encode_layer(matrix, hessian, scheme, config=config, shared=part, layer=spec.name)
+            device = denoiser.get_submodule(spec.name).weight.device
+            swap(denoiser, spec, weight.to(device), decode=decode)
+        for part in shared.values():
+            part.to(device)

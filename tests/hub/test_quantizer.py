@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -176,7 +177,34 @@ def test_a_model_with_decoded_layers_computes_the_same(saved):
     assert torch.allclose(output(dequantize_layers(copy.deepcopy(unet))), output(unet))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"scheme": "rtn4", "groups": []}, {"scheme": "rtn4", "decode": "never"}])
+def test_its_class_passes_for_that_of_diffusers(saved):
+    """As DiffusionPipeline.from_pipe compares types; and a pickle knows the class again."""
+    unet, directory = saved["trellis"]
+    assert type(unet) == UNet2DConditionModel == type(unet)  # noqa: E721
+    assert type(unet) in {UNet2DConditionModel} and type(unet) not in {torch.nn.Conv2d, torch.nn.Module}
+    again = pickle.loads(pickle.dumps(unet))
+    assert type(again) is type(unet) and same_state(again, unet)
+    assert type(UNet2DConditionModel.from_pretrained(directory).dequantize()) is UNet2DConditionModel
+
+
+def test_it_is_cast_like_any_module(saved):
+    unet = copy.deepcopy(saved["rtn"][0])
+    unet.to("cpu", torch.float16)
+    assert {p.dtype for p in unet.parameters()} == {torch.float16} and next(unet.buffers()).dtype == torch.uint8
+    assert same_state(unet, UNet2DConditionModel.from_pretrained(saved["rtn"][1], dtype=torch.float16))
+    assert same_state(unet.to(dtype=torch.float32), saved["rtn"][0])  # scales are in 16 bit: nothing is lost
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"scheme": "rtn4", "groups": []},
+        {"scheme": "rtn4", "decode": "never"},
+        {"scheme": "rtn44"},
+        {"scheme": "rtn4", "layer": "mid_block"},
+    ],
+)
 def test_a_config_says_what_it_wants(arguments):
     with pytest.raises(UserError):
         VQDMConfig(**arguments)

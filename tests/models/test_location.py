@@ -9,6 +9,7 @@ from vqdm.config import ModelConfig
 from vqdm.errors import UserError
 from vqdm.models.location import (
     builtin_directory,
+    check_original,
     check_pipeline_directory,
     evaluators_directory,
     full_precision_bytes,
@@ -160,3 +161,12 @@ def test_a_hub_model_of_the_cache_is_found_offline(tmp_path):
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 7)
     assert download_offline(tmp_path, "someone/some-model") == [str(snapshot), "7"]
     assert check_pipeline_directory(snapshot) == snapshot
+
+
+@pytest.mark.parametrize(("method", "said"), [("vqdm", "by vqdm"), ("bitsandbytes", "by bitsandbytes")])
+def test_a_model_that_is_quantized_already_is_refused(method, said, tmp_path):
+    directory = pipeline_directory(tmp_path / "model")
+    assert check_original(directory) == directory
+    (directory / "unet" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=said):
+        local_directory(ModelConfig(path=str(directory)))

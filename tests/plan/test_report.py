@@ -8,12 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from test_structure import compose
 from unets import sdxl_unet
 
 from vqdm.hub.checkpoint import checkpoint_bytes
+from vqdm.hub.quantizer import VQDMConfig
 from vqdm.layers import swap_empty
 from vqdm.models.loader import denoiser_on_meta
+from vqdm.models.location import builtin_directory
 from vqdm.models.specs import layer_specs, skipped_specs
 from vqdm.plan.layers import assignment_of, plan_denoiser
 from vqdm.plan.report import layer_table
@@ -94,6 +98,16 @@ def test_what_is_foretold_is_written_to_the_byte(model, quantizer):
     assert plan.bytes == len(checkpoint_bytes(swap_empty(denoiser, assignment.quantized)))
     assert len(layer_table(plan).splitlines()) == len(plan.layers)
     assert sum(plan.groups().values()) == sum(layer.bytes for layer in plan.layers)
+
+
+def test_a_model_in_bfloat16_is_foretold_too(tmp_path):
+    """What is not quantized stays in bfloat16, whose name in the header is longer."""
+    unet = UNet2DConditionModel.from_pretrained(
+        builtin_directory("tiny") / "unet", quantization_config=VQDMConfig("rtn3"), dtype=torch.bfloat16
+    )
+    unet.save_pretrained(tmp_path)
+    plan = planned("+experiment=tiny_codec", "quantize=rtn3", "model.dtype=bfloat16")
+    assert plan.bytes == (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size
 
 
 def test_full_precision_says_why_every_layer_stays():

@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from vqdm.bits import count_bits
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.layers import quantized_layers
+from vqdm.models.location import DENOISERS
 
 CARD_FILE = "README.md"
 LICENCES = {  # of models whose own card is rarely beside their weights
@@ -31,10 +33,10 @@ The denoiser ({denoiser}) of {base}, quantized with vqdm.
 Load it with diffusers; nothing but the import of vqdm is new:
 
 ```python
-import vqdm
+{imports}
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("this directory")
+pipeline = DiffusionPipeline.from_pretrained("this directory"{dtype})
 pipeline("a red bicycle by the sea").images[0].save("image.png")
 ```
 
@@ -43,11 +45,18 @@ Licence: {licence}
 
 
 def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str | None) -> str:
-    """Markdown with the hub's front matter. base: where the original came from, a hub id or a directory."""
+    """Markdown with the hub's front matter. base: where the original came from, a hub id or a directory.
+
+    A quantized model that is saved once more came from what its own card says.
+    """
     licence = licence_of(base)
     name = "a model of unknown name" if base is None else base
     if base is not None and Path(base).exists():  # a path of this machine is nobody's business
-        base, name = None, Path(base).name
+        folder = Path(base).parent if Path(base).name in DENOISERS else Path(base)
+        card = card_data(base)
+        base = card.get("base_model") if "vqdm" in (card.get("tags") or []) else None
+        name = base or folder.name
+    small = denoiser.dtype in (torch.float16, torch.bfloat16)  # then the text encoders are, and diffusers has to know
     counts, layers = count_bits(denoiser), quantized_layers(denoiser)
     schemes = Counter(_family(layer.weight.scheme) for layer in layers.values())
     rows = {
@@ -64,6 +73,8 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
         title=f"{base or type(denoiser).__name__}, {', '.join(schemes)}",
         denoiser=type(denoiser).__name__,
         base=name,
+        imports="import torch\nimport vqdm" if small else "import vqdm",
+        dtype=f", dtype={denoiser.dtype}" if small else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         licence=f"that of the base model, {licence}."
         if licence
@@ -78,7 +89,10 @@ def _family(scheme) -> str:
 
 def licence_of(base: str | None) -> str | None:
     """The licence of a base model, from its own card if it lies there as a directory, else from what is known."""
+    return card_data(base).get("license") or LICENCES.get(base or "")
+
+
+def card_data(base: str | None) -> dict:
+    """The front matter of the card in a directory; empty without one."""
     card = Path(base or "") / CARD_FILE
-    if base and card.is_file():
-        return ModelCard.load(card).data.license
-    return LICENCES.get(base or "")
+    return ModelCard.load(card).data.to_dict() if base and card.is_file() else {}

@@ -16,7 +16,7 @@ from vqdm.atomic import full_disk_is_mendable
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
-from vqdm.layers import quantized_layers
+from vqdm.layers import DECODE_MODES, quantized_layers
 from vqdm.locking import LOCK, locked
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
@@ -67,7 +67,9 @@ def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_cal
 
 
 def set_decode(denoiser: nn.Module, decode: str) -> None:
-    """`per_call` or `cached`, of all quantized layers."""
+    """`per_call` or `cached`, of all quantized layers. UserError for anything else."""
+    if decode not in DECODE_MODES:
+        raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
     for layer in quantized_layers(denoiser).values():
         layer.decode = decode
 
@@ -96,7 +98,7 @@ def _is_ours(directory: Path) -> bool:
 def _names_in(directory: Path) -> set[str]:
     """Of what a pipeline's directory holds, by its own list; empty without one."""
     index = directory / INDEX
-    return {INDEX, CARD_FILE, *json.loads(index.read_text(encoding="utf-8"))} if index.is_file() else set()
+    return {INDEX, CARD_FILE, LOCK, *json.loads(index.read_text(encoding="utf-8"))} if index.is_file() else set()
 
 
 def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
@@ -114,10 +116,11 @@ def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
             with full_disk_is_mendable(directory), quiet_diffusers():
                 pipeline.save_pretrained(written)
             shutil.copy(written / denoiser_part(pipeline) / CARD_FILE, written / CARD_FILE)
-            (written / LOCK).unlink()
             replace_directory(written, directory)
-        finally:
+        except BaseException:
             shutil.rmtree(written, ignore_errors=True)
+            raise
+        (directory / LOCK).unlink()
 
 
 def _remove_all_in(directory: Path) -> None:

@@ -175,9 +175,9 @@ class VQDMQuantizer(DiffusersQuantizer):
             from vqdm.encode import quantize_without_data  # all codecs: loading what is quantized needs none
 
             asked, dtype = self.quantization_config, model.dtype
-            quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers)
+            quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers, decode=asked.decode)
             round_to_stored_(model)
-            nn.Module.to(model, dtype=dtype)  # diffusers' own refuses to cast what is quantized
+            nn.Module.to(model, dtype=dtype)
             self.quantization_config = config_of(model, decode=asked.decode)
             self.pre_quantized = True
         _quantized(model, self)
@@ -297,7 +297,12 @@ def _with_card(kind: type) -> type:
         """UserError: codes are not cast, and scales in 8 bits would be others."""
         raise UserError("layerwise casting would round the scales of quantized weights: leave it out, or dequantize()")
 
-    methods = (save_pretrained, fuse_lora, enable_layerwise_casting)
+    def to(self, *args, **kwargs):
+        """With a dtype too, which diffusers refuses for quantized models: `from_pipe` always gives one."""
+        cast = "dtype" in kwargs or any(isinstance(argument, torch.dtype) for argument in args)
+        return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
+
+    methods = (save_pretrained, fuse_lora, enable_layerwise_casting, to)
     own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)}
     return _SameKind(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__} | own)
 

@@ -16,8 +16,11 @@ from vqdm.models.single_file import load_single_file
 
 
 def denoiser_part(pipeline) -> str:
-    """The name of the pipeline's part that denoises: unet or transformer."""
-    return next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
+    """The name of the pipeline's part that denoises: unet or transformer. UserError for what has neither."""
+    found = next((name for name in DENOISERS if getattr(pipeline, name, None) is not None), None)
+    if found is None:
+        raise UserError(f"{type(pipeline).__name__} has no {' or '.join(DENOISERS)}: give a diffusers pipeline")
+    return found
 
 
 def denoiser_of(pipeline) -> nn.Module:
@@ -29,6 +32,7 @@ def load_pipeline(config: ModelConfig, *, device: str):
     directory = model_directory(config)
     check_sampler(directory, config.sampler)
     pipeline = _from_files(config, directory)
+    _check_whole(pipeline, single_file(config) or directory)
     pipeline.set_progress_bar_config(disable=True)
     set_sampler(pipeline, config.sampler)
     denoiser = denoiser_of(pipeline)
@@ -58,15 +62,29 @@ def _from_files(config: ModelConfig, directory: Path):
         ) from error
 
 
+def _check_whole(pipeline, place: Path) -> None:
+    """UserError for weights that no file held: diffusers leaves them on meta, and only warns."""
+    for part, module in pipeline.components.items():
+        state = module.state_dict() if isinstance(module, nn.Module) else {}
+        if missing := [name for name, tensor in state.items() if tensor.is_meta]:
+            raise UserError(
+                f"{place} lacks the weight {missing[0]} of the {part} ({len(missing)} in all): get the model again"
+            )
+
+
 def denoiser_on_meta(config: ModelConfig) -> nn.Module:
-    """The denoiser with shapes and no values, from its config file alone."""
+    """The denoiser with shapes, in the model's dtype, and no values, from its config file alone."""
     import diffusers
 
     directory = denoiser_directory(configs_directory(config))
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(diffusers, settings["_class_name"])  # diffusers imports it now: not on the meta device
+    kind = getattr(diffusers, settings["_class_name"], None)  # diffusers imports it now: not on the meta device
+    if kind is None:
+        raise UserError(
+            f"{directory}/config.json names {settings['_class_name']}, which diffusers {diffusers.__version__} lacks"
+        )
     with torch.device("meta"):
-        return kind.from_config(settings)
+        return nn.Module.to(kind.from_config(settings), dtype=getattr(torch, config.dtype))
 
 
 @torch.no_grad()

@@ -160,10 +160,13 @@ class _Experiment:
         encode = sum(
             encode_seconds(group, self.hardware, self.codec, config=config, workers=self.threads) for group in shapes
         )
-        hessians = self._hessian_seconds(groups) if needs_hessians(config) else 0.0
+        hessians, note = 0.0, ""
+        if needs_hessians(config):
+            hessians = self._hessian_seconds(groups)
+            note = f"Hessians {duration(hessians)} in {len(shapes)} pass{'es' if len(shapes) > 1 else ''}, "
         error = self._recorded() * self._sample_seconds()
         origin = "measured here" if self.codec.origin == "measured" else f"speed of a {self.codec.origin}"
-        note = f"Hessians {duration(hessians)} in {len(shapes)} passes, encoding {duration(encode)} ({origin})"
+        note += f"encoding {duration(encode)} ({origin})"
         return self._stage("quantize", used, hessians + encode + error, note)
 
     def teacher_images(self) -> StageCost:

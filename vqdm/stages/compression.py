@@ -20,12 +20,15 @@ def output_directory(config: Config, store: Store, stages: Quantization) -> Path
 
 def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
     """calibrate → quantize → the pipeline's directory. Returns what the run's record should say of its result."""
-    check_place(output_directory(config, store, stages))
+    directory = output_directory(config, store, stages)
+    check_place(directory)
+    if directory.exists():
+        log.info("%s: will replace the pipeline that is there", directory)
     models = Models(config, device.name)
     quantized = ensure_quantized(
         config, store, stages, models, environment=environment_of(config, device), tracker=tracker
     )
-    summary, directory = store.summary(stages.quantize), output_directory(config, store, stages)
+    summary = store.summary(stages.quantize)
     pipeline = models.student(quantized, decode="per_call")
     save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
     log.info(
