@@ -11,7 +11,7 @@ from vqdm._diffusers import register_when_imported
 from vqdm._torchvision import install_cure
 
 __version__ = "0.1.0"
-_PUBLIC = {"VQDMConfig": "vqdm.hub.quantizer", "compress": "vqdm.api"}
+_PUBLIC = {"VQDMConfig": "vqdm.hub.config", "compress": "vqdm.api"}
 
 install_cure()
 register_when_imported()
@@ -21,3 +21,7 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vqdm' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -9,7 +9,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from vqdm.errors import UserError
-from vqdm.hub.quantizer import VQDMConfig
+from vqdm.hub.config import VQDMConfig
 from vqdm.weights.registry import scheme_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent.parent

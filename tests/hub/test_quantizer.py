@@ -15,7 +15,8 @@ from unets import output, small_unet
 
 import vqdm
 from vqdm.errors import UserError
-from vqdm.hub.quantizer import VQDMConfig, attach
+from vqdm.hub.config import VQDMConfig
+from vqdm.hub.quantizer import attach
 from vqdm.layers import dequantize_layers, quantized_layers
 from vqdm.weights.base import SHARED_NAME
 

@@ -14,7 +14,7 @@ from test_structure import compose
 from unets import sdxl_unet
 
 from vqdm.hub.checkpoint import checkpoint_bytes
-from vqdm.hub.quantizer import VQDMConfig
+from vqdm.hub.config import VQDMConfig
 from vqdm.layers import swap_empty
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.location import builtin_directory

@@ -278,7 +278,7 @@ def _finish(
     round_to_stored_(denoiser)
     nn.Module.to(denoiser, device=device, dtype=dtype)
     error = output_error(denoiser, recorded_calls(calibration), device)
-    file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error": error})
+    file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error_in_calibration": error})
     log.info(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
         len(records), len(left), bits.bits_per_weight, error,

@@ -1,0 +1,115 @@
+"""What a quantized model says of itself: the `quantization_config` in its config.json."""
+
+import enum
+import inspect
+import json
+from collections.abc import Sequence
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from vqdm.atomic import canonical_json
+from vqdm.config import parse_scheme
+from vqdm.errors import UserError
+from vqdm.hub.checkpoint import FORMAT_VERSION, LayerGroup, check_version, layer_groups
+from vqdm.layers import DECODE_MODES
+
+METHOD = "vqdm"
+
+
+class _Method(enum.StrEnum):
+    VQDM = METHOD
+
+
+class VQDMConfig(QuantizationConfigMixin):
+    """How a denoiser is, or shall be, quantized.
+
+    scheme: of data-free quantization while loading, such as `trellis3`, `rtn4`, `3x8g8`; layers: a regular expression
+    of those to quantize; None: those that go with the model's class.
+    groups: what a saved checkpoint says: its quantized layers. decode: `per_call` or `cached`, of all layers.
+    options: those that the model was built with when it was quantized, which config.json says too, unprotected.
+    metrics: what is known of the model, for its card.
+    """
+
+    def __init__(
+        self,
+        scheme: str | None = None,
+        *,
+        groups: Sequence[dict] | None = None,
+        version: int = FORMAT_VERSION,
+        layers: str | None = None,
+        decode: str = "per_call",
+        options: dict | None = None,
+        metrics: dict[str, float] | None = None,
+        **others: object,
+    ):
+        check_version("quantization_config", version)
+        if (scheme is None) == (groups is None):
+            raise UserError("VQDMConfig takes a scheme, such as VQDMConfig('trellis3'), or the groups of a checkpoint")
+        if scheme is not None:
+            parse_scheme(scheme)
+            if strange := sorted(set(others) - {"quant_method"}):  # of a checkpoint, a later vqdm's may be there
+                raise UserError(f"VQDMConfig knows no {strange[0]}: it takes scheme, layers and decode")
+        if decode not in DECODE_MODES:
+            raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+        for name, value in (("metrics", metrics), ("options", options)):
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{name} of a quantization_config are values by name, not {str(value)[:80]!r}")
+        self.quant_method = _Method.VQDM
+        self.version = version
+        self.scheme = scheme
+        self.groups = None if groups is None else [group.to_dict() for group in _groups(groups)]
+        self.layers = layers
+        self.decode = decode
+        self.options = dict(options or {})
+        self.metrics = dict(metrics or {})
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        return tuple(LayerGroup.from_dict(group) for group in self.groups or ())
+
+    def to_dict(self) -> dict:
+        """As config.json has it: how the layers decode is up to who loads."""
+        fields = {"quant_method": METHOD, "version": self.version, "options": self.options}
+        fields |= {"metrics": self.metrics} if self.metrics else {}
+        return fields | ({"scheme": self.scheme} if self.groups is None else {"groups": self.groups})
+
+    def to_diff_dict(self) -> dict:
+        """What the base class prints."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"VQDMConfig({self.scheme or f'{sum(len(group.layers) for group in self.layer_groups())} layers'})"
+
+
+def _groups(found: Sequence[dict]) -> list[LayerGroup]:
+    """UserError unless these are groups of quantized layers, no layer in two."""
+    if not isinstance(found, list | tuple):
+        raise UserError(f"groups of a quantization_config are a list, not {str(found)[:80]!r}: config.json is damaged")
+    groups = [LayerGroup.from_dict(group) for group in found]
+    names = [name for group in groups for name in group.layers]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"layer {twice} is in two groups of a quantization_config: config.json is damaged")
+    return groups
+
+
+def options_of(model: nn.Module) -> dict:
+    """The options that a diffusers model was built with, as plain JSON."""
+    names = inspect.signature(type(model).__init__).parameters
+    return json.loads(canonical_json({name: model.config[name] for name in names if name in model.config}))
+
+
+def check_options(model: nn.Module, saved: dict) -> None:
+    """UserError, naming it, if an option is not what it was; one that only another diffusers has is let be."""
+    for name, value in options_of(model).items():
+        if name in saved and saved[name] != value:
+            raise UserError(
+                f"the config.json of this {type(model).__name__} says {name}={str(value)[:80]}, and that it was "
+                f"quantized with {name}={str(saved[name])[:80]}: it is damaged or of another model"
+            )
+
+
+def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None = None) -> VQDMConfig:
+    """What a model with quantized layers says of itself."""
+    groups = [group.to_dict() for group in layer_groups(model)]
+    return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics)

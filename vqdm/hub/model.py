@@ -1,0 +1,71 @@
+"""The class of a diffusers model while its layers are quantized: its own, with what saving, casting and LoRA need."""
+
+import copyreg
+import functools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm.atomic import atomic_write
+from vqdm.errors import UserError
+from vqdm.hub.card import CARD_FILE, model_card
+from vqdm.layers import quantized_layers
+from vqdm.weights.base import NOT_MERGED
+
+
+def become_quantized(model: nn.Module) -> None:
+    if not isinstance(type(model), _SameKind):
+        model.__class__ = _quantized_class(type(model))
+
+
+def become_plain(model: nn.Module) -> None:
+    model.__class__ = type(model).__mro__[1]
+
+
+class _SameKind(type):
+    """Of a class that passes for its base, as diffusers' `from_pipe` compares types; pickled by its base, too."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__mro__[1] is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
+
+
+copyreg.pickle(_SameKind, lambda kind: (_quantized_class, (kind.__mro__[1],)))
+
+
+@functools.cache
+def _quantized_class(kind: type) -> type:
+    """A model class of diffusers, under its own name, that saves a model card too and refuses what codes cannot bear.
+
+    An attribute of the model instead would tie it into a cycle that keeps its memory until the next collection.
+    """
+
+    @functools.wraps(kind.save_pretrained)
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        kind.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            metrics = self.hf_quantizer.quantization_config.metrics
+            base = self.config.get("_name_or_path") or None
+            atomic_write(Path(save_directory) / CARD_FILE, model_card(self, metrics=metrics, base=base).encode())
+
+    def fuse_lora(self, *args, **kwargs):
+        """UserError before anything is fused or scaled; a LoRA of other layers alone can be fused."""
+        if any(name.endswith(".base_layer") for name in quantized_layers(self)):
+            raise UserError(NOT_MERGED)
+        kind.fuse_lora(self, *args, **kwargs)
+
+    def enable_layerwise_casting(self, *args, **kwargs):
+        """UserError: codes are not cast, and scales in 8 bits would be others."""
+        raise UserError("layerwise casting would round the scales of quantized weights: leave it out, or dequantize()")
+
+    def to(self, *args, **kwargs):
+        """With a dtype too, which diffusers refuses for quantized models: `from_pipe` always gives one."""
+        cast = "dtype" in kwargs or any(isinstance(argument, torch.dtype) for argument in args)
+        return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
+
+    methods = (save_pretrained, fuse_lora, enable_layerwise_casting, to)
+    own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)}
+    return _SameKind(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__} | own)
