@@ -175,8 +175,9 @@ def test_what_is_stored_decodes_to_what_the_encoder_chose(shape, bits, table, mo
 
     def keep(scheme, states, rates, **parts):
         weight = original(scheme, states, rates, **parts)
-        values = table.table.detach()[states.long()] * (parts["column_scales"] * (rates > 0))[:, None]
-        chosen[id(weight)] = values.T * parts["row_scales"][:, None]
+        rows, columns = (parts[name].half().float() for name in ("row_scales", "column_scales"))  # as they are stored
+        values = table.table.detach().float()[states.long()] * (columns * (rates > 0))[:, None]
+        chosen[id(weight)] = (values.T * rows[:, None]).half()
         return weight
 
     original = trellis.TrellisWeight.from_parts
