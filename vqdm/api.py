@@ -76,7 +76,7 @@ def compress(
         calibrate(calls, pipeline, chosen, config=calibration, sampler=sampler)
         quantize(
             made, pipeline, calls, config=config, model=model, calibration_config=calibration,
-            device=denoiser_of(pipeline).device.type,
+            device=str(denoiser_of(pipeline).device),
         )  # fmt: skip
     set_decode(denoiser_of(pipeline), "per_call")
     return pipeline
