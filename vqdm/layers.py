@@ -14,6 +14,11 @@ from vqdm.weights.registry import empty_shared, empty_weight
 DECODE_MODES = ("per_call", "cached")
 
 
+def check_decode(decode: str) -> None:
+    if decode not in DECODE_MODES:
+        raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+
+
 class _QuantizedLayer(nn.Module):
     """`weight` is a QuantizedWeight (it answers `.dtype` and `.device`, as diffusers asks), `bias` a plain parameter.
 
@@ -23,8 +28,7 @@ class _QuantizedLayer(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str):
         nn.Module.__init__(self)  # past that of nn.Linear and nn.Conv2d, which would make a weight of their own
-        if decode not in DECODE_MODES:
-            raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+        check_decode(decode)
         if weight.shape != spec.shape:
             raise ValueError(f"layer {spec.name} is {spec.shape}, the quantized weight {weight.shape}")
         self.weight = weight

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def group_of(layer: str) -> str:
     """The group of layers that one round of calibration serves: `down_blocks.1`, `mid_block` (the paper's seven)."""
     first, *others = layer.split(".")
     return f"{first}.{others[0]}" if others and others[0].isdigit() else first
+
+
+def in_groups(specs: Iterable[LayerSpec]) -> list[list[LayerSpec]]:
+    """The layers by their groups, both in the order of `specs`."""
+    groups: dict[str, list[LayerSpec]] = {}
+    for spec in specs:
+        groups.setdefault(group_of(spec.name), []).append(spec)
+    return list(groups.values())
 
 
 def uniform_bits(specs: list[LayerSpec], bits: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ from vqdm.atomic import canonical_json
 from vqdm.config import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import FORMAT_VERSION, LayerGroup, check_version, layer_groups
-from vqdm.layers import DECODE_MODES
+from vqdm.layers import check_decode
 
 METHOD = "vqdm"
 
@@ -50,8 +50,7 @@ class VQDMConfig(QuantizationConfigMixin):
             parse_scheme(scheme)
             if strange := sorted(set(others) - {"quant_method"}):  # of a checkpoint, a later vqdm's may be there
                 raise UserError(f"VQDMConfig knows no {strange[0]}: it takes scheme, layers and decode")
-        if decode not in DECODE_MODES:
-            raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+        check_decode(decode)
         for name, value in (("metrics", metrics), ("options", options)):
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{name} of a quantization_config are values by name, not {str(value)[:80]!r}")

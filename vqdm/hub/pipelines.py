@@ -16,7 +16,7 @@ from vqdm.atomic import full_disk_is_mendable
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
-from vqdm.layers import DECODE_MODES, quantized_layers
+from vqdm.layers import check_decode, quantized_layers
 from vqdm.locking import LOCK, locked
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
@@ -68,8 +68,7 @@ def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_cal
 
 def set_decode(denoiser: nn.Module, decode: str) -> None:
     """`per_call` or `cached`, of all quantized layers. UserError for anything else."""
-    if decode not in DECODE_MODES:
-        raise UserError(f"decode must be one of {', '.join(DECODE_MODES)}, not {decode!r}")
+    check_decode(decode)
     for layer in quantized_layers(denoiser).values():
         layer.decode = decode
 

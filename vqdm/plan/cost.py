@@ -30,7 +30,7 @@ from vqdm.plan.forward import (
 )
 from vqdm.plan.memory import Memory
 from vqdm.plan.probe import Hardware, probe_hardware
-from vqdm.schemes import group_of
+from vqdm.schemes import in_groups
 from vqdm.stages.hessians import teacher_groups
 from vqdm.stages.quantize import needs_hessians
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
@@ -209,10 +209,7 @@ class _Experiment:
     def _groups(self, config) -> list[list[LayerSpec]]:
         """As in vqdm/stages/hessians.py, by the order of execution; a student's groups are not merged."""
         by_name = {spec.name: spec for spec in self.specs}
-        groups: dict[str, list[LayerSpec]] = {}
-        for name in self.cost.inputs:
-            groups.setdefault(group_of(name), []).append(by_name[name])
-        found = list(groups.values())
+        found = in_groups(by_name[name] for name in self.cost.inputs)
         return found if config.hessian_from == "student" and needs_hessians(config) else teacher_groups(found)
 
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:

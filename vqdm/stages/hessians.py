@@ -17,7 +17,7 @@ from vqdm.models.loader import denoiser_of
 from vqdm.models.recording import play_back
 from vqdm.models.specs import LayerSpec
 from vqdm.prompts import PromptList
-from vqdm.schemes import group_of
+from vqdm.schemes import in_groups
 from vqdm.stages.calibrate import recorded_calls, recorded_positions, sample_batches
 
 ONE_TOKEN = re.compile(r"norm\w*\.linear$")  # adaptive norms of transformers read one token per image
@@ -28,10 +28,7 @@ def execution_groups(denoiser: nn.Module, specs: list[LayerSpec], calibration: P
     """The paper's groups in the order in which the denoiser runs them (its module order differs)."""
     by_name = {spec.name: spec for spec in specs}
     order = execution_order(denoiser, next(recorded_calls(calibration)), by_name)
-    groups: dict[str, list[LayerSpec]] = {}
-    for name in order:
-        groups.setdefault(group_of(name), []).append(by_name[name])
-    return list(groups.values())
+    return in_groups(by_name[name] for name in order)
 
 
 def teacher_groups(groups: list[list[LayerSpec]]) -> list[list[LayerSpec]]:
