@@ -96,6 +96,14 @@ class BlockData:
     def __len__(self) -> int:
         return len(self.output)
 
+    def part(self, rows: Tensor) -> "BlockData":
+        """Some of the samples."""
+
+        def of(leaf: Any) -> Any:
+            return _Samples(leaf.tensor[rows]) if isinstance(leaf, _Samples) else leaf
+
+        return BlockData(_map(of, self.arguments), self.output[rows])
+
     def take(self, rows: Tensor | slice, *, device: torch.device) -> tuple[tuple, dict]:
         """(positional, keyword) arguments to call the block with for some samples, on a device, floats as fp32."""
         return _map(lambda leaf: _taken(leaf, rows, device), self.arguments)
@@ -224,33 +232,36 @@ def reconstruct(
     module: nn.Module,
     inputs: BlockData,
     targets: Tensor,
-    parameters: Iterable[nn.Parameter] | Iterable[dict],
+    optimizer: torch.optim.Optimizer,
     *,
     steps: int,
     batch_size: int,
     generator: torch.Generator,
-    learning_rate: float = 1e-3,
+    rate: Callable[[int], float] | None = None,
     loss: Loss | None = None,
     regulariser: Callable[[int], Tensor | float] | None = None,
+    after_step: Callable[[int], None] | None = None,
     progress: Callable[[int, float], None] | None = None,
     name: str = "",
 ) -> Tensor:
-    """Train `parameters` (or Adam's groups of them) until the block gives `targets` for `inputs`; losses fp32 [steps].
+    """Train the optimizer's parameters until the block gives `targets` for `inputs`; losses fp32 [steps].
 
     module: the block, in fp32. inputs: their arguments are used, not their output. targets: [samples, …].
     loss: default `relative_squared_error(targets)`, of one scale for all blocks. regulariser: of a step, from 0 on, is
     added to its loss; called after the block has run.
+    rate: the learning rate of a step, where it changes. after_step: called with the number of every step that is done.
     generator: CPU; samples come in passes over the data, reshuffled for every pass.
     progress: called every CHECK_EVERY steps with the steps done and their mean loss, regulariser excluded.
-    Nothing but `parameters` gets gradients, and every requires_grad is at the end what it was.
+    Nothing but the optimizer's parameters gets gradients, and every requires_grad is at the end what it was.
     UserError, with the block's name, for a loss that is not finite.
     """
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss, device = loss or relative_squared_error(targets), _device(module)
     losses: list[Tensor] = []
     with torch.enable_grad(), _only_these_train(module, trained):
         for step, rows in zip(range(steps), _minibatches(len(inputs), batch_size, generator), strict=False):
+            if rate is not None:
+                optimizer.param_groups[0]["lr"] = rate(step)
             args, kwargs = inputs.take(rows, device=device)
             error = loss(module(*args, **kwargs), targets[rows].to(device))
             total = error if regulariser is None else error + regulariser(step)
@@ -258,6 +269,8 @@ def reconstruct(
             total.backward()
             optimizer.step()
             losses.append(error.detach())
+            if after_step is not None:
+                after_step(step + 1)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
                 _look(losses[step - step % CHECK_EVERY :], step + 1, name=name, progress=progress)
     return torch.stack(losses).float().cpu() if losses else torch.zeros(0)

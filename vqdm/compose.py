@@ -13,6 +13,7 @@ GROUPS = {
     "model": schema.ModelConfig,
     "calibration": schema.CalibrationConfig,
     "quantize": schema.QuantizeConfig,
+    "finetune": schema.FinetuneConfig,
     "evaluate": schema.EvaluateConfig,
     "tracker": schema.TrackerConfig,
     "tiny_train": schema.TinyTrainConfig,

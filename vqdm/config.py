@@ -120,10 +120,71 @@ class QuantizeConfig:
 
 
 @dataclasses.dataclass
+class TrajectoriesConfig(PromptsConfig):
+    """Prompts, and the noisy latents on the way to their images, which the student learns on."""
+
+    n: int | None = 128
+    order: str = "shuffled"  # with this seed they are others than those of the calibration
+    seed: int = 1
+    along: str = "teacher"  # whose sampling: teacher | student; data: latents of images, noised
+    images: str | None = None  # along=data: folder of <prompt id>.png or .jpg; None: the tiny world's own scenes
+    validation: int = 16  # as many prompts more, never trained on: always the teacher's sampling
+    sampler_steps: list[int] | None = None  # sampled with each of these numbers of steps; None: the model's
+    recorded_steps: int | None = None  # of each, evenly spread; None = all
+    batch_size: int = 16  # prompts sampled at once
+    noise_seed: int = 0
+
+
+@dataclasses.dataclass
+class TrainedConfig:
+    """What of the student trains."""
+
+    codebooks: bool = True  # or the trellis table
+    scales: bool = True
+    biases: bool = True
+    norms: bool = True
+    rest: bool = True  # layers that are not quantized
+
+
+@dataclasses.dataclass
+class FinetuneConfig:
+    """Distillation of the quantized denoiser from the original: block after block, then end to end. 0 steps: not so."""
+
+    block_steps: int = 0  # for every block, on what the original's gives
+    steps: int = 0  # end to end, on the predictions of the whole denoiser
+    train: TrainedConfig = dataclasses.field(default_factory=TrainedConfig)
+    tune_codes: bool = False  # codes follow where the gradient draws their weights
+    code_rate: float = 1e-3  # of Adam's step on a weight, in parts of its row's root mean square
+    code_every: int = 10  # steps between two searches for nearer codes
+    seed: int = 0
+    # block after block, on the calibration's recorded calls
+    block_rate: float = 1e-3  # learning rate, in parts of a number's size
+    block_samples: int = 512  # rows of recorded calls; an eighth of them judges
+    block_batch_size: int = 32
+    # end to end
+    trajectories: TrajectoriesConfig = dataclasses.field(default_factory=TrajectoriesConfig)
+    batch_size: int = 32  # samples in a step, over all processes: one caption at one timestep, both guidance halves
+    micro_batch_size: int | None = None  # of them at once on a device; gradients add up; None = all
+    learning_rate: float = 1e-3
+    relative_rate: bool = True  # in parts of a scale, or of a tensor's root mean square; false: absolute (the paper)
+    warmup: int = 10  # steps
+    decay_from: float = 0.0  # of the steps, from where the rate falls to 0 by half a cosine; 1 = constant
+    precision: str = "float32"  # of the activations: float32 | bfloat16
+    checkpointing: bool = False  # activations are computed again for the backward pass
+    weighting: str = "uniform"  # of timesteps: uniform | min_snr (Hang et al. 2023)
+    min_snr: float = 5.0
+    feature_weight: float = 0.0  # of the relative squared error of the blocks' outputs; the teacher then runs along
+    refresh: int = 50  # trajectories.along=student: steps between two recordings
+    check_every: int = 50  # steps between two validations, each with a checkpoint
+    validation_samples: int = 256
+
+
+@dataclasses.dataclass
 class EvaluateConfig:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     metrics: str = "tiny"  # tiny: the tiny world's evaluators | paired: only against the full-precision images
     evaluators: str | None = None  # directory; None = those shipped with the package
+    steps: int | None = None  # of sampling; None = model.sampler.steps
     batch_size: int = 32
     seed: int = 0  # image i starts from the noise of (seed, prompt i)
     bootstrap: int = 100  # resamples behind the standard errors of FID and KID
@@ -174,6 +235,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     tiny_train: TinyTrainConfig = dataclasses.field(default_factory=TinyTrainConfig)
@@ -196,12 +258,19 @@ CHOICES = {
     "quantize.codebooks": ("layer", "block", "model"),
     "quantize.allocation": ("uniform", "sensitivity"),
     "quantize.hessian_from": ("teacher", "student"),
+    "finetune.trajectories.along": ("teacher", "student", "data"),
+    "finetune.trajectories.source": PROMPT_SOURCES,
+    "finetune.trajectories.order": PROMPT_ORDERS,
+    "finetune.weighting": ("uniform", "min_snr"),
+    "finetune.precision": ("float32", "bfloat16"),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
 }
 POSITIVE = (
     "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size",
-    "evaluate.batch_size", "evaluate.bootstrap",
+    "evaluate.batch_size", "evaluate.bootstrap", "finetune.batch_size", "finetune.block_batch_size",
+    "finetune.block_samples", "finetune.refresh", "finetune.check_every", "finetune.code_every",
+    "finetune.validation_samples", "finetune.trajectories.validation", "finetune.trajectories.batch_size",
 )  # fmt: skip
 
 

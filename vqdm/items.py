@@ -42,6 +42,18 @@ def read_item(directory: Path, name: str) -> dict | None:
     return None if content is None else content["record"]
 
 
+def item_names(directory: Path, prefix: str) -> list[str]:
+    """Those that begin so, sorted; whether they are whole, `read_item` says."""
+    return sorted(path.stem for path in (directory / "items").glob(f"{prefix}*.json"))
+
+
+def remove_item(directory: Path, name: str, files: list[str]) -> None:
+    """Its sidecar first: what is left of a removal that was cut off is no item."""
+    _sidecar(directory, name).unlink(missing_ok=True)
+    for relative in files:
+        (directory / relative).unlink(missing_ok=True)
+
+
 def _first_fault(directory: Path, files: dict[str, dict]) -> str | None:
     for relative, expected in files.items():
         if fault := file_fault(directory / relative, expected):

@@ -130,7 +130,12 @@ def call_arguments(call: Call, *, device: str | torch.device) -> dict:
 @torch.no_grad()
 def play_back(denoiser: nn.Module, call: Call, *, device: str) -> torch.Tensor:
     """The denoiser's output for a recorded call, on the CPU."""
-    return denoiser(**call_arguments(call, device=device), return_dict=False)[0].cpu()
+    return play(denoiser, call_arguments(call, device=device)).cpu()
+
+
+def play(denoiser: nn.Module, arguments: dict) -> torch.Tensor:
+    """The denoiser's output for arguments by name, on its device."""
+    return denoiser(**arguments, return_dict=False)[0]
 
 
 def evenly_spread(total: int, count: int) -> set[int]:

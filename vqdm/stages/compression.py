@@ -7,7 +7,7 @@ from vqdm.config import Config
 from vqdm.device import Device
 from vqdm.hub.pipelines import check_place, save_pipeline
 from vqdm.stages.graph import Quantization
-from vqdm.stages.quantization import Models, ensure_quantized, environment_of
+from vqdm.stages.quantization import Models, ensure_denoiser, environment_of
 from vqdm.store import Store
 
 log = logging.getLogger("vqdm")
@@ -15,7 +15,7 @@ log = logging.getLogger("vqdm")
 
 def output_directory(config: Config, store: Store, stages: Quantization) -> Path:
     """Where the compressed pipeline goes: `output`, or a place that its fingerprint names."""
-    return store.root / "compressed" / stages.quantize.directory_name if config.output is None else Path(config.output)
+    return store.root / "compressed" / stages.denoiser.directory_name if config.output is None else Path(config.output)
 
 
 def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
@@ -25,10 +25,10 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
     if directory.exists():
         log.info("%s: will replace the pipeline that is there", directory)
     models = Models(config, device.name)
-    quantized = ensure_quantized(
+    quantized = ensure_denoiser(
         config, store, stages, models, environment=environment_of(config, device), tracker=tracker
     )
-    summary = store.summary(stages.quantize)
+    summary = store.summary(stages.denoiser)
     pipeline = models.student(quantized, decode="per_call")
     save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
     log.info(

@@ -6,9 +6,9 @@ from pathlib import Path
 from vqdm.config import Config
 from vqdm.device import Device
 from vqdm.models.location import evaluators_directory, full_precision_bytes
-from vqdm.stages.graph import Graph
+from vqdm.stages.graph import Graph, image_sampler
 from vqdm.stages.layout import image_path
-from vqdm.stages.quantization import Models, ensure_quantized, environment_of
+from vqdm.stages.quantization import Models, ensure_denoiser, environment_of
 from vqdm.store import Store
 from vqdm.tracker import MAX_IMAGES
 
@@ -18,7 +18,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     environment = environment_of(config, device)
     models, quantized = Models(config, device.name), None
     if graph.quantization is not None:
-        quantized = ensure_quantized(
+        quantized = ensure_denoiser(
             config, store, graph.quantization, models, environment=environment, tracker=tracker
         )
     with store.open(graph.teacher_images or graph.images) as originals:
@@ -38,7 +38,7 @@ def _generate(config: Config, graph: Graph, directory: Path, make_pipeline) -> N
     from vqdm.stages.generate import generate
 
     generate(
-        directory, make_pipeline, graph.prompts, sampler=config.model.sampler, batch_size=config.evaluate.batch_size,
+        directory, make_pipeline, graph.prompts, sampler=image_sampler(config), batch_size=config.evaluate.batch_size,
         seed=config.evaluate.seed,
     )  # fmt: skip
 
@@ -58,9 +58,9 @@ def _evaluate(config: Config, store: Store, graph: Graph, images: Path, original
 
 
 def _bits(config: Config, store: Store, graph: Graph) -> dict:
-    """bits and file size, from the quantize stage, or of the model as it is: all of it at 16 bit."""
+    """bits and file size, from the last stage that makes a denoiser, or of the model as it is: all of it at 16 bit."""
     if graph.quantization is not None:
-        return store.summary(graph.quantization.quantize)
+        return store.summary(graph.quantization.denoiser)
     return {
         "bits_per_weight": 16.0,
         "bits_quantized": 16.0,

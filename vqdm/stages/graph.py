@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm.config import Config, ModelConfig, PromptsConfig, TinyTrainConfig, layer_pattern
+from vqdm.config import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
 from vqdm.errors import UserError
 from vqdm.identity import files_identity
 from vqdm.models.location import (
@@ -23,21 +23,33 @@ from vqdm.models.location import (
 from vqdm.prompts import PromptList, load_prompts
 from vqdm.store import Stage
 
-VERSIONS = {"calibrate": 1, "sensitivity": 1, "quantize": 3, "generate": 1, "evaluate": 2, "tiny_train": 1}
+VERSIONS = {
+    "calibrate": 1, "sensitivity": 1, "quantize": 3, "tune_blocks": 1, "trajectories": 1, "finetune": 1, "generate": 1,
+    "evaluate": 2, "tiny_train": 1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """The stages that lead to a quantized denoiser."""
+    """The stages that lead to a quantized denoiser; None = not needed."""
 
     prompts: PromptList
     calibrate: Stage
-    sensitivity: Stage | None  # None = not needed
+    sensitivity: Stage | None
     quantize: Stage
+    tune_blocks: Stage | None = None
+    finetune_prompts: PromptList | None = None
+    trajectories: Stage | None = None
+    finetune: Stage | None = None
+
+    @property
+    def denoiser(self) -> Stage:
+        """The last stage that makes one."""
+        return self.finetune or self.tune_blocks or self.quantize
 
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
-        return _there(self, "calibrate", "sensitivity", "quantize")
+        return _there(self, "calibrate", "sensitivity", "quantize", "tune_blocks", "trajectories", "finetune")
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -150,14 +162,74 @@ def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
 
-def _images(config: Config, model: str, quantize: Stage | None) -> Stage:
+_END_TO_END_OPTIONS = (
+    "steps", "batch_size", "micro_batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision",
+    "checkpointing", "weighting", "min_snr", "feature_weight", "refresh", "check_every", "validation_samples",
+)  # fmt: skip
+_BLOCK_OPTIONS = ("block_steps", "block_rate", "block_samples", "block_batch_size", "warmup", "decay_from")
+
+
+def _trained(config: Config) -> dict:
+    """What trains, and how codes move, in both kinds of distillation."""
+    return _pick(config.finetune, "train", "tune_codes", "code_rate", "code_every", "seed")
+
+
+def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: str) -> Stage | None:
+    if not config.finetune.block_steps:
+        return None
+    settings = _pick(config.finetune, *_BLOCK_OPTIONS) | _trained(config)
+    upstream = {"calibrate": calibrate, "quantize": quantize, "model": model}
+    return _stage("tune_blocks", f"{quantize.label}-blocks", settings, **upstream)
+
+
+def _trajectories(config: Config, prompts: PromptList, model: str) -> Stage:
+    """One for all students of a model."""
+    own = config.finetune.trajectories
+    settings = _pick(own, "along", "validation", "sampler_steps", "recorded_steps", "batch_size", "noise_seed")
+    settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
+    settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+    upstream = {"model": model}
+    if own.images is not None:
+        settings["images"] = Path(own.images).name
+    return _stage("trajectories", f"{config.model.name}-{own.along}-{len(prompts)}", settings, **upstream)
+
+
+def _finetune(config: Config, student: Stage, trajectories: Stage, calibrate: Stage) -> Stage:
+    settings = _pick(config.finetune, *_END_TO_END_OPTIONS) | _trained(config)
+    upstream = {"student": student, "trajectories": trajectories, "calibrate": calibrate}
+    return _stage("finetune", f"{student.label}-finetuned", settings, **upstream)
+
+
+def _distilled(config: Config, quantization: Quantization, model: str) -> Quantization:
+    """With the stages of distillation that `config` asks for."""
+    calibrate, quantize = quantization.calibrate, quantization.quantize
+    tuned = _tune_blocks(config, calibrate, quantize, model)
+    if not config.finetune.steps:
+        return dataclasses.replace(quantization, tune_blocks=tuned)
+    own = config.finetune.trajectories
+    prompts = read_prompts(dataclasses.replace(own, n=own.n + own.validation))
+    trajectories = _trajectories(config, prompts, model)
+    finetune = _finetune(config, tuned or quantize, trajectories, calibrate)
+    return dataclasses.replace(
+        quantization, tune_blocks=tuned, finetune_prompts=prompts, trajectories=trajectories, finetune=finetune
+    )
+
+
+def image_sampler(config: Config) -> SamplerConfig:
+    """How the images to score are sampled: as the model is, in steps of their own if these are given."""
+    sampler = config.model.sampler
+    return sampler if config.evaluate.steps is None else dataclasses.replace(sampler, steps=config.evaluate.steps)
+
+
+def _images(config: Config, model: str, denoiser: Stage | None) -> Stage:
     """The number of images stays out: they are extendable. Every batch keeps its own prompts beside it."""
-    settings = {"sampler": asdict(config.model.sampler), "dtype": config.model.dtype}
+    settings = {"sampler": asdict(image_sampler(config)), "dtype": config.model.dtype}
     settings |= _pick(config.evaluate, "batch_size", "seed") | {"rescale": asdict(config.model.rescale)}
     prompts = _pick(config.evaluate.prompts, "source", "split", "column", "order", "seed")
     settings["prompts"] = prompts | {"file": Path(config.evaluate.prompts.path or "").name}
-    label = f"{config.model.name}-{'fp' if quantize is None else quantizer_name(config)}"
-    return _stage("generate", label, settings, model=model, **({} if quantize is None else {"quantize": quantize}))
+    if denoiser is None:
+        return _stage("generate", f"{config.model.name}-fp", settings, model=model)
+    return _stage("generate", denoiser.label, settings, model=model, **{denoiser.name: denoiser})
 
 
 def build_quantization(config: Config, *, cache: Path) -> Quantization:
@@ -166,7 +238,8 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
     prompts = read_prompts(config.calibration)
     calibrate = _calibrate(config, prompts, model)
     sensitivity = _sensitivity(config, calibrate, model)
-    return Quantization(prompts, calibrate, sensitivity, _quantize(config, calibrate, sensitivity, model))
+    quantized = Quantization(prompts, calibrate, sensitivity, _quantize(config, calibrate, sensitivity, model))
+    return _distilled(config, quantized, model)
 
 
 def build_graph(config: Config, *, cache: Path) -> Graph:
@@ -175,7 +248,7 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     quantized = config.quantize.kind != "none"
     quantization = build_quantization(config, cache=cache) if quantized else None
     prompts = read_prompts(config.evaluate.prompts)
-    images = _images(config, model, quantization.quantize if quantized else None)
+    images = _images(config, model, quantization.denoiser if quantized else None)
     teacher_images = _images(config, model, None) if quantized else None
     settings = _pick(config.evaluate, "metrics", "bootstrap") | {"n": len(prompts.prompts), "prompts": prompts.sha256}
     upstream: dict[str, Stage | str] = {"images": images}

@@ -39,21 +39,30 @@ class Models:
         return load_pipeline(self.config.model, device=self.device)
 
     def student(self, quantized: Path | None, *, decode: str = "cached"):
-        """The teacher itself, or a pipeline of its own with the denoiser that the quantize stage made."""
-        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
-
+        """The teacher itself, or a pipeline of its own with the denoiser that a stage made."""
         if quantized is None:
             return self.teacher
+        return self.student_and_teacher(quantized, decode=decode)[0]
+
+    def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
+        """A pipeline with the denoiser that a stage made, and the full-precision denoiser that was in its place.
+
+        dtype: of the student's floats; None: the model's.
+        """
+        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
+        from vqdm.models.loader import denoiser_of
+
         pipeline = self.own()
-        denoiser = load_denoiser(quantized / DENOISER, dtype=pipeline.dtype, decode=decode)
-        replace_denoiser(pipeline, denoiser.to(self.device))
-        return pipeline
+        teacher = denoiser_of(pipeline)
+        student = load_denoiser(quantized / DENOISER, dtype=dtype or pipeline.dtype, decode=decode)
+        replace_denoiser(pipeline, student.to(self.device))
+        return pipeline, teacher
 
 
-def ensure_quantized(
+def ensure_denoiser(
     config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
 ) -> Path:
-    """The directory of the quantize stage, and of those before it, made unless they are there."""
+    """The directory of the last stage that makes a denoiser; it and those before it are made unless they are there."""
 
     def make_calibration(directory: Path) -> dict:
         from vqdm.stages.calibrate import calibrate
@@ -85,4 +94,11 @@ def ensure_quantized(
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
     tracker.table("layers", [{**layer, "scheme": layer["scheme"]["codec"]} for layer in layers])
     tracker.log({f"quantize/{name}": value for name, value in store.summary(stages.quantize).items()})
-    return quantized
+    if stages.denoiser is stages.quantize:
+        return quantized
+    from vqdm.stages.distillation import ensure_distilled
+
+    return ensure_distilled(
+        config, store, stages, models, quantized=quantized, calibration=calibration, environment=environment,
+        tracker=tracker,
+    )  # fmt: skip

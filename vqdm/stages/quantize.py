@@ -272,15 +272,24 @@ def _finish(
     directory: Path, denoiser: nn.Module, assignment: Assignment, calibration: Path, *, dtype, device: str
 ) -> dict:
     records = [read_item(directory, spec.name) for spec in assignment.specs]
-    bits = count_bits(denoiser)
     left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in assignment.skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
+    found = finished_denoiser(directory, denoiser, calibration, dtype=dtype, device=device)
+    log.info(
+        "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
+        len(records), len(left), found["bits_per_weight"], found["relative_output_error"],
+    )  # fmt: skip
+    return found
+
+
+def finished_denoiser(directory: Path, denoiser: nn.Module, calibration: Path, *, dtype, device: str) -> dict:
+    """Write `denoiser/`, with the numbers that its file holds; returns its bits, bytes and output error.
+
+    The error is that of the denoiser as stored, cast to `dtype`, on the calibration's recorded calls.
+    """
+    bits = count_bits(denoiser)
     round_to_stored_(denoiser)
     nn.Module.to(denoiser, device=device, dtype=dtype)
     error = output_error(denoiser, recorded_calls(calibration), device)
     file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error_in_calibration": error})
-    log.info(
-        "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
-        len(records), len(left), bits.bits_per_weight, error,
-    )  # fmt: skip
     return {**bits.to_dict(), "file_bytes": file_bytes, "relative_output_error": error}

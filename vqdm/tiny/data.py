@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vqdm.prompts import WORLD_SEED
 from vqdm.tiny.captions import caption_of
 from vqdm.tiny.scenes import IMAGE_SIZE, draw_scenes, render
 
@@ -28,6 +29,12 @@ class SceneSet:
     def images(self, indices: torch.Tensor) -> torch.Tensor:
         """float [n, 3, 32, 32] in [-1, 1]."""
         return torch.from_numpy(self.pixels[indices.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def scene_pixels(prompt_id: str) -> np.ndarray:
+    """The render of the scene that a prompt of the tiny world, `<split>-<index>`, describes: uint8 [32, 32, 3]."""
+    split, _, index = prompt_id.rpartition("-")
+    return render(draw_scenes(WORLD_SEED, split, [int(index)]))[0]
 
 
 def write_coco(directory: Path, *, seed: int, split: str, n: int) -> Path:

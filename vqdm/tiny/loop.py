@@ -5,7 +5,6 @@ checkpoint and ends with the same weights, bit for bit (same threads, same libra
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,25 +17,13 @@ from tqdm import tqdm
 
 from vqdm.atomic import atomic_write
 from vqdm.seeds import derive
-
-
-def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from: float) -> float:
-    """Linear warm-up, constant, then half a cosine to zero over the last (1 − decay_from) of the steps."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    start = decay_from * steps
-    if step < start:
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1.0, steps - start)))
+from vqdm.training import learning_rate, optimizer_tensors, restore_optimizer
 
 
 def _save(path: Path, step: int, model: nn.Module, average: dict, optimizer: torch.optim.AdamW) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
-    names = {p: k for k, p in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{names[parameter]}"] = state[key]
+    tensors |= optimizer_tensors(optimizer, {p: k for k, p in model.named_parameters()})
     atomic_write(path, to_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata={"step": str(step)}))
 
 
@@ -47,13 +34,7 @@ def _load(path: Path, model: nn.Module, average: dict, optimizer: torch.optim.Ad
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for key in average:
         average[key].copy_(tensors[f"average.{key}"])
-    for name, parameter in model.named_parameters():
-        if f"exp_avg.{name}" in tensors:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"exp_avg.{name}"],
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-            }
+    restore_optimizer(optimizer, {p: k for k, p in model.named_parameters()}, tensors, step=step)
     return step
 
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vqdm.errors import UserError
 from vqdm.weights.base import (
@@ -13,7 +15,9 @@ from vqdm.weights.base import (
     SharedPart,
     check_groups,
     kernels_apply,
+    recomputed_gradients,
     stored_parameter,
+    unpack_codes,
     widened,
 )
 
@@ -75,6 +79,43 @@ def decode_additive(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scal
     """
     weight = sum_codewords(codes, codebooks) * scales[:, None]
     return weight if input_scales is None else weight * input_scales
+
+
+def decode_packed(
+    codes: Tensor, width: int, shape: tuple[int, ...], codebooks: Tensor, scales: Tensor, input_scales: Tensor | None
+) -> Tensor:
+    """`decode_additive` of packed codes of `width` bits and this shape, in torch."""
+    return decode_additive(unpack_codes(codes, width, shape), codebooks, scales, input_scales)
+
+
+class DecodeAdditive(torch.autograd.Function):
+    """`decode_packed`, by `kernels` where they apply; for its gradients nothing is kept but its arguments."""
+
+    @staticmethod
+    def forward(ctx, codes, width, shape, codebooks, scales, input_scales):
+        ctx.width, ctx.shape = width, shape
+        ctx.save_for_backward(codes, codebooks, scales, input_scales)
+        if not kernels_apply(codes, codebooks, scales, input_scales):
+            return decode_packed(codes, width, shape, codebooks, scales, input_scales)
+        from vqdm.weights import kernels  # imports numba, which not everyone needs
+
+        inputs = shape[1] * codebooks.shape[3]
+        return kernels.decode_additive(codes, width, codebooks, inputs=inputs, scales=scales, input_scales=input_scales)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        codes, codebooks, scales, input_scales = ctx.saved_tensors
+        if not kernels_apply(gradient, codes, codebooks, scales, input_scales):
+            arguments = codes, ctx.width, ctx.shape, codebooks, scales, input_scales
+            return recomputed_gradients(decode_packed, arguments, ctx.needs_input_grad, gradient)
+        from vqdm.weights import kernels
+
+        wanted = ctx.needs_input_grad[3]
+        found = kernels.additive_gradients(
+            gradient, codes, ctx.width, codebooks, scales=scales, input_scales=input_scales, of_codebooks=wanted
+        )
+        return None, None, None, *found
 
 
 class SharedCodebooks(SharedPart):
@@ -144,15 +185,8 @@ class AdditiveWeight(FixedWidthWeight):
 
     def forward(self) -> Tensor:
         dtype, (codebooks, scales, columns) = widened(self.effective_codebooks(), self.scales, self.input_scales)
-        if kernels_apply(self.codes, codebooks, scales, columns):
-            from vqdm.weights import kernels  # imports numba, which not everyone needs
-
-            weight = kernels.decode_additive(
-                self.codes, self.code_width, codebooks, inputs=self.shape[1], scales=scales, input_scales=columns
-            )
-        else:
-            weight = decode_additive(self.unpacked_codes(), codebooks, scales, columns)
-        return weight.to(dtype)
+        decode = decode_packed if torch.compiler.is_compiling() else DecodeAdditive.apply
+        return decode(self.codes, self.code_width, self.codes_shape, codebooks, scales, columns).to(dtype)
 
     def paper_bits(self) -> int:
         return super().paper_bits() + (0 if self.shared else 16 * self.codebooks.numel())

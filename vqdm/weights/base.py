@@ -6,6 +6,7 @@ empty: ready for `load_state_dict`, or, on the meta device, the plan whose bytes
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
@@ -87,25 +88,33 @@ def widened(*parameters: Tensor | None) -> tuple[torch.dtype, list[Tensor | None
 
 
 def kernels_apply(*tensors: Tensor | None) -> bool:
-    """Whether `kernels` may decode: plain CPU tensors, floats in fp32, no gradient wanted, nothing being traced."""
-    if torch.compiler.is_compiling():
-        return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return False
-    return all(
+    """Whether `kernels` may compute with these: plain CPU tensors, floats in fp32, nothing being traced."""
+    return not torch.compiler.is_compiling() and all(
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.uint8)
-        for tensor in given
+        for tensor in tensors
+        if tensor is not None
     )
+
+
+def recomputed_gradients(
+    decode: Callable[..., Tensor], arguments: Sequence, wanted: Sequence[bool], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of the `wanted` arguments, from the `gradient` of decode(*arguments), which is computed once more; else None."""
+    with torch.enable_grad():
+        inputs = [a.detach().requires_grad_() if w else a for a, w in zip(arguments, wanted, strict=True)]
+        weight = decode(*inputs)
+    found = iter(torch.autograd.grad(weight, [i for i, w in zip(inputs, wanted, strict=True) if w], gradient))
+    return tuple(next(found) if w else None for w in wanted)
 
 
 class QuantizedWeight(nn.Module):
     """A weight [out, in] held as packed codes and float parameters; calling it decodes it.
 
     The result has the dtype of the float parameters: fp16 as stored, fp32 after `.float()`, say for training.
-    Without gradients it is decoded by `kernels` on a CPU, otherwise by torch: the same weight, bit for bit.
+    It is decoded by `kernels` on a CPU, otherwise by torch: the same weight, bit for bit. For gradients nothing is kept
+    but codes and parameters.
     A shared part is referred to through a tuple, which nn.Module does not register: it is not in this module's
     state_dict, and a deepcopy of the whole denoiser refers to the copied part.
     """
@@ -170,13 +179,18 @@ class FixedWidthWeight(QuantizedWeight):
 
     def unpacked_codes(self) -> Tensor:
         """int32, in the shape of the codes."""
-        return unpack(self.codes, self.code_width, math.prod(self.codes_shape)).view(self.codes_shape)
+        return unpack_codes(self.codes, self.code_width, self.codes_shape)
 
     def set_codes(self, codes: Tensor) -> None:
         """Replace all codes by integers in the shape of the codes."""
         if tuple(codes.shape) != self.codes_shape:
             raise ValueError(f"codes must be {self.codes_shape}, not {tuple(codes.shape)}")
         self.codes.copy_(pack(codes, self.code_width))
+
+
+def unpack_codes(codes: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
+    """int32 of this shape from a packed stream."""
+    return unpack(codes, width, math.prod(shape)).view(shape)
 
 
 def check_groups(in_features: int, *, layer: str = "", group_size: int | None = None) -> None:

@@ -3,10 +3,21 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqdm.errors import UserError
-from vqdm.weights.base import FixedWidthWeight, Scheme, check_groups, kernels_apply, stored_parameter, widened
+from vqdm.weights.base import (
+    FixedWidthWeight,
+    Scheme,
+    check_groups,
+    kernels_apply,
+    recomputed_gradients,
+    stored_parameter,
+    unpack_codes,
+    widened,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,32 @@ def decode_scalar(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((grouped - zeros[..., None]) * scales[..., None]).view(codes.shape)
 
 
+def decode_packed(codes: Tensor, width: int, shape: tuple[int, int], scales: Tensor, zeros: Tensor) -> Tensor:
+    """`decode_scalar` of packed codes of `width` bits and this shape, in torch."""
+    return decode_scalar(unpack_codes(codes, width, shape), scales, zeros)
+
+
+class DecodeScalar(torch.autograd.Function):
+    """`decode_packed`, by `kernels` where they apply; for its gradients nothing is kept but its arguments."""
+
+    @staticmethod
+    def forward(ctx, codes, width, shape, scales, zeros):
+        ctx.width, ctx.shape = width, shape
+        ctx.save_for_backward(codes, scales, zeros)
+        if not kernels_apply(codes, scales, zeros):
+            return decode_packed(codes, width, shape, scales, zeros)
+        from vqdm.weights import kernels  # imports numba, which not everyone needs
+
+        return kernels.decode_scalar(codes, width, inputs=shape[1], scales=scales, zeros=zeros)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        codes, scales, zeros = ctx.saved_tensors
+        arguments = codes, ctx.width, ctx.shape, scales, zeros
+        return recomputed_gradients(decode_packed, arguments, ctx.needs_input_grad, gradient)
+
+
 class ScalarWeight(FixedWidthWeight):
     """Uniform codes [out, in]; scales and integer zero points [out, groups]."""
 
@@ -61,12 +98,5 @@ class ScalarWeight(FixedWidthWeight):
 
     def forward(self) -> Tensor:
         dtype, (scales, zeros) = widened(self.scales, self.zeros)
-        if kernels_apply(self.codes, scales, zeros):
-            from vqdm.weights import kernels  # imports numba, which not everyone needs
-
-            weight = kernels.decode_scalar(
-                self.codes, self.code_width, inputs=self.shape[1], scales=scales, zeros=zeros
-            )
-        else:
-            weight = decode_scalar(self.unpacked_codes(), scales, zeros)
-        return weight.to(dtype)
+        decode = decode_packed if torch.compiler.is_compiling() else DecodeScalar.apply
+        return decode(self.codes, self.code_width, self.shape, scales, zeros).to(dtype)

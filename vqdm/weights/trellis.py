@@ -19,10 +19,19 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqdm.bitpack import pack, packed_bytes, unpack
 from vqdm.errors import UserError
-from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart, kernels_apply, stored_parameter, widened
+from vqdm.weights.base import (
+    QuantizedWeight,
+    Scheme,
+    SharedPart,
+    kernels_apply,
+    recomputed_gradients,
+    stored_parameter,
+    widened,
+)
 
 WINDOW_BITS = 12
 LONGEST_SEQUENCE = 320
@@ -164,26 +173,61 @@ class TrellisWeight(QuantizedWeight):
 
     def unpacked_rates(self) -> Tensor:
         """Quarter bits per weight of every column: int64 [in]."""
-        stored = unpack(self.packed_rates, RATE_BITS, self.shape[1]).long()
-        return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
+        return unpack_rates(self.packed_rates, self.shape[1])
 
     def forward(self) -> Tensor:
-        rates = self.unpacked_rates()
         dtype, (table, scales) = widened(self.shared[0](), self.scales)
-        rows, columns = scales.split(self.shape)
-        if kernels_apply(self.codes, table, scales):
-            from vqdm.weights import kernels  # imports numba, which not everyone needs
+        decode = decode_packed if torch.compiler.is_compiling() else DecodeTrellis.apply
+        return decode(self.packed_rates, self.stream, table, *scales.split(self.shape)).to(dtype)
 
-            weight = kernels.decode_trellis(self.stream, rates, table, row_scales=rows, column_scales=columns)
-        else:
-            weight = decode_trellis(unpack_states(self.stream, rates, self.shape[0]), rates, table, rows, columns)
-        return weight.to(dtype)
+
+class DecodeTrellis(torch.autograd.Function):
+    """`decode_packed`, by `kernels` where they apply; for its gradients nothing is kept but its arguments."""
+
+    @staticmethod
+    def forward(ctx, packed_rates, stream, table, row_scales, column_scales):
+        ctx.save_for_backward(packed_rates, stream, table, row_scales, column_scales)
+        if not kernels_apply(packed_rates, stream, table, row_scales, column_scales):
+            return decode_packed(packed_rates, stream, table, row_scales, column_scales)
+        from vqdm.weights import kernels  # imports numba, which not everyone needs
+
+        rates = unpack_rates(packed_rates, len(column_scales))
+        return kernels.decode_trellis(stream, rates, table, row_scales=row_scales, column_scales=column_scales)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        saved = ctx.saved_tensors  # once: under gradient checkpointing they may not be asked for again
+        if not kernels_apply(gradient, *saved):
+            return recomputed_gradients(decode_packed, saved, ctx.needs_input_grad, gradient)
+        from vqdm.weights import kernels
+
+        packed_rates, stream, table, rows, columns = saved
+        rates = unpack_rates(packed_rates, len(columns))
+        found = kernels.trellis_gradients(
+            gradient, stream, rates, table, row_scales=rows, column_scales=columns, of_table=ctx.needs_input_grad[2]
+        )
+        return None, None, *found
+
+
+def decode_packed(
+    packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor
+) -> Tensor:
+    """`decode_trellis` of the two parts of the codes, in torch."""
+    rates = unpack_rates(packed_rates, len(column_scales))
+    return decode_trellis(unpack_states(stream, rates, len(row_scales)), rates, table, row_scales, column_scales)
 
 
 def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
     """row_scale · (column_scale · table[state]): int [in, out], quarter bits [in] to [out, in] in the scales' dtype."""
     columns = F.embedding(states, table[:, None])[..., 0]
     return (columns * (column_scales * (rates > 0))[:, None]).T * row_scales[:, None]
+
+
+def unpack_rates(packed: Tensor, columns: int) -> Tensor:
+    """Quarter bits per weight of every column: packed uint8 to int64 [columns]."""
+    stored = unpack(packed, RATE_BITS, columns).long()
+    return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
 
 
 def _positions(rates: Tensor, out: int) -> tuple[Tensor, Tensor, Tensor]:

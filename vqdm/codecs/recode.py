@@ -1,0 +1,150 @@
+"""New codes for a weight that is quantized already: as near to a target as its tables, scales and rates allow.
+
+The metric is the plain squared error of the weight: no Hessian, no error fed back. This is the discrete step of
+PV-Tuning (Malinovskii et al. 2024, algorithm 1, "V step"); the continuous one is the training of the float parameters.
+Whatever a search finds, codes are replaced only where the decoded weight then lies strictly nearer to the target.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqdm.codecs.additive_fast import BLOCK, search
+from vqdm.codecs.additive_steps import Parts
+from vqdm.codecs.viterbi import Search
+from vqdm.errors import UserError
+from vqdm.weights.additive import AdditiveWeight, decode_additive
+from vqdm.weights.base import QuantizedWeight, widened
+from vqdm.weights.scalar import ScalarWeight, decode_scalar
+from vqdm.weights.trellis import TrellisWeight, decode_trellis, pack_states, sequence_length, unpack_states
+
+BEAM_SIZE = 4  # of the search over the codebooks of a group
+REACH = 1e3  # what tables hold, times this, is as far as targets may lie: beyond it fp32 costs lose the other values
+CHUNK = 1 << 18  # weights whose states are searched at once
+
+
+@torch.no_grad()
+def recode_(weight: QuantizedWeight, target: Tensor, *, beam_size: int = BEAM_SIZE) -> int:
+    """Replace codes in place by such that decode nearer to `target` [out, in]; returns how many changed.
+
+    What is counted, and never gets further from the target: single weights of scalar codes, groups of additive ones;
+    of trellis codes, states are counted and each sequence of a column gets no further. beam_size: of additive codes.
+    UserError for a target that is not finite; ValueError for another shape than the weight's and for groups of
+    several outputs.
+    """
+    if tuple(target.shape) != weight.shape:
+        raise ValueError(f"the target must be {list(weight.shape)}, not {list(target.shape)}")
+    if not bool(torch.isfinite(target).all()):
+        raise UserError("the weights that codes are to follow are infinite or NaN: lower the learning rate")
+    if isinstance(weight, TrellisWeight):
+        return _recode_trellis(weight, target.detach())
+    if isinstance(weight, AdditiveWeight):
+        return _recode_additive(weight, target.detach(), beam_size)
+    if isinstance(weight, ScalarWeight):
+        return _recode_scalar(weight, target.detach())
+    raise TypeError(f"no search for the codes of a {type(weight).__name__}")
+
+
+def _divided(target: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
+    """target / scales as fp32, 0 where the scale is 0, within REACH times `largest`."""
+    limit = REACH * largest.float()
+    return torch.where(scales != 0, target / scales, 0.0).float().clamp(-limit, limit)
+
+
+def _recode_scalar(weight: ScalarWeight, target: Tensor) -> int:
+    dtype, (scales, zeros) = widened(weight.scales, weight.zeros)
+    present = weight.unpacked_codes()
+    grouped = target.to(scales.dtype).view(*scales.shape, -1)
+    quotient = torch.where(scales[..., None] != 0, grouped / scales[..., None], 0.0)
+    nearest = torch.round(quotient + zeros[..., None]).clamp(0, 2**weight.scheme.bits - 1)
+    chosen = nearest.to(present.dtype).view(present.shape)
+
+    def errors(codes: Tensor) -> Tensor:
+        return (target - decode_scalar(codes, scales, zeros).to(dtype)).abs()
+
+    nearer = errors(chosen) < errors(present)
+    return _replace(weight, nearer, chosen, present)
+
+
+def _recode_additive(weight: AdditiveWeight, target: Tensor, beam_size: int) -> int:
+    if weight.scheme.out_group_size != 1:
+        raise ValueError(f"the codes of {weight.scheme.name} cannot be searched: its groups have several outputs")
+    dtype, (codebooks, scales, columns) = widened(weight.effective_codebooks(), weight.scales, weight.input_scales)
+    present = weight.unpacked_codes()
+    products = scales[:, None] * (torch.ones_like(target[0]) if columns is None else columns)
+    normalised = _divided(target, products, codebooks.abs().amax() * len(codebooks)).cpu()
+    metric = torch.ones(weight.shape[1], device="cpu") if columns is None else columns.float().cpu().square()
+    parts = Parts(codebooks[:, :, 0].float().cpu(), present.cpu(), torch.ones(weight.shape[0], device="cpu"))
+    chosen = _search_groups(normalised, metric, parts, beam_size).to(present.device)
+
+    def errors(codes: Tensor) -> Tensor:
+        squares = (target - decode_additive(codes, codebooks, scales, columns).to(dtype)).square()
+        return squares.view(*codes.shape[:2], -1).sum(2, dtype=torch.float64)
+
+    nearer = errors(chosen) < errors(present)
+    return _replace(weight, nearer[..., None], chosen, present)
+
+
+def _search_groups(target: Tensor, metric: Tensor, parts: Parts, beam_size: int) -> Tensor:
+    """The codes a beam finds from those of `parts` on: int32 [out, groups, M]; metric [in]: of every squared error.
+
+    Nothing couples the groups, so they are taken in blocks, whose coupling is small.
+    """
+    group_size, codes = parts.codebooks.shape[2], parts.codes.clone()
+    count = max(1, BLOCK // group_size)
+    for first in range(0, codes.shape[1], count):
+        inputs = slice(first * group_size, (first + count) * group_size)
+        block = Parts(parts.codebooks, codes[:, first : first + count].contiguous(), parts.scales)
+        search(target[:, inputs].contiguous(), metric[inputs].diag(), block, beam_size=beam_size)
+        codes[:, first : first + count] = block.codes
+    return codes
+
+
+def _replace(weight: ScalarWeight | AdditiveWeight, nearer: Tensor, chosen: Tensor, present: Tensor) -> int:
+    count = int(nearer.sum())
+    if count:
+        weight.set_codes(torch.where(nearer, chosen, present))
+    return count
+
+
+def _recode_trellis(weight: TrellisWeight, target: Tensor) -> int:
+    rates, out = weight.unpacked_rates(), weight.shape[0]
+    dtype, (table, scales) = widened(weight.shared[0](), weight.scales)
+    rows, columns = scales.split(weight.shape)
+    present = unpack_states(weight.stream, rates, out)
+    length = sequence_length(out)
+
+    def errors(states: Tensor) -> Tensor:
+        """Of every sequence: fp64 [in, sequences]."""
+        squares = (target - decode_trellis(states, rates, table, rows, columns).to(dtype)).square()
+        return F.pad(squares, (0, 0, 0, -out % length)).view(-1, length, len(rates)).sum(1, dtype=torch.float64).T
+
+    before = errors(present)
+    chosen, open_columns = present.clone(), (rates > 0) & (columns != 0) & (before.sum(1) > 0)
+    importance = (rows / rows.abs().max().clamp(min=1e-30)).float().square()
+    step = max(1, CHUNK // out)
+    for rate in rates[open_columns].unique().tolist():
+        for part in (open_columns & (rates == rate)).nonzero()[:, 0].split(step):
+            quotients = _divided(target.T[part], columns[part, None] * rows, table.abs().max())
+            chosen[part] = _search_columns(quotients, importance, table, rate)
+
+    nearer = errors(chosen) < before
+    nearer = nearer.repeat_interleave(length, 1)[:, :out]  # what is replaced is a whole sequence: only these are paths
+    chosen = torch.where(nearer, chosen, present)
+    if bool(nearer.any()):
+        weight.stream.copy_(pack_states(chosen, rates, len(weight.stream)))
+    return int((chosen != present).sum())
+
+
+def _search_columns(targets: Tensor, importance: Tensor, table: Tensor, rate: int) -> Tensor:
+    """The states of columns of one rate, all end to end: fp32 [columns, out], weights [out] to int32 [columns, out]."""
+    count, out = targets.shape
+    length = sequence_length(out)
+    cut = out // length * length
+    states = []
+    for values, size in ((slice(cut), length), (slice(cut, out), out - cut)):  # whole sequences, then a shorter one
+        if size:
+            search_states = Search(table, size)
+            found = search_states(targets[:, values].reshape(-1), importance[values].repeat(count), rate)
+            states.append(found.states.view(count, -1))
+    return torch.cat(states, 1)

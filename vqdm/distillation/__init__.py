@@ -1,0 +1,1 @@
+"""Distillation: a quantized denoiser learns to give the original's predictions."""

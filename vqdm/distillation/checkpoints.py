@@ -1,0 +1,92 @@
+"""Checkpoints of a student in training: items of its stage, the last one and the best one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from vqdm.distillation.parameters import Trained
+from vqdm.drift import DriftingWeight
+from vqdm.items import item_names, read_item, remove_item, write_item
+from vqdm.training import optimizer_tensors, restore_optimizer
+
+
+@dataclass
+class State:
+    """Where a training is: steps done, their losses, and every validation so far as {step, loss, …}."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validations: list[dict] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict:
+        """The first of the validations of least loss."""
+        return min(self.validations, key=lambda found: (found["loss"], found["step"]))
+
+
+class Checkpoints:
+    """Those in a stage's directory, of one student and its optimizer."""
+
+    def __init__(self, directory: Path, denoiser: nn.Module, trained: list[Trained], optimizer: torch.optim.Adam):
+        self.directory, self.denoiser, self.optimizer = directory, denoiser, optimizer
+        self.parameters = {part.name: part.parameter for part in trained}
+
+    def save(self, state: State) -> None:
+        """And remove all but this one and the best."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        tensors = {f"trained.{name}": tensor for name, tensor in self._tensors().items()}
+        tensors |= optimizer_tensors(self.optimizer, names)
+        tensors["losses"] = torch.tensor(state.losses, dtype=torch.float64)
+        name = _name(state.step)
+        content = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        write_item(self.directory, name, {_file(name): content}, {"step": state.step, "validations": state.validations})
+        for other in item_names(self.directory, "step-"):
+            if other not in (name, _name(state.best["step"])):
+                remove_item(self.directory, other, [_file(other)])
+
+    def restore(self) -> State:
+        """Load the last checkpoint that is whole, as its best one is; a new state if there is none."""
+        for name in reversed(item_names(self.directory, "step-")):
+            record = read_item(self.directory, name)
+            if record is None:
+                continue
+            state = State(record["step"], [], record["validations"])
+            if read_item(self.directory, _name(state.best["step"])) is None:
+                continue
+            tensors = self._load(name)
+            names = {parameter: key for key, parameter in self.parameters.items()}
+            restore_optimizer(self.optimizer, names, tensors, step=state.step)
+            state.losses = tensors["losses"].tolist()
+            return state
+        return State()
+
+    def load_best(self, state: State) -> None:
+        self._load(_name(state.best["step"]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training changes: parameters, and the codes of weights that drift."""
+        codes = {
+            f"{name}.inner.codes": module.inner.codes
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, DriftingWeight)
+        }
+        return self.parameters | codes
+
+    @torch.no_grad()
+    def _load(self, name: str) -> dict[str, Tensor]:
+        tensors = load((self.directory / _file(name)).read_bytes())
+        for key, own in self._tensors().items():
+            own.copy_(tensors[f"trained.{key}"])
+        return tensors
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _file(name: str) -> str:
+    return f"checkpoints/{name}.safetensors"

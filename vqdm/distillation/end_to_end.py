@@ -1,0 +1,216 @@
+"""End to end: the student learns to give the teacher's predictions on recorded latents.
+
+Every step's samples follow from the seed and the step's number alone, and what a process does from its rank: a run that
+is killed goes on to the same weights, and more processes at the same batch size see the same samples.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqdm import processes
+from vqdm.config import FinetuneConfig
+from vqdm.distillation.checkpoints import Checkpoints, State
+from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors, timestep_weights
+from vqdm.distillation.parameters import Trained, trained_parameters
+from vqdm.distillation.trajectories import Batch, Trajectories
+from vqdm.drift import let_drift, stop_drifting
+from vqdm.errors import UserError
+from vqdm.models.recording import play
+from vqdm.seeds import torch_generator
+from vqdm.training import RelativeAdam, learning_rate
+
+BUCKETS, TIMESTEPS = 5, 1000  # validation losses are told apart by fifths of the training timesteps
+DIVERGED = 4.0  # times the validation loss of the start
+
+
+@dataclass
+class Distillation:
+    """All that a step needs: the student, in fp32 on its device, and where its samples come from.
+
+    samples: of a step, the trajectories to draw from. scheduler: for the weights of timesteps. teacher: only for the
+    outputs of its blocks. report: takes numbers by name, for a tracker. show: called at every validation.
+    """
+
+    student: nn.Module
+    samples: Callable[[int], Trajectories]
+    validation: Trajectories
+    config: FinetuneConfig
+    scheduler: object
+    teacher: nn.Module | None = None
+    report: Callable[[dict], None] = lambda values: None
+    show: Callable[[int], None] = lambda step: None
+
+    def run(self, directory) -> State:
+        """Train to the end, from the last checkpoint in `directory` if there is one; the best weights are restored.
+
+        UserError for a loss that is not finite or a validation loss that grows beyond DIVERGED times the first;
+        checkpoints stay.
+        """
+        config, student = self.config, self.student
+        drifting = let_drift(student) if config.tune_codes else {}
+        trained = trained_parameters(student, config.train, code_rate=config.code_rate)
+        optimizer = _optimizer(trained, config)
+        checkpoints = Checkpoints(directory, student, trained, optimizer)
+        state = checkpoints.restore()
+        with _training(student, trained, checkpointing=config.checkpointing):
+            module = _distributed(student)
+            steps = tqdm(range(state.step, config.steps), "finetune", initial=state.step, total=config.steps)
+            for step in steps:
+                self._check(state, checkpoints)
+                loss = self._gradients(module, step)
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"finetune: the loss is {loss} at step {step}: lower finetune.learning_rate; the best weights so "
+                        f"far, of step {state.best['step']}, are kept in {directory}/checkpoints"
+                    )
+                rate = learning_rate(
+                    step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup,
+                    decay_from=config.decay_from,
+                )  # fmt: skip
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+                moved = 0
+                if (step + 1) % config.code_every == 0:
+                    moved = sum(weight.settle() for weight in drifting.values())
+                state.step, state.losses = step + 1, [*state.losses, loss]
+                steps.set_postfix(loss=f"{loss:.5f}")
+                self.report({"step": step + 1, "loss": loss, "learning_rate": rate, "codes_moved": moved})
+            self._check(state, checkpoints)
+        checkpoints.load_best(state)
+        stop_drifting(student)
+        return state
+
+    def _check(self, state: State, checkpoints: Checkpoints) -> None:
+        """Validation and checkpoint, where they are due and not there yet."""
+        due = state.step % self.config.check_every == 0 or state.step == self.config.steps
+        if not due or any(found["step"] == state.step for found in state.validations):
+            return
+        found = {"step": state.step, **self._validate()}
+        self.report({f"validation/{name}": value for name, value in found.items()})
+        first = state.validations[0]["loss"] if state.validations else found["loss"]
+        if not found["loss"] <= DIVERGED * first:
+            raise UserError(
+                f"finetune: the validation loss went from {first:.3g} to {found['loss']:.3g} in {state.step} steps: lower "
+                f"finetune.learning_rate; the best weights so far are kept in {checkpoints.directory}/checkpoints"
+            )
+        state.validations.append(found)
+        if processes.is_main():
+            checkpoints.save(state)
+            self.show(state.step)
+        processes.wait_for_all()
+
+    def _gradients(self, module: nn.Module, step: int) -> float:
+        """Those of the batch's mean loss, in the parameters; returns the loss, the same in every process."""
+        config, trajectories = self.config, self.samples(step)
+        rank, count = processes.rank_and_count()
+        own = list(samples_of(step, len(trajectories), config))[rank::count]
+        size = config.micro_batch_size or len(own)
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        total = torch.zeros(())
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            together = contextlib.nullcontext() if last or module is self.student else module.no_sync()
+            with together:
+                loss = self._losses(module, trajectories.batch(part, device=_device(self.student))).sum() / len(own)
+                loss.backward()
+            total += loss.detach().cpu()
+        return float(processes.sum_over(total.to(_device(self.student)))) / count
+
+    def _losses(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The weighted loss of every sample."""
+        config = self.config
+        watched = [] if self.teacher is None else [self.student, self.teacher]
+        with self._precision(), block_outputs(*watched) as outputs:
+            prediction = play(module, batch.arguments)
+            errors = squared_errors(prediction, batch.target, rows_each=batch.rows_each)
+            if watched:
+                with torch.no_grad():
+                    play(self.teacher, batch.arguments)
+                student, teacher = (found.take() for found in outputs)
+                errors = errors + config.feature_weight * feature_errors(student, teacher, rows_each=batch.rows_each)
+        weights = timestep_weights(
+            batch.timesteps, self.scheduler, weighting=config.weighting, limit=config.min_snr
+        )
+        return errors * weights.to(errors.device)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """The mean squared error over the validation's samples, of all and by timestep."""
+        config, device = self.config, _device(self.student)
+        rank, processes_count = processes.rank_and_count()
+        count = min(config.validation_samples, len(self.validation))
+        chosen = [int((i + 0.5) * len(self.validation) / count) for i in range(count)][rank::processes_count]
+        sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
+        size = config.micro_batch_size or config.batch_size
+        for start in range(0, len(chosen), size):
+            batch = self.validation.batch(chosen[start : start + size], device=device)
+            with self._precision():
+                prediction = play(self.student, batch.arguments)
+            errors = squared_errors(prediction, batch.target, rows_each=batch.rows_each).double().cpu()
+            bucket = (batch.timesteps.double() * BUCKETS / TIMESTEPS).long().clamp(0, BUCKETS - 1)
+            sums[0].index_add_(0, bucket, errors)
+            sums[1].index_add_(0, bucket, torch.ones_like(errors))
+        errors, counts = processes.sum_over(sums.to(device)).cpu()
+        width = TIMESTEPS // BUCKETS
+        found = {f"t{i * width}-{(i + 1) * width - 1}": float(errors[i] / counts[i]) for i in range(BUCKETS) if counts[i]}
+        return {"loss": float(errors.sum() / counts.sum()), **found}
+
+    def _precision(self):
+        kind = _device(self.student).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+def samples_of(step: int, total: int, config: FinetuneConfig) -> Iterator[int]:
+    """The numbers of a step's samples: passes over all `total`, each in an order of its own."""
+    order, current = None, None
+    for position in range(step * config.batch_size, (step + 1) * config.batch_size):
+        epoch, place = divmod(position, total)
+        if epoch != current:
+            order = torch.randperm(total, generator=torch_generator(config.seed, "finetune/order", epoch))
+            current = epoch
+        yield int(order[place])
+
+
+def _optimizer(trained: list[Trained], config: FinetuneConfig) -> torch.optim.Adam:
+    """Adam as in the paper: betas 0.9 and 0.999, no weight decay."""
+    if not config.relative_rate:
+        return torch.optim.Adam([part.parameter for part in trained], lr=config.learning_rate)
+    return RelativeAdam([(part.parameter, part.unit) for part in trained], lr=config.learning_rate)
+
+
+@contextlib.contextmanager
+def _training(student: nn.Module, trained: list[Trained], *, checkpointing: bool) -> Iterator[None]:
+    """Inside, only what trains has gradients, and activations are kept or not; afterwards nothing has gradients."""
+    student.requires_grad_(False)
+    for part in trained:
+        part.parameter.requires_grad_(True)
+    if checkpointing:
+        student.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        student.requires_grad_(False)
+        if checkpointing:
+            student.disable_gradient_checkpointing()
+        for part in trained:
+            part.parameter.grad = None
+
+
+def _distributed(student: nn.Module) -> nn.Module:
+    """The student itself, or, if there are other processes, one whose gradients are the mean of all."""
+    if not processes.launched():
+        return student
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(student)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,82 @@
+"""How far the student's predictions, and if wanted its blocks' outputs, are from the teacher's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vqdm.blocks import RESIDUAL_UNITS
+from vqdm.errors import UserError
+
+
+def squared_errors(prediction: Tensor, target: Tensor, *, rows_each: int) -> Tensor:
+    """The mean squared error of every sample, over all its rows (both halves of guidance): fp32 [samples]."""
+    error = (prediction.float() - target.float()).square()
+    return error.view(len(error) // rows_each, -1).mean(1)
+
+
+def timestep_weights(timesteps: Tensor, scheduler, *, weighting: str, limit: float) -> Tensor:
+    """The weight of every sample's error: 1, or by min-SNR-γ (Hang et al. 2023, eq. 8), γ = `limit`: fp32 [samples].
+
+    min(SNR, γ) / SNR for noise predictions, / (SNR + 1) for velocities. UserError for flow matching.
+    """
+    if weighting == "uniform":
+        return torch.ones(len(timesteps))
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"finetune.weighting={weighting} needs a noise schedule, and {type(scheduler).__name__} has none: "
+            "use finetune.weighting=uniform"
+        )
+    level = scheduler.alphas_cumprod.cpu()[timesteps.long().cpu()].double()
+    ratio = level / (1 - level).clamp(min=1e-12)
+    bound = ratio.clamp(max=limit)
+    of = {"epsilon": ratio, "v_prediction": ratio + 1, "sample": torch.ones_like(ratio)}
+    return (bound / of[scheduler.config.prediction_type]).float()
+
+
+class BlockOutputs:
+    """The outputs of a denoiser's residual units in its last forward, by name."""
+
+    def __init__(self, denoiser: nn.Module):
+        self.latest: dict[str, Tensor] = {}
+        self.hooks = [
+            module.register_forward_hook(self._keeper(name))
+            for name, module in denoiser.named_modules()
+            if type(module).__name__ in RESIDUAL_UNITS
+        ]
+
+    def _keeper(self, name: str):
+        def keep(_module, _inputs, output):
+            if isinstance(output, Tensor):
+                self.latest.setdefault(name, output)  # a checkpointed block runs once more in the backward pass
+
+        return keep
+
+    def take(self) -> dict[str, Tensor]:
+        """Those of the last forward; the next one starts anew."""
+        outputs, self.latest = self.latest, {}
+        return outputs
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+@contextmanager
+def block_outputs(*denoisers: nn.Module) -> Iterator[list[BlockOutputs]]:
+    watched = [BlockOutputs(denoiser) for denoiser in denoisers]
+    try:
+        yield watched
+    finally:
+        for outputs in watched:
+            outputs.remove()
+
+
+def feature_errors(student: dict[str, Tensor], teacher: dict[str, Tensor], *, rows_each: int) -> Tensor:
+    """The mean over blocks of every sample's squared error, relative to the block's variance: fp32 [samples]."""
+    errors = [
+        squared_errors(student[name], target, rows_each=rows_each) / target.float().var().clamp(min=1e-12)
+        for name, target in teacher.items()
+    ]
+    return torch.stack(errors).mean(0)

@@ -1,0 +1,161 @@
+"""Distil the quantized denoiser from the original, end to end; every checkpoint is an item."""
+
+import dataclasses
+import functools
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm import processes
+from vqdm.config import FinetuneConfig, ModelConfig
+from vqdm.distillation.checkpoints import State
+from vqdm.distillation.end_to_end import Distillation
+from vqdm.distillation.trajectories import Trajectories, pack
+from vqdm.models.loader import denoiser_of, sample
+from vqdm.prompts import PromptList
+from vqdm.seeds import torch_generator
+from vqdm.stages.layout import png_bytes
+from vqdm.stages.quantize import finished_denoiser
+from vqdm.stages.trajectories import (
+    TRAIN,
+    VALIDATION,
+    recorded_batches,
+    relabelled,
+    split_prompts,
+    trajectories_in,
+)
+from vqdm.store import atomic_write, read_item, write_item, write_json
+
+log = logging.getLogger("vqdm")
+SHOWN = 4  # of the validation's captions, sampled at every validation
+
+
+def finetune(
+    directory: Path, pipeline, teacher: nn.Module | None, trajectories: Path, prompts: PromptList, calibration: Path, *,
+    config: FinetuneConfig, model: ModelConfig, device: str, tracker,
+) -> dict:  # fmt: skip
+    """Fill the stage's directory: `denoiser/`, `history.json`, images. Returns bits, bytes, and losses.
+
+    pipeline: its denoiser is the student, in fp32, trained in place. teacher: the original, where its predictions were
+    not recorded (`teacher_runs_along`). prompts: of the trajectories.
+    """
+    dtype, sampler = getattr(torch, model.dtype), model.sampler
+    running = functools.partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)  # beside 16-bit parts
+    student = denoiser_of(pipeline)
+    if teacher is not None:
+        shared = share_frozen(student, teacher, config=config)
+        log.info("finetune: student and teacher share %.0f MiB", shared / 2**20)
+    train, validation = split_prompts(prompts, config.trajectories.validation)
+    if config.trajectories.along == "student":
+        samples = _OwnTrajectories(
+            directory, pipeline, teacher, train, config=config, sampler=sampler, device=device, running=running
+        ).at
+    else:
+        recorded = trajectories_in(trajectories, TRAIN)
+
+        def samples(_step: int) -> Trajectories:
+            return recorded
+
+    shown = validation.prompts[:SHOWN]
+
+    def show(step: int) -> None:
+        generators = [torch_generator(config.seed, "finetune/shown", prompt.id) for prompt in shown]
+        with running():
+            images = sample(pipeline, [prompt.text for prompt in shown], sampler=sampler, generators=generators)
+        paths = [directory / "images" / f"{step:06d}-{i}.png" for i in range(len(shown))]
+        for path, image in zip(paths, images, strict=True):
+            atomic_write(path, png_bytes(image))
+        tracker.images("finetune/images", paths, [prompt.text for prompt in shown])
+
+    state = Distillation(
+        student, samples, trajectories_in(trajectories, VALIDATION), config, pipeline.scheduler,
+        teacher=teacher if config.feature_weight else None, show=show,
+        report=lambda values: tracker.log({f"finetune/{name}": value for name, value in values.items()}),
+    ).run(directory)  # fmt: skip
+    if not processes.is_main():
+        return {}
+    return _finish(directory, student, calibration, state, dtype=dtype, device=device)
+
+
+def teacher_runs_along(config: FinetuneConfig) -> bool:
+    """Whether training needs more of the teacher than its recorded predictions."""
+    return config.trajectories.along == "student" or config.feature_weight > 0
+
+
+def _finish(directory: Path, student: nn.Module, calibration: Path, state: State, *, dtype, device: str) -> dict:
+    write_json(directory / "history.json", {"losses": state.losses, "validations": state.validations})
+    found = finished_denoiser(directory, student, calibration, dtype=dtype, device=device)
+    first, best = state.validations[0], state.best
+    log.info(
+        "finetuned in %d steps: validation loss %.5f, from %.5f; best at step %d",
+        state.step, best["loss"], first["loss"], best["step"],
+    )  # fmt: skip
+    return found | {"best_step": best["step"], "validation_loss": best["loss"], "validation_loss_before": first["loss"]}
+
+
+def share_frozen(student: nn.Module, teacher: nn.Module, *, config: FinetuneConfig) -> int:
+    """Let the student's tensors that do not train be the teacher's own, where they are equal; returns the bytes."""
+    from vqdm.distillation.parameters import trained_parameters
+
+    trains = {id(part.parameter) for part in trained_parameters(student, config.train)}
+    theirs, shared = dict(teacher.named_parameters()), 0
+    for name, parameter in student.named_parameters():
+        other = theirs.get(name)
+        if id(parameter) in trains or other is None or other.shape != parameter.shape:
+            continue
+        if other.dtype != parameter.dtype and config.precision == "float32":  # autocast alone computes across dtypes
+            continue
+        if torch.equal(other.to(parameter.dtype), parameter):
+            parameter.data = other.data
+            shared += other.numel() * other.element_size()
+    return shared
+
+
+class _OwnTrajectories:
+    """The student's own trajectories, with what the teacher predicts on them: recorded anew every `refresh` steps.
+
+    Those of a round stay on disk until the next is there, so a run that is cut off in between finds them again.
+    """
+
+    def __init__(self, directory: Path, pipeline, teacher: nn.Module, prompts: PromptList, *, config, sampler, device, running):
+        self.directory, self.pipeline, self.teacher, self.prompts = directory, pipeline, teacher, prompts
+        self.config, self.sampler, self.device, self.running = config, sampler, device, running
+        self.round, self.samples = None, None
+
+    def at(self, step: int) -> Trajectories:
+        """Those for a step."""
+        number = step // self.config.refresh
+        if number != self.round:
+            self._record(number)
+            self.round, self.samples = number, trajectories_in(self.directory, _folder(number))
+            if processes.is_main() and number > 1:  # the last checkpoint may still lie in the round before this one
+                shutil.rmtree(self.directory / _folder(number - 2), ignore_errors=True)
+        return self.samples
+
+    def _record(self, number: int) -> None:
+        """The round's captions: as many as fill its steps, each in turn."""
+        config = self.config.trajectories
+        steps = config.sampler_steps or [self.sampler.steps]
+        per_caption = sum(min(config.recorded_steps or count, count) for count in steps)
+        wanted = -(-self.config.refresh * self.config.batch_size // per_caption)
+        count = min(len(self.prompts), -(-wanted // config.batch_size) * config.batch_size)
+        chosen = [self.prompts.prompts[(number * count + i) % len(self.prompts)] for i in range(count)]
+        fresh = dataclasses.replace(config, noise_seed=config.noise_seed + 1 + number)
+        rank, processes_count = processes.rank_and_count()
+        batches = recorded_batches(self.pipeline, PromptList(tuple(chosen), ""), config=fresh, sampler=self.sampler)
+        for index, (name, captions, sampled) in enumerate(batches):
+            item = f"{_folder(number)}-{name}"
+            if index % processes_count == rank and read_item(self.directory, item) is None:
+                with self.running():
+                    calls = sampled()
+                calls = relabelled(calls, self.teacher, device=self.device)
+                files = {f"{_folder(number)}/{name}.safetensors": pack(calls, captions=len(captions))}
+                write_item(self.directory, item, files, {"captions": [p.id for p in captions]})
+        processes.wait_for_all()
+
+
+def _folder(number: int) -> str:
+    return f"round-{number:04d}"

@@ -1,0 +1,133 @@
+"""Trajectories: the denoiser's calls, and what it gives, at every step of sampling captions that no other stage reads.
+
+Files are `train/<batch>-<steps>.safetensors` and `validation/…`, each an item; distillation reads them sample by sample.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+from vqdm.config import SamplerConfig, TrajectoriesConfig
+from vqdm.distillation.trajectories import Trajectories, pack
+from vqdm.errors import UserError
+from vqdm.models.loader import denoiser_of
+from vqdm.models.recording import OUTPUT, Call, Recorder, evenly_spread, play_back
+from vqdm.prompts import Prompt, PromptList
+from vqdm.seeds import torch_generator
+from vqdm.stages.calibrate import sample_batches
+from vqdm.store import read_item, write_item
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+def split_prompts(prompts: PromptList, validation: int) -> tuple[PromptList, PromptList]:
+    """Those to train on, and the last ones, which judge."""
+    first, last = prompts.prompts[: len(prompts) - validation], prompts.prompts[len(prompts) - validation :]
+    return PromptList(first, prompts.origin), PromptList(last, prompts.origin)
+
+
+def record_trajectories(
+    directory: Path, pipeline, prompts: PromptList, *, config: TrajectoriesConfig, sampler: SamplerConfig
+) -> dict:
+    """Fill the stage's directory; batches that are there are kept. Returns the samples of each part.
+
+    pipeline: full precision. With along=student only the validation's are made here: the student makes its own.
+    """
+    train, validation = split_prompts(prompts, config.validation)
+    if config.along == "teacher":
+        _record(directory, TRAIN, pipeline, train, config=config, sampler=sampler)
+    elif config.along == "data":
+        _record(directory, TRAIN, pipeline, train, config=config, sampler=sampler, noised=True)
+    _record(directory, VALIDATION, pipeline, validation, config=config, sampler=sampler)
+    return {part: len(trajectories_in(directory, part)) for part in (TRAIN, VALIDATION)}
+
+
+def trajectories_in(directory: Path, part: str) -> Trajectories:
+    return Trajectories((directory / part).glob("*.safetensors"))
+
+
+def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config, sampler, noised=False) -> None:
+    batches = list(recorded_batches(pipeline, prompts, config=config, sampler=sampler))
+    for name, captions, sampled in tqdm(batches, desc=f"trajectories, {part}", unit="batch"):
+        item = f"{part}-{name}"
+        if read_item(directory, item) is not None:
+            continue
+        calls = sampled()
+        if noised:
+            calls = noised_calls(pipeline, calls, captions, config=config)
+        record = {"prompts": [p.id for p in captions], "calls": len(calls)}
+        write_item(directory, item, {f"{part}/{name}.safetensors": pack(calls, captions=len(captions))}, record)
+
+
+def recorded_batches(
+    pipeline, prompts: PromptList, *, config: TrajectoriesConfig, sampler: SamplerConfig
+) -> Iterator[tuple[str, list[Prompt], "callable"]]:
+    """Every batch of captions at every number of steps: its name, the captions, and what gives the recorded calls."""
+    for steps in config.sampler_steps or [sampler.steps]:
+        own = dataclasses.replace(sampler, steps=steps)
+        positions = evenly_spread(steps, config.recorded_steps or steps)
+        for name, captions, run in sample_batches(pipeline, prompts, config=config, sampler=own):
+
+            def sampled(run=run, positions=positions) -> list[Call]:
+                with Recorder(denoiser_of(pipeline), steps=positions) as recorder:
+                    run()
+                return recorder.calls
+
+            yield f"{name}-{steps:03d}", captions, sampled
+
+
+def relabelled(calls: list[Call], teacher: nn.Module, *, device: str | torch.device) -> list[Call]:
+    """The calls with what the teacher gives for them."""
+    return [call | {OUTPUT: play_back(teacher, call, device=device)} for call in calls]
+
+
+@torch.no_grad()
+def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config: TrajectoriesConfig) -> list[Call]:
+    """The calls at their timesteps, with latents of the captions' images and fresh noise in place of the sampled ones.
+
+    x_t = √ᾱ_t x + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4), which is what every scheduler here feeds the denoiser. UserError
+    for flow matching.
+    """
+    scheduler = pipeline.scheduler
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"finetune.trajectories.along=data needs a noise schedule, and {type(scheduler).__name__} has none: "
+            "use along=teacher"
+        )
+    clean, made = _latents(pipeline, captions, config), []
+    for call in calls:
+        timestep = call["timestep"].flatten()[0]
+        level = scheduler.alphas_cumprod[timestep.long()]
+        draws = [torch_generator(config.noise_seed, f"noised/{float(timestep):g}", p.id) for p in captions]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+        rows = call["sample"]
+        made.append(call | {"sample": noisy.repeat(len(rows) // len(noisy), 1, 1, 1).to(rows.dtype)})
+    return relabelled(made, denoiser_of(pipeline), device=denoiser_of(pipeline).device)
+
+
+def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig) -> torch.Tensor:
+    """The images of the captions as the denoiser's latents: fp32 [captions, channels, h, w], on the CPU."""
+    vae, size = pipeline.vae, denoiser_of(pipeline).config.sample_size * pipeline.vae_scale_factor
+    pixels = np.stack([_pixels(prompt, config, size) for prompt in captions])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    return latents * vae.config.scaling_factor
+
+
+def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: the caption's scene of the tiny world, or its file, cut to a square in the middle."""
+    if config.images is None:
+        from vqdm.tiny.data import scene_pixels
+
+        return scene_pixels(prompt.id)
+    found = [path for ending in ("png", "jpg", "jpeg") if (path := Path(config.images) / f"{prompt.id}.{ending}").is_file()]
+    if not found:
+        raise UserError(f"{config.images} has no {prompt.id}.png or .jpg: finetune.trajectories.images needs all captions'")
+    return np.asarray(ImageOps.fit(Image.open(found[0]).convert("RGB"), (size, size), Image.Resampling.LANCZOS))

@@ -1,0 +1,203 @@
+"""The loops behind `kernels`, compiled by numba: over numpy arrays, in one thread, without Python's lock.
+
+All in this file: what numba keeps on disk is made anew when its own file changes, not when one that it calls does.
+Streams are uint64 words with one more behind them. Gradients are summed onto float64 arrays, in a fixed order.
+"""
+
+import functools
+
+import numba
+import numpy as np
+
+from vqdm.weights.trellis import HIGHEST_RATE, WINDOW_BITS
+
+GROUP = 8  # values decoded from one word: 7 steps of 6 bits and a window are 54 bits
+TILE = 16  # columns decoded together: a cache line of every row
+LANES = 8  # weights of a codeword summed together
+SPAN = (GROUP - 1) * HIGHEST_RATE // 4 + WINDOW_BITS  # bits that GROUP values read at most
+_compiled = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+
+
+@_compiled
+def _read(stream, bit):
+    """The 64 bits from a bit position on. All unsigned, since numba makes floats of int64 and uint64 together."""
+    i, shift = np.uint64(bit) >> np.uint64(6), np.uint64(bit) & np.uint64(63)
+    return stream[i] >> shift | stream[i + np.uint64(1)] << np.uint64(1) << (np.uint64(63) - shift)
+
+
+@_compiled
+def _window(stream, start, rate, t, values):
+    """The bits of GROUP values from the t-th on, of a sequence of `values` that begins at bit `start`."""
+    offset = rate * t // 4
+    window = _read(stream, start + offset)
+    rest = rate * values // 4 - offset  # bits to the end of the sequence, which goes on at its start
+    if rest < SPAN:
+        ahead = (np.uint64(1) << np.uint64(rest)) - np.uint64(1)
+        window = window & ahead | _read(stream, start) << np.uint64(rest)
+    return window
+
+
+@_compiled
+def decode_trellis(stream, rates, starts, length, table, row_scales, column_scales, weight):
+    """By tiles of columns; starts [in]: the first bit of every column; length: of a sequence."""
+    out, inputs = weight.shape
+    tile = np.empty((GROUP, TILE), np.float32)
+    mask = np.uint64((1 << WINDOW_BITS) - 1)
+    for first in range(0, inputs, TILE):
+        columns = min(TILE, inputs - first)
+        for sequence in range(-(-out // length)):
+            top = sequence * length
+            values = min(length, out - top)
+            for t in range(0, values, GROUP):
+                for c in range(columns):
+                    rate, scale = rates[first + c], column_scales[first + c]
+                    window = _window(stream, starts[first + c] + sequence * (rate * length // 4), rate, t, values)
+                    for k in range(GROUP):
+                        tile[k, c] = table[window >> np.uint64(rate * k >> 2) & mask] * scale
+                for k in range(min(GROUP, values - t)):
+                    row = top + t + k
+                    scale = row_scales[row]
+                    if columns == TILE:  # known to the compiler, a quarter faster
+                        for c in range(TILE):
+                            weight[row, first + c] = tile[k, c] * scale
+                    else:
+                        for c in range(columns):
+                            weight[row, first + c] = tile[k, c] * scale
+
+
+@_compiled
+def trellis_gradients(
+    gradient, stream, rates, starts, length, table, row_scales, column_scales, table_sum, row_sum, column_sum
+):
+    """Sums onto the last three; table_sum may be [0]. By tiles, the last of which is filled up with zeros."""
+    out, inputs = gradient.shape
+    mask = np.uint64((1 << WINDOW_BITS) - 1)
+    for first in range(0, inputs, TILE):
+        columns = min(TILE, inputs - first)
+        states, values = np.zeros((GROUP, TILE), np.uint16), np.zeros((GROUP, TILE), np.float32)
+        scales, given = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+        scales[:columns] = column_scales[first : first + columns]
+        of_columns = np.zeros(TILE, np.float64)
+        for sequence in range(-(-out // length)):
+            top = sequence * length
+            count = min(length, out - top)
+            for t in range(0, count, GROUP):
+                for c in range(columns):
+                    rate = rates[first + c]
+                    window = _window(stream, starts[first + c] + sequence * (rate * length // 4), rate, t, count)
+                    for k in range(GROUP):
+                        state = window >> np.uint64(rate * k >> 2) & mask
+                        states[k, c], values[k, c] = state, table[state]
+                for k in range(min(GROUP, count - t)):
+                    row = top + t + k
+                    for c in range(columns):
+                        given[c] = gradient[row, first + c]
+                    scale, of_row = row_scales[row], np.float32(0)
+                    for c in range(TILE):
+                        product = given[c] * values[k, c]
+                        of_columns[c] += product * scale
+                        of_row += product * scales[c]
+                    row_sum[row] += of_row
+                    if len(table_sum):
+                        for c in range(TILE):
+                            table_sum[states[k, c]] += given[c] * scales[c] * scale
+        column_sum[first : first + columns] += of_columns[:columns]
+
+
+@_compiled
+def _sum_codewords(stream, width, codebooks, size, o, inputs, row):
+    """The o-th row before any scale, into row [inputs + padded size].
+
+    Groups are written in whole LANES, the last lanes first: what is too much is overwritten, or lies behind the row.
+    """
+    count, entries, out_size, lanes = codebooks.shape
+    words, word = codebooks.ravel(), np.uint64(out_size * lanes)
+    step, mask = np.uint64(width), (np.uint64(1) << np.uint64(width)) - np.uint64(1)
+    for lane in range(lanes - LANES, -1, -LANES):
+        bit = np.uint64(o // out_size * (inputs // size) * count * width)
+        codes, left = np.uint64(0), np.uint64(0)
+        for j in range(inputs // size):
+            a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = np.float32(-0.0)  # −0 + x is x, for x = −0 too
+            for m in range(count):
+                if left < step:
+                    codes, left = _read(stream, bit), np.uint64(64)
+                w = ((codes & mask) + np.uint64(m * entries)) * word + np.uint64(o % out_size * lanes + lane)
+                a0, a1 = a0 + words[w], a1 + words[w + np.uint64(1)]
+                a2, a3 = a2 + words[w + np.uint64(2)], a3 + words[w + np.uint64(3)]
+                a4, a5 = a4 + words[w + np.uint64(4)], a5 + words[w + np.uint64(5)]
+                a6, a7 = a6 + words[w + np.uint64(6)], a7 + words[w + np.uint64(7)]
+                codes, left, bit = codes >> step, left - step, bit + step
+            p = np.uint64(j * size + lane)
+            row[p], row[p + np.uint64(1)], row[p + np.uint64(2)], row[p + np.uint64(3)] = a0, a1, a2, a3
+            p += np.uint64(4)
+            row[p], row[p + np.uint64(1)], row[p + np.uint64(2)], row[p + np.uint64(3)] = a4, a5, a6, a7
+
+
+@_compiled
+def decode_additive(stream, width, codebooks, size, scales, input_scales, weight):
+    """Row by row; codebooks [M, K, out_group_size, size padded to LANES]; input_scales [in] or [0]."""
+    inputs = weight.shape[1]
+    row = np.empty(inputs + codebooks.shape[3], np.float32)
+    for o in range(weight.shape[0]):
+        _sum_codewords(stream, width, codebooks, size, o, inputs, row)
+        for i in range(inputs):
+            weight[o, i] = row[i] * scales[o]
+        for i in range(len(input_scales)):
+            weight[o, i] *= input_scales[i]
+
+
+@_compiled
+def _add_to_codewords(stream, width, sums, size, o, inputs, row):
+    """The transpose of `_sum_codewords`; what the padding is given means nothing."""
+    count, entries, out_size, lanes = sums.shape
+    flat, word = sums.ravel(), np.uint64(out_size * lanes)
+    step, mask = np.uint64(width), (np.uint64(1) << np.uint64(width)) - np.uint64(1)
+    for lane in range(0, lanes, LANES):
+        bit = np.uint64(o // out_size * (inputs // size) * count * width)
+        codes, left = np.uint64(0), np.uint64(0)
+        for j in range(inputs // size):
+            part = row[j * size + lane : j * size + lane + LANES]
+            for m in range(count):
+                if left < step:
+                    codes, left = _read(stream, bit), np.uint64(64)
+                w = ((codes & mask) + np.uint64(m * entries)) * word + np.uint64(o % out_size * lanes + lane)
+                for i in range(LANES):
+                    flat[w + np.uint64(i)] += part[i]
+                codes, left, bit = codes >> step, left - step, bit + step
+
+
+@_compiled
+def additive_gradients(
+    gradient, stream, width, codebooks, size, scales, input_scales, codebook_sum, scale_sum, input_sum
+):
+    """Sums onto the last three; codebook_sum may be [0, 0, 0, 0], else it has the shape of the padded codebooks."""
+    out, inputs = gradient.shape
+    row = np.empty(inputs + codebooks.shape[3], np.float32)
+    for o in range(out):
+        _sum_codewords(stream, width, codebooks, size, o, inputs, row)
+        scale, of_row = scales[o], 0.0
+        for i in range(inputs):
+            product = gradient[o, i] * row[i]
+            of_row += product * input_scales[i]
+            input_sum[i] += product * scale
+        scale_sum[o] = of_row
+        if len(codebook_sum):
+            for i in range(inputs):
+                row[i] = gradient[o, i] * input_scales[i] * scale
+            _add_to_codewords(stream, width, codebook_sum, size, o, inputs, row)
+
+
+@_compiled
+def decode_scalar(stream, width, scales, zeros, weight):
+    """Group by group of every row; scales, zeros [out, groups]."""
+    out, inputs = weight.shape
+    size = inputs // scales.shape[1]
+    mask = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
+    for o in range(out):
+        for group in range(scales.shape[1]):
+            scale, zero = scales[o, group], zeros[o, group]
+            for first in range(group * size, (group + 1) * size, GROUP):
+                codes = _read(stream, (o * inputs + first) * width)
+                for k in range(min(GROUP, (group + 1) * size - first)):
+                    code = np.float32(np.int32(codes >> np.uint64(k * width) & mask))
+                    weight[o, first + k] = (code - zero) * scale
