@@ -23,6 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+
+from vqdm import processes
 from vqdm.compose import overrides_for_rows, register_schemas, to_config
 from vqdm.errors import UserError
 
@@ -54,7 +59,7 @@ def _run(composed: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("vqdm").setLevel(logging.INFO)
+    logging.getLogger("vqdm").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
     try:
         _run(composed)
     except UserError as error:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim import Adam
 from unets import small_unet
 
 from vqdm.blocks import (
@@ -171,8 +172,8 @@ def test_reconstruction_finds_what_made_the_targets():
     module.bias.requires_grad_(False)
     bias, seen = module.bias.clone(), []
     losses = reconstruct(
-        module, data, targets + bias.detach(), [module.weight],
-        steps=450, batch_size=32, generator=torch_generator(0, "r"), learning_rate=0.05,
+        module, data, targets + bias.detach(), Adam([module.weight], lr=0.05),
+        steps=450, batch_size=32, generator=torch_generator(0, "r"),
         progress=lambda step, loss: seen.append((step, loss)),
     )  # fmt: skip
     assert torch.allclose(module.weight, wanted, atol=1e-2)
@@ -195,7 +196,7 @@ def test_groups_regularisers_and_losses_of_ones_own():
         return module.bias.square().sum()
 
     reconstruct(
-        module, data, targets, groups,
+        module, data, targets, Adam(groups),
         steps=300, batch_size=32, generator=torch_generator(0, "r"),
         loss=lambda output, target: 0 * output.sum(), regulariser=regulariser,
     )  # fmt: skip
@@ -217,7 +218,8 @@ def test_every_sample_comes_once_in_a_pass_and_the_generator_decides():
     for seed in (0, 0, 1):
         copied = copy.deepcopy(module)
         generator = torch_generator(seed, "r")
-        reconstruct(copied, data, targets, [copied.weight], steps=6, batch_size=30, generator=generator, loss=note)
+        optimizer = Adam([copied.weight])
+        reconstruct(copied, data, targets, optimizer, steps=6, batch_size=30, generator=generator, loss=note)
         trained.append(copied.weight)
     assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
     for first in (0, 3):
@@ -242,7 +244,7 @@ def test_a_loss_that_is_not_finite_is_an_error_with_the_blocks_name():
     targets[3] = float("nan")
     with pytest.raises(UserError, match=r"block mid\.7 is nan within 100 steps"):
         reconstruct(
-            module, data, targets, [module.weight],
+            module, data, targets, Adam([module.weight]),
             steps=200, batch_size=32, generator=torch_generator(0, "r"), name="mid.7",
         )  # fmt: skip
     assert module.weight.requires_grad and module.weight.grad is None

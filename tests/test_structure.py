@@ -22,13 +22,14 @@ LAYERS = (
     ("vqdm.stages", "vqdm.tiny.train", "vqdm.tracker"),
     ("vqdm.tiny.evaluators", "vqdm.tiny.turbo", "vqdm.tiny.unet", "vqdm.tiny.text", "vqdm.tiny.vae", "vqdm.tiny.loop"),
     ("vqdm.hub", "vqdm.metrics"),
-    ("vqdm.encode",),
+    ("vqdm.encode", "vqdm.distillation"),
     ("vqdm.schemes",),
     (
         "vqdm.layers",
         "vqdm.models",
         "vqdm.codecs",
         "vqdm.blocks",
+        "vqdm.drift",
         "vqdm.hessian",
         "vqdm.bits",
         "vqdm.prompts",
@@ -122,7 +123,7 @@ def test_every_table_names_experiments(name):
     assert len(names) == len(set(names)), "run records would overwrite each other"
 
 
-@pytest.mark.parametrize("kind", ["model", "calibration", "quantize", "evaluate", "tracker", "tiny_train"])
+@pytest.mark.parametrize("kind", ["model", "calibration", "quantize", "finetune", "evaluate", "tracker", "tiny_train"])
 def test_every_option_of_a_group_composes(kind):
     names = sorted(path.stem for path in (ROOT / "conf" / kind).glob("*.yaml"))
     for name in names:

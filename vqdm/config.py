@@ -289,7 +289,7 @@ def check(config: Config) -> None:
     for key in POSITIVE:
         if _value(config, key) < 1:
             raise UserError(f"{key}={_value(config, key)} must be at least 1")
-    for key in ("calibration", "evaluate.prompts"):
+    for key in ("calibration", "evaluate.prompts", "finetune.trajectories"):
         prompts = _value(config, key)
         if prompts.source == "file" and prompts.path is None:
             raise UserError(f"{key}.path is missing: {key}.source=file needs the path of a caption file")
@@ -304,8 +304,29 @@ def check(config: Config) -> None:
             f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"
         )
     check_quantize(config.quantize)
+    check_finetune(config)
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
+
+
+def check_finetune(config: Config) -> None:
+    """Distillation that cannot be: refused before the model is calibrated for it."""
+    own = config.finetune
+    for name in ("steps", "block_steps", "feature_weight", "warmup"):
+        if getattr(own, name) < 0:
+            raise UserError(f"finetune.{name}={getattr(own, name):g} must not be negative")
+    for name in ("learning_rate", "block_rate", "code_rate", "min_snr"):
+        if not 0 < getattr(own, name) < float("inf"):
+            raise UserError(f"finetune.{name}={getattr(own, name):g} must be above 0")
+    if (own.steps or own.block_steps) and config.quantize.kind == "none":
+        raise UserError("finetune needs a quantized model to distil into: give quantize=trellis3, or finetune=none")
+    if own.steps and own.trajectories.n is None:
+        raise UserError("finetune.trajectories.n is missing: give the number of captions to train on")
+    steps = own.trajectories.sampler_steps
+    if steps is not None and not all(count >= 1 for count in steps or [0]):
+        raise UserError(f"finetune.trajectories.sampler_steps={steps} must be numbers of steps, 1 or more each")
+    if own.trajectories.images is not None and own.trajectories.along != "data":
+        raise UserError("finetune.trajectories.images is for finetune.trajectories.along=data")
 
 
 SCALAR_KINDS = ("rtn", "gptq", "adaround")

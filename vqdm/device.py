@@ -22,6 +22,8 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
     """`auto` takes a GPU where torch sees one; also sets torch's CPU threads."""
     import torch
 
+    from vqdm import processes
+
     if threads is not None:
         torch.set_num_threads(threads)
     there = torch.cuda.is_available()
@@ -30,6 +32,7 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
             f"device=cuda, but torch {torch.__version__} sees no GPU; use device=cpu or install a CUDA build"
         )
     name = "cuda" if there and wanted != "cpu" else "cpu"
+    processes.join(cpu=name == "cpu")
     reason = f"device={wanted}" if wanted != "auto" else ("torch sees a GPU" if there else "torch sees no GPU")
     return Device(name, reason, torch.get_num_threads())
 

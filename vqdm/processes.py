@@ -1,6 +1,6 @@
 """The processes of one run, started by `torchrun` or `accelerate launch`; without these there is one.
 
-Stages that one process can make are made by whichever takes the store's lock first; the others wait, and find them done.
+A stage that one process can make is made by whichever takes the store's lock first; the others wait and find it done.
 Only distillation works on one stage together: `together`.
 """
 
@@ -25,7 +25,7 @@ def is_main() -> bool:
 
 
 def join(*, cpu: bool) -> None:
-    """Meet the others, and take this process's own GPU, if there is one for each."""
+    """Meet the others, and take this process's own GPU."""
     if launched():
         from accelerate import PartialState
 

@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+from vqdm import processes
 from vqdm.config import TrackerConfig
 from vqdm.errors import UserError
 
@@ -63,7 +64,7 @@ def _mode(config: TrackerConfig) -> str:
 
 def start_tracker(config: TrackerConfig, *, name: str, run_id: str, settings: dict, directory: Path) -> NullTracker:
     """One run per experiment; its id is the result's fingerprint, so a resumed run continues the same one."""
-    if config.kind == "none":
+    if config.kind == "none" or not processes.is_main():
         return NullTracker()
     import wandb
 

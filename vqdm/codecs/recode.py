@@ -27,8 +27,8 @@ CHUNK = 1 << 18  # weights whose states are searched at once
 def recode_(weight: QuantizedWeight, target: Tensor, *, beam_size: int = BEAM_SIZE) -> int:
     """Replace codes in place by such that decode nearer to `target` [out, in]; returns how many changed.
 
-    What is counted, and never gets further from the target: single weights of scalar codes, groups of additive ones;
-    of trellis codes, states are counted and each sequence of a column gets no further. beam_size: of additive codes.
+    Counted are single weights of scalar codes, groups of additive ones and states of trellis codes. No weight, no group
+    and no sequence of a column, respectively, gets further from the target. beam_size: of the search of additive codes.
     UserError for a target that is not finite; ValueError for another shape than the weight's and for groups of
     several outputs.
     """
@@ -36,12 +36,13 @@ def recode_(weight: QuantizedWeight, target: Tensor, *, beam_size: int = BEAM_SI
         raise ValueError(f"the target must be {list(weight.shape)}, not {list(target.shape)}")
     if not bool(torch.isfinite(target).all()):
         raise UserError("the weights that codes are to follow are infinite or NaN: lower the learning rate")
+    target = target.detach().contiguous()
     if isinstance(weight, TrellisWeight):
-        return _recode_trellis(weight, target.detach())
+        return _recode_trellis(weight, target)
     if isinstance(weight, AdditiveWeight):
-        return _recode_additive(weight, target.detach(), beam_size)
+        return _recode_additive(weight, target, beam_size)
     if isinstance(weight, ScalarWeight):
-        return _recode_scalar(weight, target.detach())
+        return _recode_scalar(weight, target)
     raise TypeError(f"no search for the codes of a {type(weight).__name__}")
 
 

@@ -66,8 +66,8 @@ class Distillation:
                 loss = self._gradients(module, step)
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"finetune: the loss is {loss} at step {step}: lower finetune.learning_rate; the best weights so "
-                        f"far, of step {state.best['step']}, are kept in {directory}/checkpoints"
+                        f"finetune: the loss is {loss} at step {step}: lower finetune.learning_rate; the best weights "
+                        f"so far, of step {state.best['step']}, are kept in {directory}/checkpoints"
                     )
                 rate = learning_rate(
                     step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup,
@@ -97,8 +97,8 @@ class Distillation:
         first = state.validations[0]["loss"] if state.validations else found["loss"]
         if not found["loss"] <= DIVERGED * first:
             raise UserError(
-                f"finetune: the validation loss went from {first:.3g} to {found['loss']:.3g} in {state.step} steps: lower "
-                f"finetune.learning_rate; the best weights so far are kept in {checkpoints.directory}/checkpoints"
+                f"finetune: the validation loss went from {first:.3g} to {found['loss']:.3g} in {state.step} steps: "
+                f"lower finetune.learning_rate; the best weights so far are kept in {checkpoints.directory}/checkpoints"
             )
         state.validations.append(found)
         if processes.is_main():
@@ -135,9 +135,7 @@ class Distillation:
                     play(self.teacher, batch.arguments)
                 student, teacher = (found.take() for found in outputs)
                 errors = errors + config.feature_weight * feature_errors(student, teacher, rows_each=batch.rows_each)
-        weights = timestep_weights(
-            batch.timesteps, self.scheduler, weighting=config.weighting, limit=config.min_snr
-        )
+        weights = timestep_weights(batch.timesteps, self.scheduler, weighting=config.weighting, limit=config.min_snr)
         return errors * weights.to(errors.device)
 
     @torch.no_grad()
@@ -158,9 +156,9 @@ class Distillation:
             sums[0].index_add_(0, bucket, errors)
             sums[1].index_add_(0, bucket, torch.ones_like(errors))
         errors, counts = processes.sum_over(sums.to(device)).cpu()
-        width = TIMESTEPS // BUCKETS
-        found = {f"t{i * width}-{(i + 1) * width - 1}": float(errors[i] / counts[i]) for i in range(BUCKETS) if counts[i]}
-        return {"loss": float(errors.sum() / counts.sum()), **found}
+        width, filled = TIMESTEPS // BUCKETS, counts.nonzero().flatten().tolist()
+        by_timestep = {f"t{i * width}-{(i + 1) * width - 1}": float(errors[i] / counts[i]) for i in filled}
+        return {"loss": float(errors.sum() / counts.sum()), **by_timestep}
 
     def _precision(self):
         kind = _device(self.student).type

@@ -37,7 +37,7 @@ def pack(calls: Sequence[Call], *, captions: int) -> bytes:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on a device, floats in fp32: arguments of one call, what the teacher gives for it, and the timestep of every sample.
+    """Samples on a device, floats in fp32: arguments of one call, what the teacher gives for it, and timesteps.
 
     Rows come sample by sample, `rows_each` of them together.
     """

@@ -19,9 +19,7 @@ def ensure_distilled(
         from vqdm.stages.tune_blocks import tune_all_blocks
 
         pipeline, teacher = _student_in_fp32(models, quantized)
-        return tune_all_blocks(
-            directory, pipeline, teacher, calibration, config=config.finetune, device=models.device
-        )
+        return tune_all_blocks(directory, pipeline, teacher, calibration, config=config.finetune, device=models.device)
 
     def make_trajectories(directory: Path) -> dict:
         from vqdm.stages.trajectories import record_trajectories

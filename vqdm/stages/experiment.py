@@ -18,9 +18,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     environment = environment_of(config, device)
     models, quantized = Models(config, device.name), None
     if graph.quantization is not None:
-        quantized = ensure_denoiser(
-            config, store, graph.quantization, models, environment=environment, tracker=tracker
-        )
+        quantized = ensure_denoiser(config, store, graph.quantization, models, environment=environment, tracker=tracker)
     with store.open(graph.teacher_images or graph.images) as originals:
         _generate(config, graph, originals, lambda: models.teacher)
     images = originals

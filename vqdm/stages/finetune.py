@@ -120,7 +120,9 @@ class _OwnTrajectories:
     Those of a round stay on disk until the next is there, so a run that is cut off in between finds them again.
     """
 
-    def __init__(self, directory: Path, pipeline, teacher: nn.Module, prompts: PromptList, *, config, sampler, device, running):
+    def __init__(
+        self, directory: Path, pipeline, teacher: nn.Module, prompts: PromptList, *, config, sampler, device, running
+    ):  # fmt: skip
         self.directory, self.pipeline, self.teacher, self.prompts = directory, pipeline, teacher, prompts
         self.config, self.sampler, self.device, self.running = config, sampler, device, running
         self.round, self.samples = None, None

@@ -1,10 +1,10 @@
-"""Trajectories: the denoiser's calls, and what it gives, at every step of sampling captions that no other stage reads.
+"""Trajectories: the denoiser's calls, and what it gives, at every step of sampling captions of distillation's own.
 
-Files are `train/<batch>-<steps>.safetensors` and `validation/…`, each an item; distillation reads them sample by sample.
+Files are `train/<batch>-<steps>.safetensors` and `validation/…`, each an item; they are read sample by sample.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config
 
 def recorded_batches(
     pipeline, prompts: PromptList, *, config: TrajectoriesConfig, sampler: SamplerConfig
-) -> Iterator[tuple[str, list[Prompt], "callable"]]:
+) -> Iterator[tuple[str, list[Prompt], Callable[[], list[Call]]]]:
     """Every batch of captions at every number of steps: its name, the captions, and what gives the recorded calls."""
     for steps in config.sampler_steps or [sampler.steps]:
         own = dataclasses.replace(sampler, steps=steps)
@@ -91,8 +91,8 @@ def relabelled(calls: list[Call], teacher: nn.Module, *, device: str | torch.dev
 def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config: TrajectoriesConfig) -> list[Call]:
     """The calls at their timesteps, with latents of the captions' images and fresh noise in place of the sampled ones.
 
-    x_t = √ᾱ_t x + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4), which is what every scheduler here feeds the denoiser. UserError
-    for flow matching.
+    x_t = √ᾱ_t x + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4), which is what every scheduler here feeds the denoiser.
+    UserError for flow matching.
     """
     scheduler = pipeline.scheduler
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -127,7 +127,10 @@ def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray
         from vqdm.tiny.data import scene_pixels
 
         return scene_pixels(prompt.id)
-    found = [path for ending in ("png", "jpg", "jpeg") if (path := Path(config.images) / f"{prompt.id}.{ending}").is_file()]
+    names = [Path(config.images) / f"{prompt.id}.{ending}" for ending in ("png", "jpg", "jpeg")]
+    found = [path for path in names if path.is_file()]
     if not found:
-        raise UserError(f"{config.images} has no {prompt.id}.png or .jpg: finetune.trajectories.images needs all captions'")
+        raise UserError(
+            f"{config.images} has no {prompt.id}.png or .jpg: finetune.trajectories.images needs every caption's image"
+        )
     return np.asarray(ImageOps.fit(Image.open(found[0]).convert("RGB"), (size, size), Image.Resampling.LANCZOS))

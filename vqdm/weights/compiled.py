@@ -1,7 +1,7 @@
 """The loops behind `kernels`, compiled by numba: over numpy arrays, in one thread, without Python's lock.
 
 All in this file: what numba keeps on disk is made anew when its own file changes, not when one that it calls does.
-Streams are uint64 words with one more behind them. Gradients are summed onto float64 arrays, in a fixed order.
+Streams are uint64 words with one more behind them. Gradients are summed into float64 zeros, in a fixed order.
 """
 
 import functools
@@ -9,7 +9,7 @@ import functools
 import numba
 import numpy as np
 
-from vqdm.weights.trellis import HIGHEST_RATE, WINDOW_BITS
+from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, RATE_BITS, WINDOW_BITS
 
 GROUP = 8  # values decoded from one word: 7 steps of 6 bits and a window are 54 bits
 TILE = 16  # columns decoded together: a cache line of every row
@@ -23,6 +23,17 @@ def _read(stream, bit):
     """The 64 bits from a bit position on. All unsigned, since numba makes floats of int64 and uint64 together."""
     i, shift = np.uint64(bit) >> np.uint64(6), np.uint64(bit) & np.uint64(63)
     return stream[i] >> shift | stream[i + np.uint64(1)] << np.uint64(1) << (np.uint64(63) - shift)
+
+
+@_compiled
+def unpack_rates(stream, columns):
+    """Quarter bits per weight of every column: int64 [columns]."""
+    rates, mask = np.zeros(columns, np.int64), np.uint64((1 << RATE_BITS) - 1)
+    for j in range(columns):
+        stored = np.int64(_read(stream, j * RATE_BITS) & mask)
+        if stored > 0:
+            rates[j] = stored + LOWEST_RATE - 1
+    return rates
 
 
 @_compiled
@@ -50,7 +61,8 @@ def decode_trellis(stream, rates, starts, length, table, row_scales, column_scal
             values = min(length, out - top)
             for t in range(0, values, GROUP):
                 for c in range(columns):
-                    rate, scale = rates[first + c], column_scales[first + c]
+                    rate = rates[first + c]
+                    scale = column_scales[first + c] * np.float32(rate > 0)
                     window = _window(stream, starts[first + c] + sequence * (rate * length // 4), rate, t, values)
                     for k in range(GROUP):
                         tile[k, c] = table[window >> np.uint64(rate * k >> 2) & mask] * scale
@@ -69,14 +81,15 @@ def decode_trellis(stream, rates, starts, length, table, row_scales, column_scal
 def trellis_gradients(
     gradient, stream, rates, starts, length, table, row_scales, column_scales, table_sum, row_sum, column_sum
 ):
-    """Sums onto the last three; table_sum may be [0]. By tiles, the last of which is filled up with zeros."""
+    """Sums into the last three; table_sum may be [0]. By tiles, the last of which is filled up with zeros."""
     out, inputs = gradient.shape
     mask = np.uint64((1 << WINDOW_BITS) - 1)
     for first in range(0, inputs, TILE):
         columns = min(TILE, inputs - first)
         states, values = np.zeros((GROUP, TILE), np.uint16), np.zeros((GROUP, TILE), np.float32)
         scales, given = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-        scales[:columns] = column_scales[first : first + columns]
+        for c in range(columns):
+            scales[c] = column_scales[first + c] * np.float32(rates[first + c] > 0)
         of_columns = np.zeros(TILE, np.float64)
         for sequence in range(-(-out // length)):
             top = sequence * length
@@ -101,7 +114,8 @@ def trellis_gradients(
                     if len(table_sum):
                         for c in range(TILE):
                             table_sum[states[k, c]] += given[c] * scales[c] * scale
-        column_sum[first : first + columns] += of_columns[:columns]
+        for c in range(columns):
+            column_sum[first + c] = of_columns[c] * np.float64(rates[first + c] > 0)
 
 
 @_compiled
@@ -170,7 +184,7 @@ def _add_to_codewords(stream, width, sums, size, o, inputs, row):
 def additive_gradients(
     gradient, stream, width, codebooks, size, scales, input_scales, codebook_sum, scale_sum, input_sum
 ):
-    """Sums onto the last three; codebook_sum may be [0, 0, 0, 0], else it has the shape of the padded codebooks."""
+    """Sums into the last three; codebook_sum may be [0, 0, 0, 0], else it has the shape of the padded codebooks."""
     out, inputs = gradient.shape
     row = np.empty(inputs + codebooks.shape[3], np.float32)
     for o in range(out):

@@ -14,20 +14,22 @@ from vqdm.weights import compiled
 from vqdm.weights.trellis import HIGHEST_RATE, column_bits, sequence_length
 
 
-def decode_trellis(codes: Tensor, rates: Tensor, table: Tensor, *, row_scales: Tensor, column_scales: Tensor) -> Tensor:
-    """row_scale · (column_scale · table[state]): uint8 [bytes], quarter bits [in], fp32 to fp32 [out, in].
+def decode_trellis(
+    packed_rates: Tensor, stream: Tensor, table: Tensor, *, row_scales: Tensor, column_scales: Tensor
+) -> Tensor:
+    """row_scale · (column_scale · table[state]): the two parts of the codes, uint8, and fp32 to fp32 [out, in].
 
     UserError where the rates are none of the format's or ask for more bits than the stream has.
     """
-    weight = _empty(len(row_scales), len(rates))
-    compiled.decode_trellis(*_trellis(codes, rates, table, row_scales, column_scales), weight.numpy())
+    weight = _empty(len(row_scales), len(column_scales))
+    compiled.decode_trellis(*_trellis(packed_rates, stream, table, row_scales, column_scales), weight.numpy())
     return weight
 
 
 def trellis_gradients(
     gradient: Tensor,
-    codes: Tensor,
-    rates: Tensor,
+    packed_rates: Tensor,
+    stream: Tensor,
     table: Tensor,
     *,
     row_scales: Tensor,
@@ -38,11 +40,11 @@ def trellis_gradients(
 
     The other arguments and the UserError are those of `decode_trellis`.
     """
-    arrays = _trellis(codes, rates, table, row_scales, column_scales)
+    arrays = _trellis(packed_rates, stream, table, row_scales, column_scales)
     sums = _zeros(len(table) if of_table else 0), _zeros(len(row_scales)), _zeros(len(column_scales))
     compiled.trellis_gradients(_array(gradient), *arrays, *sums)
     values, rows, columns = map(_fp32, sums)
-    return values if of_table else None, rows, columns * (rates > 0)
+    return values if of_table else None, rows, columns
 
 
 def decode_additive(
@@ -101,19 +103,20 @@ def _fp32(sums: np.ndarray) -> Tensor:
     return torch.from_numpy(sums.astype(np.float32))
 
 
-def _trellis(codes: Tensor, rates: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> tuple:
-    """The arrays that the loops take; columns of rate 0 with scale 0."""
+def _trellis(packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> tuple:
+    """The arrays that the loops take. By numpy, whose calls cost less than those of torch: small layers feel it."""
     out = len(row_scales)
+    rates = compiled.unpack_rates(_words(packed_rates), len(column_scales))
     bits = column_bits(out, rates)
-    needed = int(bits.sum())
-    if needed > 8 * len(codes) or int(rates.max()) > HIGHEST_RATE:
+    needed, highest = int(bits.sum()), int(rates.max())
+    if needed > 8 * len(stream) or highest > HIGHEST_RATE:
         raise UserError(
-            f"trellis: a stream of {8 * len(codes)} bits has rates for {needed}, the highest {int(rates.max())}/4: "
+            f"trellis: a stream of {8 * len(stream)} bits has rates for {needed}, the highest {highest}/4: "
             "the weights are damaged, make or download them again"
         )
     return (
-        _words(codes), rates.numpy(), (bits.cumsum(0) - bits).numpy(), sequence_length(out), _array(table),
-        _array(row_scales), _array(column_scales * (rates > 0)),
+        _words(stream), rates, bits.cumsum() - bits, sequence_length(out), _array(table), _array(row_scales),
+        _array(column_scales),
     )  # fmt: skip
 
 

@@ -191,8 +191,7 @@ class DecodeTrellis(torch.autograd.Function):
             return decode_packed(packed_rates, stream, table, row_scales, column_scales)
         from vqdm.weights import kernels  # imports numba, which not everyone needs
 
-        rates = unpack_rates(packed_rates, len(column_scales))
-        return kernels.decode_trellis(stream, rates, table, row_scales=row_scales, column_scales=column_scales)
+        return kernels.decode_trellis(packed_rates, stream, table, row_scales=row_scales, column_scales=column_scales)
 
     @staticmethod
     @once_differentiable
@@ -202,12 +201,17 @@ class DecodeTrellis(torch.autograd.Function):
             return recomputed_gradients(decode_packed, saved, ctx.needs_input_grad, gradient)
         from vqdm.weights import kernels
 
-        packed_rates, stream, table, rows, columns = saved
-        rates = unpack_rates(packed_rates, len(columns))
+        *stored, rows, columns = saved
         found = kernels.trellis_gradients(
-            gradient, stream, rates, table, row_scales=rows, column_scales=columns, of_table=ctx.needs_input_grad[2]
+            gradient, *stored, row_scales=rows, column_scales=columns, of_table=ctx.needs_input_grad[2]
         )
         return None, None, *found
+
+
+def unpack_rates(packed: Tensor, columns: int) -> Tensor:
+    """Quarter bits per weight of every column: packed uint8 to int64 [columns]."""
+    stored = unpack(packed, RATE_BITS, columns).long()
+    return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
 
 
 def decode_packed(
@@ -222,12 +226,6 @@ def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Ten
     """row_scale · (column_scale · table[state]): int [in, out], quarter bits [in] to [out, in] in the scales' dtype."""
     columns = F.embedding(states, table[:, None])[..., 0]
     return (columns * (column_scales * (rates > 0))[:, None]).T * row_scales[:, None]
-
-
-def unpack_rates(packed: Tensor, columns: int) -> Tensor:
-    """Quarter bits per weight of every column: packed uint8 to int64 [columns]."""
-    stored = unpack(packed, RATE_BITS, columns).long()
-    return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
 
 
 def _positions(rates: Tensor, out: int) -> tuple[Tensor, Tensor, Tensor]:
