@@ -51,9 +51,11 @@ def _run(composed: DictConfig) -> None:
     config = to_config(composed)
     if config.table is None:
         pipeline.run(config)
+        processes.leave()
         return
     table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
     pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task)))
+    processes.leave()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

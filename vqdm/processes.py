@@ -32,6 +32,15 @@ def join(*, cpu: bool) -> None:
         PartialState(cpu=cpu, timeout=LONGEST_WAIT)
 
 
+def leave() -> None:
+    """Part from the others; without it they may wait for each other for ever when Python ends."""
+    if launched():
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def rank_and_count() -> tuple[int, int]:
     import torch.distributed as dist
 

@@ -21,7 +21,8 @@ def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
     """Fréchet distance of Gaussians fitted to [n, d] and [m, d], float64 (Heusel et al. 2017, eq. 6)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1])).set_dtype(torch.float64)
+    alone = {"sync_on_compute": False}  # one process scores; it must not wait for others
+    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1]), **alone).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return float(metric.compute())

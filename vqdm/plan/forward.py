@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -125,7 +124,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(nested) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor))
+    """Of what operations take and give: torch's own way to flatten takes a third of a plan's time."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, (tuple, list)):
+        for inner in nested:
+            yield from _tensors(inner)
+    elif isinstance(nested, dict):
+        yield from _tensors(tuple(nested.values()))
 
 
 @dataclass(frozen=True)
