@@ -127,7 +127,8 @@ def test_every_table_names_experiments(name):
 def test_every_option_of_a_group_composes(kind):
     names = sorted(path.stem for path in (ROOT / "conf" / kind).glob("*.yaml"))
     for name in names:
-        compose(f"{kind}={name}", *NEEDED.get(name, []))
+        quantized = ["quantize=trellis3"] if kind == "finetune" else []
+        compose(f"{kind}={name}", *NEEDED.get(name, quantized))
 
 
 def test_the_command_line_wins_over_the_experiment():

@@ -154,18 +154,18 @@ class FinetuneConfig:
     steps: int = 0  # end to end, on the predictions of the whole denoiser
     train: TrainedConfig = dataclasses.field(default_factory=TrainedConfig)
     tune_codes: bool = False  # codes follow where the gradient draws their weights
-    code_rate: float = 1e-3  # of Adam's step on a weight, in parts of its row's root mean square
+    code_rate: float = 0.3  # of a weight's step, in parts of the learning rate × its row's root mean square
     code_every: int = 10  # steps between two searches for nearer codes
     seed: int = 0
     # block after block, on the calibration's recorded calls
-    block_rate: float = 1e-3  # learning rate, in parts of a number's size
+    block_rate: float | None = None  # learning rate, in parts of a number's size; None = as `learning_rate`, by block
     block_samples: int = 512  # rows of recorded calls; an eighth of them judges
     block_batch_size: int = 32
     # end to end
     trajectories: TrajectoriesConfig = dataclasses.field(default_factory=TrajectoriesConfig)
     batch_size: int = 32  # samples in a step, over all processes: one caption at one timestep, both guidance halves
     micro_batch_size: int | None = None  # of them at once on a device; gradients add up; None = all
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None  # None = 0.03 × the root of the error to begin with
     relative_rate: bool = True  # in parts of a scale, or of a tensor's root mean square; false: absolute (the paper)
     warmup: int = 10  # steps
     decay_from: float = 0.0  # of the steps, from where the rate falls to 0 by half a cosine; 1 = constant
@@ -316,12 +316,14 @@ def check_finetune(config: Config) -> None:
         if getattr(own, name) < 0:
             raise UserError(f"finetune.{name}={getattr(own, name):g} must not be negative")
     for name in ("learning_rate", "block_rate", "code_rate", "min_snr"):
-        if not 0 < getattr(own, name) < float("inf"):
+        if getattr(own, name) is not None and not 0 < getattr(own, name) < float("inf"):
             raise UserError(f"finetune.{name}={getattr(own, name):g} must be above 0")
     if (own.steps or own.block_steps) and config.quantize.kind == "none":
         raise UserError("finetune needs a quantized model to distil into: give quantize=trellis3, or finetune=none")
     if own.steps and own.trajectories.n is None:
         raise UserError("finetune.trajectories.n is missing: give the number of captions to train on")
+    if own.learning_rate is None and not own.relative_rate:
+        raise UserError("finetune.learning_rate is missing: with finetune.relative_rate=false it must be given")
     steps = own.trajectories.sampler_steps
     if steps is not None and not all(count >= 1 for count in steps or [0]):
         raise UserError(f"finetune.trajectories.sampler_steps={steps} must be numbers of steps, 1 or more each")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+RATE_PER_ERROR = 0.03
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from: float) -> float:
@@ -19,13 +20,21 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from
     return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1.0, steps - start)))
 
 
+def rate_for(error: float) -> float:
+    """A relative rate by how far a student is from its teacher, as squared error over the teacher's power.
+
+    Steps that suit a student at 2 bits throw one back that is nearly there (docs/lab-notes.md, distillation).
+    """
+    return RATE_PER_ERROR * math.sqrt(error)
+
+
 class RelativeAdam(torch.optim.Adam):
     """Adam whose step is multiplied by a unit: one learning rate for numbers of different sizes.
 
     parameters: (parameter, unit) pairs; a unit broadcasts to its parameter. Adam's own step is about the rate.
     """
 
-    def __init__(self, parameters: Iterable[tuple[nn.Parameter, Tensor]], *, lr: float):
+    def __init__(self, parameters: Iterable[tuple[nn.Parameter, Tensor]], *, lr: float = 1e-3):
         trained, self.units = zip(*parameters, strict=True)
         super().__init__(trained, lr=lr)
 

@@ -12,10 +12,11 @@ from vqdm.config import CalibrationConfig, Config, EvaluateConfig, ModelConfig, 
 from vqdm.hessian import add_second_moment
 from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
 from vqdm.plan import cost, encoding
-from vqdm.plan.cost import duration, gibibytes, guidance_factor, second_moment_cost, stage_costs
+from vqdm.plan.cost import guidance_factor, second_moment_cost, stage_costs
 from vqdm.plan.encoding import CodecSpeed, encode_seconds, is_compiled, layer_seconds, probe_codec, reference_speed
 from vqdm.plan.forward import ForwardCost, measure
 from vqdm.plan.probe import Hardware, Speeds, probe_hardware
+from vqdm.plan.stage import duration, gibibytes
 
 SPEEDS = Speeds(1e11, 1e11, 1e11, 1e10, 1e11)
 HARDWARE = Hardware(SPEEDS, SPEEDS, worker_matmul=1e11, worker_cholesky=5e10)

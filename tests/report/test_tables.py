@@ -41,7 +41,9 @@ def test_the_runs_of_a_row_differ_in_their_calibration_only():
     assert first == ["+experiment=tiny_codec", "quantize=vq3", "method='X 3 bit'", "name=codecs_x"]
     assert second[: len(first)] == first
     changed = {override.split("=")[0] for override in second[len(first) :]}
-    assert changed == {"name", "calibration.order", "calibration.seed", "calibration.noise_seed", "quantize.seed"}
+    seeds = {"calibration.seed", "calibration.noise_seed", "quantize.seed", "finetune.seed"}
+    trajectories = {"finetune.trajectories.seed", "finetune.trajectories.noise_seed"}
+    assert changed == {"name", "calibration.order"} | seeds | trajectories
 
 
 def test_what_is_no_row_is_refused(tmp_path):

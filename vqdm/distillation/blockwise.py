@@ -19,7 +19,7 @@ from vqdm.drift import let_drift, stop_drifting
 from vqdm.models.recording import OUTPUT, Call
 from vqdm.models.specs import LayerSpec
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate
+from vqdm.training import RelativeAdam, learning_rate, rate_for
 
 JUDGES = 8  # one of so many samples is not trained on and judges
 Changed = dict[str, Tensor]  # of a block's state dict, by the denoiser's names
@@ -102,14 +102,15 @@ def _tune(
             moved += sum(weight.settle() for weight in drifting.values())
 
     def rate(step: int) -> float:
+        peak = config.block_rate or rate_for(before)
         return learning_rate(
-            step, steps=config.block_steps, peak=config.block_rate, warmup=config.warmup, decay_from=config.decay_from
+            step, steps=config.block_steps, peak=peak, warmup=config.warmup, decay_from=config.decay_from
         )
 
     if trained:
         reconstruct(
             module, inputs.part(learned), targets[learned],
-            RelativeAdam([(part.parameter, part.unit) for part in trained], lr=config.block_rate),
+            RelativeAdam((part.parameter, part.unit) for part in trained),
             steps=config.block_steps, batch_size=config.block_batch_size, rate=rate, loss=loss, after_step=settle,
             generator=torch_generator(config.seed, "blocks", block.name), name=block.name,
             progress=None if progress is None else partial(progress, block),

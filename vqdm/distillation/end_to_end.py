@@ -23,7 +23,7 @@ from vqdm.drift import let_drift, stop_drifting
 from vqdm.errors import UserError
 from vqdm.models.recording import play
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate
+from vqdm.training import RelativeAdam, learning_rate, rate_for
 
 BUCKETS, TIMESTEPS = 5, 1000  # validation losses are told apart by fifths of the training timesteps
 DIVERGED = 4.0  # times the validation loss of the start
@@ -69,10 +69,7 @@ class Distillation:
                         f"finetune: the loss is {loss} at step {step}: lower finetune.learning_rate; the best weights "
                         f"so far, of step {state.best['step']}, are kept in {directory}/checkpoints"
                     )
-                rate = learning_rate(
-                    step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup,
-                    decay_from=config.decay_from,
-                )  # fmt: skip
+                rate = self._rate(step, state)
                 optimizer.param_groups[0]["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad()
@@ -86,6 +83,12 @@ class Distillation:
         checkpoints.load_best(state)
         stop_drifting(student)
         return state
+
+    def _rate(self, step: int, state: State) -> float:
+        peak = self.config.learning_rate or rate_for(state.validations[0]["loss"])
+        return learning_rate(
+            step, steps=self.config.steps, peak=peak, warmup=self.config.warmup, decay_from=self.config.decay_from
+        )
 
     def _check(self, state: State, checkpoints: Checkpoints) -> None:
         """Validation and checkpoint, where they are due and not there yet."""
@@ -180,7 +183,7 @@ def _optimizer(trained: list[Trained], config: FinetuneConfig) -> torch.optim.Ad
     """Adam as in the paper: betas 0.9 and 0.999, no weight decay."""
     if not config.relative_rate:
         return torch.optim.Adam([part.parameter for part in trained], lr=config.learning_rate)
-    return RelativeAdam([(part.parameter, part.unit) for part in trained], lr=config.learning_rate)
+    return RelativeAdam((part.parameter, part.unit) for part in trained)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from vqdm.errors import UserError
 def squared_errors(prediction: Tensor, target: Tensor, *, rows_each: int) -> Tensor:
     """The mean squared error of every sample, over all its rows (both halves of guidance): fp32 [samples]."""
     error = (prediction.float() - target.float()).square()
-    return error.view(len(error) // rows_each, -1).mean(1)
+    return error.reshape(len(error) // rows_each, -1).mean(1)
 
 
 def timestep_weights(timesteps: Tensor, scheduler, *, weighting: str, limit: float) -> Tensor:
@@ -45,6 +45,11 @@ class BlockOutputs:
             for name, module in denoiser.named_modules()
             if type(module).__name__ in RESIDUAL_UNITS
         ]
+        if not self.hooks:
+            raise UserError(
+                f"finetune.feature_weight needs blocks of a kind known here ({', '.join(RESIDUAL_UNITS)}), and "
+                f"{type(denoiser).__name__} has none: set it to 0"
+            )
 
     def _keeper(self, name: str):
         def keep(_module, _inputs, output):
@@ -74,9 +79,12 @@ def block_outputs(*denoisers: nn.Module) -> Iterator[list[BlockOutputs]]:
 
 
 def feature_errors(student: dict[str, Tensor], teacher: dict[str, Tensor], *, rows_each: int) -> Tensor:
-    """The mean over blocks of every sample's squared error, relative to the block's variance: fp32 [samples]."""
-    errors = [
-        squared_errors(student[name], target, rows_each=rows_each) / target.float().var().clamp(min=1e-12)
-        for name, target in teacher.items()
-    ]
+    """The mean over blocks of every sample's squared error, relative to the variance in its rows: fp32 [samples].
+
+    Of its own rows, not the batch's: so micro-batches and processes add up to the same loss.
+    """
+    errors = []
+    for name, target in teacher.items():
+        variance = target.float().reshape(len(target) // rows_each, -1).var(1, correction=0).clamp(min=1e-12)
+        errors.append(squared_errors(student[name], target, rows_each=rows_each) / variance)
     return torch.stack(errors).mean(0)

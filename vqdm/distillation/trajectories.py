@@ -103,7 +103,8 @@ def _read(file, sample: _Sample) -> dict[str, "Tensor | _Whole"]:
             call[name] = this.expand(len(own)) if len(shape) == 1 else this[0, list(own)]
         else:
             whole = part[:]
-            call[name] = whole[list(own)] if shape and shape[0] == rows else _Whole(whole)
+            by_row = name != PLAIN and bool(shape) and shape[0] == rows
+            call[name] = whole[list(own)] if by_row else _Whole(whole)
     return call
 
 

@@ -26,10 +26,9 @@ def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> Non
     from vqdm.plan.report import layer_table, make_plan, summary, write_plan
 
     device = resolve_device(config.device, threads=config.threads).name
-    prompts, calibration_prompts = _counts(config, stages)
     plan = make_plan(
-        config, harm=_harm(store, stages, todo), prompts=prompts, calibration_prompts=calibration_prompts,
-        device=device, cache=store.root / "cache" / "probe.json", todo=todo,
+        config, harm=_harm(store, stages, todo), **_counts(config, stages), device=device,
+        cache=store.root / "cache" / "probe.json", todo=todo,
     )  # fmt: skip
     file = store.root / "plans" / f"{config.name}.json"
     write_plan(plan, file, experiment=config.name, model=config.model.name, device=device)
@@ -53,13 +52,24 @@ def _harm(store: Store, stages: Graph | Quantization | None, todo: set[str] | No
     return read_harm(store.directory(quantization.sensitivity))
 
 
-def _counts(config: Config, stages: Graph | Quantization | None) -> tuple[int, int]:
-    """Prompts of the images, and of the calibration: of the lists, or, while these are not there, as configured."""
+def _counts(config: Config, stages: Graph | Quantization | None) -> dict[str, int]:
+    """Prompts of the images, the calibration and the trajectories: of the lists, or, while these are not there, as
+    configured.
+    """
+    own = config.finetune.trajectories
+    counts = {
+        "prompts": config.evaluate.prompts.n or 0,
+        "calibration_prompts": config.calibration.n or 0,
+        "finetune_prompts": (own.n or 0) + own.validation,
+    }
     if stages is None:
-        return config.evaluate.prompts.n or 0, config.calibration.n or 0
+        return counts
     quantization = _quantization(stages)
-    prompts = len(stages.prompts) if isinstance(stages, Graph) else 0
-    return prompts, 0 if quantization is None else len(quantization.prompts)
+    counts["prompts"] = len(stages.prompts) if isinstance(stages, Graph) else 0
+    counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts)
+    if quantization is not None and quantization.finetune_prompts is not None:
+        counts["finetune_prompts"] = len(quantization.finetune_prompts)
+    return counts
 
 
 def _print_stages(config: Config, store: Store, stages: Graph | Quantization) -> set[str]:

@@ -18,6 +18,7 @@ from vqdm.device import encoding_room
 from vqdm.hessian import by_displacement, output_size, token_count
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.plan import memory
+from vqdm.plan.distillation import DistillationPlan
 from vqdm.plan.encoding import CodecSpeed, encode_seconds, probe_codec
 from vqdm.plan.forward import (
     BATCH,
@@ -30,23 +31,15 @@ from vqdm.plan.forward import (
 )
 from vqdm.plan.memory import Memory
 from vqdm.plan.probe import Hardware, probe_hardware
+from vqdm.plan.stage import StageCost, duration
 from vqdm.schemes import in_groups
 from vqdm.stages.hessians import teacher_groups
 from vqdm.stages.quantize import needs_hessians
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
 SCORING = 5.2e-8  # seconds per number of an image: two PNG files read, and their error; of a Zen 4 core
+DISTILLATION = ("tune_blocks", "trajectories", "finetune")
 GUIDED_INSIDE = ("FluxTransformer2DModel",)  # guidance is an input of theirs and takes no second sample
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """name: of the field of `vqdm.stages.graph.Graph`. None: not estimated, and `note` says why."""
-
-    name: str
-    memory: Memory | None
-    seconds: float | None
-    note: str = ""
 
 
 def stage_costs(
@@ -61,17 +54,17 @@ def stage_costs(
     device: str,
     threads: int,
     cache: Path,
+    student: nn.Module | None = None,
+    finetune_prompts: int = 0,
 ) -> list[StageCost]:
     """Every stage that `config` needs, in the order of `Graph.stages`.
 
     denoiser, vae: on meta, and cast to the model's dtype; vae None: decoding is left out. specs: the layers that are
     quantized. parts: parameters by part of the pipeline. device: cpu | cuda; a GPU that is not here gets no seconds.
-    cache: JSON file for the rates of this machine.
+    cache: JSON file for the rates of this machine. student: the quantized denoiser on meta, changed here; needed if
+    `config.finetune` asks for anything. finetune_prompts: the validation's included.
     """
-    names = ["images", "evaluate"]
-    if config.quantize.kind != "none":
-        extra = ["sensitivity"] if config.quantize.allocation == "sensitivity" else []
-        names = ["calibrate", *extra, "quantize", "teacher_images", *names]
+    names = stage_names(config)
     nn.Module.to(denoiser, dtype=getattr(torch, config.model.dtype))
     cost = measure_denoiser(denoiser, specs, size=config.model.sampler.size)
     if cost is None:
@@ -84,12 +77,32 @@ def stage_costs(
         )
         codec = probe_codec(config.quantize, hardware, workers=threads, cache=cache)
     model, decoding = _model(config, denoiser, vae, parts=parts, cost=cost)
+    guided, executed = (
+        guidance_factor(denoiser, config.model.sampler.guidance),
+        [s for s in specs if s.name in cost.inputs],
+    )
     experiment = _Experiment(
-        config, cost, [spec for spec in specs if spec.name in cost.inputs], model, decoding, hardware, codec,
-        guided=guidance_factor(denoiser, config.model.sampler.guidance), prompts=prompts,
+        config, cost, executed, model, decoding, hardware, codec, guided=guided, prompts=prompts,
         calibration_prompts=calibration_prompts, device=device, threads=threads,
     )  # fmt: skip
-    return [getattr(experiment, name)() for name in names]
+    found = {name: getattr(experiment, name)() for name in names if name not in DISTILLATION}
+    if any(name in DISTILLATION for name in names):
+        plan = DistillationPlan(
+            config, denoiser, student, vae, executed, cost, model, decoding, hardware, guided=guided,
+            prompts=finetune_prompts, device=device,
+        )  # fmt: skip
+        found |= {stage.name: stage for stage in plan.costs()}
+    return [found[name] for name in names]
+
+
+def stage_names(config: Config) -> list[str]:
+    """Of the stages that `config` needs, as fields of `Graph` and in its order."""
+    if config.quantize.kind == "none":
+        return ["images", "evaluate"]
+    sensitivity = ["sensitivity"] if config.quantize.allocation == "sensitivity" else []
+    distillation = ["tune_blocks"] if config.finetune.block_steps else []
+    distillation += ["trajectories", "finetune"] if config.finetune.steps else []
+    return ["calibrate", *sensitivity, "quantize", *distillation, "teacher_images", "images", "evaluate"]
 
 
 def guidance_factor(denoiser: nn.Module, guidance: float) -> int:
@@ -277,19 +290,3 @@ def _pixel_products(inputs: torch.Tensor, conv: ConvGeometry) -> int:
         common = (height - spread[0]) * (width - spread[1])
         total += common + len(seen) * (height * width - common)
     return total
-
-
-def duration(seconds: float) -> str:
-    """Two digits, no more: 40 s, 12 min, 3.5 h, 12 days."""
-    for unit, size, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
-        if seconds < limit * size:
-            return f"{_two_digits(seconds / size)} {unit}"
-    return f"{_two_digits(seconds / 86400)} days"
-
-
-def gibibytes(size: float) -> str:
-    return f"{_two_digits(size / 2**30)} GiB"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"

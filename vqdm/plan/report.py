@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 
 from vqdm.config import Config
+from vqdm.layers import swap_empty
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.location import DENOISERS, configs_directory
 from vqdm.models.single_file import component_on_meta
-from vqdm.plan.cost import StageCost, duration, gibibytes, stage_costs
+from vqdm.plan.cost import DISTILLATION, stage_costs, stage_names
 from vqdm.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
-from vqdm.schemes import Harm
+from vqdm.plan.stage import StageCost, duration, gibibytes
+from vqdm.schemes import Assignment, Harm
 from vqdm.store import write_json
 
 
@@ -35,8 +37,8 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, harm: Harm | None, prompts: int, calibration_prompts: int, device: str, cache: Path,
-    todo: set[str] | None,
+    config: Config, *, harm: Harm | None, prompts: int, calibration_prompts: int, finetune_prompts: int, device: str,
+    cache: Path, todo: set[str] | None,
 ) -> Plan:  # fmt: skip
     """harm: what the sensitivity stage measured, if it is needed and done. cache: of this machine's rates.
 
@@ -51,11 +53,19 @@ def make_plan(
     costs = stage_costs(
         config, denoiser, assignment.specs, parts={name: _parameters(module) for name, module in modules.items()},
         vae=modules.get("vae"), prompts=prompts, calibration_prompts=calibration_prompts, device=device,
-        threads=torch.get_num_threads(), cache=cache,
+        threads=torch.get_num_threads(), cache=cache, student=_student(config, assignment),
+        finetune_prompts=finetune_prompts,
     )  # fmt: skip
-    wanted = ("calibrate", "sensitivity", "quantize") if config.task == "compress" else None
+    wanted = ("calibrate", "sensitivity", "quantize", *DISTILLATION) if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
     return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo)
+
+
+def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
+    """The quantized denoiser on meta, as distillation loads it; None where nothing is distilled."""
+    if not any(name in DISTILLATION for name in stage_names(config)):
+        return None
+    return swap_empty(denoiser_on_meta(config.model), assignment.quantized, decode="cached")
 
 
 def _parameters(module) -> int:

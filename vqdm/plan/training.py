@@ -6,7 +6,6 @@ largest weight and stands in by its bytes for all others, so that SDXL takes sec
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 

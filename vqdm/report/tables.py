@@ -14,7 +14,7 @@ DIGITS = {"bits_per_weight": 3, "bits_quantized": 3, "mib": 2, "fid": 3, "kid": 
 
 @dataclass(frozen=True)
 class Row:
-    """One experiment, or, with `seeds` above 1, as many that differ in their calibration only."""
+    """One experiment, or, with `seeds` above 1, as many that differ in their calibration and distillation only."""
 
     name: str  # of its run record
     experiment: str  # of conf/experiment/
@@ -34,8 +34,10 @@ def _calibration_seed(name: str, seed: int) -> list[str]:
     """Other prompts, other noise, other draws of the codec; the images to score keep theirs."""
     if seed == 0:
         return []
-    own = ("calibration.seed", "calibration.noise_seed", "quantize.seed")
-    return [f"name={name}_seed{seed}", "calibration.order=shuffled", *(f"{key}={seed}" for key in own)]
+    own = ("calibration.seed", "calibration.noise_seed", "quantize.seed", "finetune.seed")
+    captions = f"finetune.trajectories.seed={1 + seed}"  # 1 is the default, and none of the calibration's seeds
+    noise = f"finetune.trajectories.noise_seed={seed}"
+    return [f"name={name}_seed{seed}", "calibration.order=shuffled", *(f"{key}={seed}" for key in own), captions, noise]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from vqdm.stages.calibrate import sample_batches
 from vqdm.store import read_item, write_item
 
 TRAIN, VALIDATION = "train", "validation"
+LATENTS = ("sample", "hidden_states")  # what U-Nets and transformers call them
 
 
 def split_prompts(prompts: PromptList, validation: int) -> tuple[PromptList, PromptList]:
@@ -100,21 +101,22 @@ def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config:
             f"finetune.trajectories.along=data needs a noise schedule, and {type(scheduler).__name__} has none: "
             "use along=teacher"
         )
-    clean, made = _latents(pipeline, captions, config), []
+    name = next(name for name in LATENTS if name in calls[0])
+    clean, made = _latents(pipeline, captions, config, size=calls[0][name].shape[-1] * pipeline.vae_scale_factor), []
     for call in calls:
         timestep = call["timestep"].flatten()[0]
         level = scheduler.alphas_cumprod[timestep.long()]
         draws = [torch_generator(config.noise_seed, f"noised/{float(timestep):g}", p.id) for p in captions]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        rows = call["sample"]
-        made.append(call | {"sample": noisy.repeat(len(rows) // len(noisy), 1, 1, 1).to(rows.dtype)})
+        rows = call[name]
+        made.append(call | {name: noisy.repeat(len(rows) // len(noisy), 1, 1, 1).to(rows.dtype)})
     return relabelled(made, denoiser_of(pipeline), device=denoiser_of(pipeline).device)
 
 
-def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig) -> torch.Tensor:
-    """The images of the captions as the denoiser's latents: fp32 [captions, channels, h, w], on the CPU."""
-    vae, size = pipeline.vae, denoiser_of(pipeline).config.sample_size * pipeline.vae_scale_factor
+def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig, *, size: int) -> torch.Tensor:
+    """The images of the captions, `size` pixels wide, as the denoiser's latents: fp32 [captions, channels, h, w]."""
+    vae = pipeline.vae
     pixels = np.stack([_pixels(prompt, config, size) for prompt in captions])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
