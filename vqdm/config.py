@@ -154,7 +154,7 @@ class FinetuneConfig:
     steps: int = 0  # end to end, on the predictions of the whole denoiser
     train: TrainedConfig = dataclasses.field(default_factory=TrainedConfig)
     tune_codes: bool = False  # codes follow where the gradient draws their weights
-    code_rate: float = 0.3  # of a weight's step, in parts of the learning rate × its row's root mean square
+    code_rate: float = 2.0  # of a weight's step, in parts of the learning rate × its row's root mean square
     code_every: int = 10  # steps between two searches for nearer codes
     seed: int = 0
     # block after block, on the calibration's recorded calls
@@ -327,8 +327,20 @@ def check_finetune(config: Config) -> None:
     steps = own.trajectories.sampler_steps
     if steps is not None and not all(count >= 1 for count in steps or [0]):
         raise UserError(f"finetune.trajectories.sampler_steps={steps} must be numbers of steps, 1 or more each")
-    if own.trajectories.images is not None and own.trajectories.along != "data":
+    _check_trajectories(own.trajectories)
+    if own.micro_batch_size is not None and own.micro_batch_size < 1:
+        raise UserError(f"finetune.micro_batch_size={own.micro_batch_size} must be at least 1, or null for all")
+
+
+def _check_trajectories(config: TrajectoriesConfig) -> None:
+    if config.images is not None and config.along != "data":
         raise UserError("finetune.trajectories.images is for finetune.trajectories.along=data")
+    if config.along == "data" and config.images is None and config.source != "tiny":
+        raise UserError(
+            "finetune.trajectories.along=data needs the captions' images: give finetune.trajectories.images=<folder>"
+        )
+    if config.recorded_steps is not None and config.recorded_steps < 1:
+        raise UserError(f"finetune.trajectories.recorded_steps={config.recorded_steps} must be at least 1, or null")
 
 
 SCALAR_KINDS = ("rtn", "gptq", "adaround")

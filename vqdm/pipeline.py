@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from vqdm import processes
 from vqdm.config import Config
 from vqdm.errors import UserError
 from vqdm.plan.command import print_plan
@@ -55,6 +56,8 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     from vqdm.models.location import download, model_directory
     from vqdm.models.samplers import check_sampler
 
+    if config.finetune.steps:
+        processes.check_batch_size(config.finetune.batch_size)
     problems, stages = [], None
     try:
         stages = build_stages(config, cache=store.hashes)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from vqdm.errors import UserError
 from vqdm.store import Stage, Store
 
 LONGEST_WAIT = datetime.timedelta(days=7)  # for a process that makes a stage alone
@@ -17,6 +18,15 @@ LONGEST_WAIT = datetime.timedelta(days=7)  # for a process that makes a stage al
 def launched() -> bool:
     """Whether there are others; before torch is imported."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def check_batch_size(batch_size: int) -> None:
+    """UserError unless the processes can share the samples of a step equally."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % count:
+        raise UserError(
+            f"finetune.batch_size={batch_size} cannot be shared by {count} processes: give a multiple of {count}"
+        )
 
 
 def is_main() -> bool:

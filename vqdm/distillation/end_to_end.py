@@ -55,6 +55,8 @@ class Distillation:
         config, student = self.config, self.student
         drifting = let_drift(student) if config.tune_codes else {}
         trained = trained_parameters(student, config.train, code_rate=config.code_rate)
+        if not trained:
+            raise UserError("finetune: finetune.train leaves nothing to train: switch something on")
         optimizer = _optimizer(trained, config)
         checkpoints = Checkpoints(directory, student, trained, optimizer)
         state = checkpoints.restore()

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from vqdm.config import Config
 from vqdm.models.specs import LayerSpec
 from vqdm.plan import memory
+from vqdm.plan.counts import BACKWARD, TrainingCounts, TrajectoryCounts, micro_batch, training_counts, trajectory_counts
 from vqdm.plan.forward import DenoiserCost, ForwardCost, denoiser_inputs, latent_size, measure
 from vqdm.plan.memory import Memory
 from vqdm.plan.probe import Hardware, Speeds
@@ -23,94 +24,8 @@ from vqdm.stages.finetune import SHOWN, teacher_runs_along
 
 ASSUMED_GPU_FLOPS, ASSUMED_FP32_FLOPS = 2e14, 4e13  # in 16 bit, and in fp32
 ASSUMED_GPU_WRITING = 1e12  # bytes/s, of decoding
-BACKWARD = 2  # forwards that a backward pass costs
 DECODING, DECODING_GRADIENTS = 2e-9, 3e-9  # seconds per weight of the CPU's kernels, one thread of a Zen 4 core
 MOMENTS = 2  # of Adam, in fp32 as all that trains
-
-
-@dataclass(frozen=True)
-class TrajectoryCounts:
-    """prompts: sampled, the validation's included. rows: of all forwards. samples: kept for training and validation."""
-
-    prompts: int
-    rows: int
-    samples: int
-    captions: int  # rows of text embeddings are kept for, once for every number of steps
-    encoded: int  # images that the VAE encodes
-
-
-def trajectory_counts(config: Config, *, prompts: int, guided: int) -> TrajectoryCounts:
-    """prompts: those to train on and the validation's. guided: rows of an image, two under guidance."""
-    own = config.finetune.trajectories
-    steps, kept = sampled_steps(config)
-    validation = min(own.validation, prompts)
-    train = 0 if own.along == "student" else prompts - validation
-    noised = train if own.along == "data" else 0
-    return TrajectoryCounts(
-        train + validation, ((train + validation) * sum(steps) + noised * kept) * guided, (train + validation) * kept,
-        (train + validation) * len(steps), noised * len(steps),
-    )  # fmt: skip
-
-
-def sampled_steps(config: Config) -> tuple[list[int], int]:
-    """The numbers of steps that a caption is sampled with, and how many of all are kept."""
-    own = config.finetune.trajectories
-    steps = own.sampler_steps or [config.model.sampler.steps]
-    return steps, sum(min(own.recorded_steps or count, count) for count in steps)
-
-
-@dataclass(frozen=True)
-class TrainingCounts:
-    """rows: forward and backward passes. The others are forwards: of validations, of the images they show, of the
-    student's own sampling (along=student), and of the teacher.
-    """
-
-    steps: int
-    samples: int
-    rows: int
-    parts: int  # micro-batches
-    validations: int
-    validation_rows: int
-    shown_rows: int
-    shown_images: int
-    own_rows: int
-    teacher_rows: int
-
-    def forwards(self, *, checkpointing: bool) -> int:
-        """All as forwards of a row."""
-        passes = 1 + BACKWARD + checkpointing
-        others = self.validation_rows + self.shown_rows + self.own_rows + self.teacher_rows
-        return passes * self.rows + others
-
-
-def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCounts:
-    """As `trajectory_counts`."""
-    own = config.finetune
-    steps, kept = sampled_steps(config)
-    validation = min(own.trajectories.validation, prompts)
-    samples = own.steps * own.batch_size
-    validations = own.steps // own.check_every + 1 + (own.steps % own.check_every > 0)
-    captions = own_captions(config, train=prompts - validation) if own.trajectories.along == "student" else 0
-    relabelled = captions * kept * guided
-    shown = validations * min(SHOWN, validation)
-    return TrainingCounts(
-        own.steps, samples, samples * guided, own.steps * -(-own.batch_size // micro_batch(config)), validations,
-        validations * min(own.validation_samples, validation * kept) * guided,
-        shown * config.model.sampler.steps * guided, shown, captions * sum(steps) * guided,
-        relabelled + (samples * guided if own.feature_weight > 0 else 0),
-    )  # fmt: skip
-
-
-def own_captions(config: Config, *, train: int) -> int:
-    """Captions that the student samples in all rounds, as vqdm/stages/finetune.py chooses them."""
-    own, size = config.finetune, config.finetune.trajectories.batch_size
-    wanted = -(-own.refresh * own.batch_size // sampled_steps(config)[1])
-    return -(-own.steps // own.refresh) * min(train, -(-wanted // size) * size)
-
-
-def micro_batch(config: Config) -> int:
-    own = config.finetune
-    return min(own.micro_batch_size or own.batch_size, own.batch_size)
 
 
 @dataclass(frozen=True)
@@ -146,20 +61,21 @@ class DistillationPlan:
     def costs(self) -> list[StageCost]:
         """In the order in which the stages run."""
         own, found = self.config.finetune, []
-        student = prepare_student(self.student, own, device=self.device)
+        student = prepare_student(self.student, own)
         if own.block_steps:
             found.append(self._tune_blocks(student))
         if own.steps:
-            step = self._step(student, None)
+            step = self._step(student, device=self.device)
             trajectories = self._trajectories(student, step)
             found += [trajectories, self._finetune(student, step, trajectories)]
         return found
 
-    def _step(self, student: Student, teacher: nn.Module | None) -> StepCost:
-        rows = self.guided * micro_batch(self.config)
+    def _step(self, student: Student, *, device: str, teacher: nn.Module | None = None) -> StepCost:
+        micro = micro_batch(self.config)
         return measure_step(
-            student, self.config.finetune, rows=rows, rows_each=self.guided, size=self.config.model.sampler.size,
-            device=self.device, teacher=teacher,
+            student, self.config.finetune, rows=self.guided * micro, rows_each=self.guided,
+            size=self.config.model.sampler.size, device=device, accumulates=micro < self.config.finetune.batch_size,
+            teacher=teacher,
         )  # fmt: skip
 
     def _tune_blocks(self, student: Student) -> StageCost:
@@ -210,7 +126,7 @@ class DistillationPlan:
         return StageCost("trajectories", used, None if here is None else seconds(here), note, detail)
 
     def _bytes_on_disk(self, counts: TrajectoryCounts, output: int) -> int:
-        """Latents and predictions of every sample, and all else once for every caption: rows as the denoiser has them."""
+        """Latents and predictions of every sample, all else once for every caption; rows as the denoiser has them."""
         first, *others = denoiser_inputs(self.teacher, batch=1, size=self.config.model.sampler.size).values()
         once = sum(leaf.nbytes for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor) and leaf.ndim > 1)
         each = first.nbytes + self.model.item_size * output
@@ -228,25 +144,33 @@ class DistillationPlan:
     def _finetune(self, student: Student, step: StepCost, trajectories: StageCost) -> StageCost:
         own = self.config.finetune
         counts = training_counts(self.config, prompts=self.prompts, guided=self.guided)
-        with_features = self._step(student, self.teacher) if own.feature_weight > 0 else step
-        variants = {
-            "cached": self._parts(student, step),
-            "resident": self._parts(student, with_features, resident=True),
-        }
-        used = {name: self._placed(parts, student) for name, parts in variants.items()}
-        cached, resident = (gibibytes(size.device or size.host) for size in used.values())
         here, gpu = self._here(own.precision, student), self._on_a_gpu(own.precision, student)
         hours = self._seconds(counts, gpu) / 3600 + trajectories.detail["gpu_hours"]
+        parts = self._variants(student, step, device=self.device)
+        on_gpu = parts
+        if self.device == "cpu":
+            on_gpu = self._variants(student, self._step(student, device="cuda"), device="cuda")
+        cached, resident = (gibibytes(self._placed(found, student, device="cuda").device) for found in on_gpu.values())
         note = (
-            f"{counts.steps:,} steps of {own.batch_size} = {counts.samples:,} samples, {counts.rows:,} rows; "
+            f"{counts.steps:,} steps of {own.batch_size} = {counts.samples:,} samples, {counts.rows:,} rows; on a GPU "
             f"{cached} with the teacher's predictions cached, {resident} with the teacher resident; "
             f"{two_digits(hours)} GPU-hours with the trajectories ({gpu.origin}){self._no_gpu()}"
         )
         detail = dataclasses.asdict(counts) | {"gpu_hours": hours, "gpu_hours_from": gpu.origin}
-        detail |= {f"memory_{name}": dataclasses.asdict(size) for name, size in used.items()}
-        detail |= {f"parts_{name}": parts for name, parts in variants.items()}
-        chosen = used["resident" if teacher_runs_along(own) else "cached"]
-        return StageCost("finetune", chosen, None if here is None else self._seconds(counts, here), note, detail)
+        detail |= {"bytes_on_this_device": parts, "bytes_on_a_gpu": on_gpu}
+        chosen = parts["resident" if teacher_runs_along(own) else "cached"]
+        used = self._placed(chosen, student, device=self.device)
+        return StageCost("finetune", used, None if here is None else self._seconds(counts, here), note, detail)
+
+    def _variants(self, student: Student, step: StepCost, *, device: str) -> dict[str, dict[str, int]]:
+        """Bytes by what takes them, with the teacher's predictions cached and with the teacher resident."""
+        watching = step
+        if self.config.finetune.feature_weight > 0:
+            watching = self._step(student, device=device, teacher=self.teacher)
+        return {
+            "cached": self._parts(student, step, device=device, resident=False),
+            "resident": self._parts(student, watching, device=device, resident=True),
+        }
 
     def _seconds(self, counts: TrainingCounts, rates: _Rates) -> float:
         own = self.config.finetune
@@ -255,10 +179,10 @@ class DistillationPlan:
         found += counts.validations * rates.decoding  # cached for as long as nothing trains
         return found + counts.shown_images * rates.speeds.seconds(self.decoding)
 
-    def _parts(self, student: Student, step: StepCost, *, resident: bool = False) -> dict[str, int]:
+    def _parts(self, student: Student, step: StepCost, *, device: str, resident: bool) -> dict[str, int]:
         """Bytes on the device, by what takes them: what is always there, then what comes on top at the worst moment."""
         teacher = self.model.item_size * sum(parameter.numel() for parameter in self.teacher.parameters())
-        moments = self._moments(student, step, resident=resident)
+        moments = self._moments(student, step, device=device, resident=resident)
         worst = max(moments, key=moments.get)
         found = {
             "other parts of the pipeline": self.model.weights - teacher,
@@ -273,14 +197,14 @@ class DistillationPlan:
             found["teacher, less what is shared"] = teacher - self._shared(student)
         return {name: int(size) for name, size in found.items()}
 
-    def _moments(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, float]:
+    def _moments(self, student: Student, step: StepCost, *, device: str, resident: bool) -> dict[str, float]:
         """What comes and goes, in bytes. On a GPU Adam goes through all parameters at once, with one more copy."""
         own, model = self.config.finetune, self.model
-        gradients, on_gpu = 4 * student.trained, self.device != "cpu"
+        gradients, on_gpu = 4 * student.trained, device != "cpu"
         row = step.forward / (self.guided * micro_batch(self.config))
         shown = min(SHOWN, own.trajectories.validation)
         found = {
-            "a step": gradients + step.step,
+            "a step": step.step,
             "an update": (1 + own.relative_rate + on_gpu) * gradients,
             "images shown": memory.sampling_bytes(model, 0, shown) - model.weights,
             "sampling of images shown": shown * self.guided * row,
@@ -299,10 +223,10 @@ class DistillationPlan:
         theirs = {name for name, _ in self.teacher.named_parameters()}
         return sum(size for name, size in student.frozen.items() if name in theirs)
 
-    def _placed(self, parts: dict[str, int], student: Student) -> Memory:
+    def _placed(self, parts: dict[str, int], student: Student, *, device: str) -> Memory:
         """Host, beside a GPU: a checkpoint, as tensors and as a file."""
-        saving = 2 * (1 + MOMENTS) * 4 * student.trained if self.device != "cpu" else 0
-        return memory.placed(sum(parts.values()), saving, device=self.device)
+        saving = 2 * (1 + MOMENTS) * 4 * student.trained if device != "cpu" else 0
+        return memory.placed(sum(parts.values()), saving, device=device)
 
     def _here(self, dtype: str, student: Student) -> _Rates | None:
         """Of this machine; its speeds are measured in the model's dtype, and for products in fp32."""

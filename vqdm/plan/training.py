@@ -5,6 +5,7 @@ largest weight and stands in by its bytes for all others, so that SDXL takes sec
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from vqdm.blocks import RESIDUAL_UNITS
 from vqdm.config import FinetuneConfig
 from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors
 from vqdm.distillation.parameters import trained_parameters
-from vqdm.drift import DriftingWeight, let_drift
+from vqdm.drift import let_drift
 from vqdm.layers import quantized_layers
 from vqdm.models.recording import play
 from vqdm.plan.forward import LiveBytes, denoiser_inputs
@@ -75,18 +76,28 @@ class _Attention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Of decoding, bytes per weight: held for a moment beside the decoded fp32 weight, and written; then of gradients."""
+    """Of decoding, bytes per weight: held for a moment beside the decoded fp32 one, and written; of gradients too."""
 
     scratch: float
     written: float
     gradient_scratch: float
     gradient_written: float
+    has_gradient_kernel: bool  # on a CPU
+
+    def on(self, device: str) -> "DecodeCost":
+        """A CPU's kernels hold nothing."""
+        if device != "cpu":
+            return self
+        return dataclasses.replace(
+            self, scratch=0, gradient_scratch=0 if self.has_gradient_kernel else self.gradient_scratch
+        )
 
 
-def measure_decoding(weight: QuantizedWeight, *, device: str) -> DecodeCost:
-    """Of a weight on meta, in fp32. A CPU's kernels hold nothing; there is none for the gradients of scalar codes."""
-    modules = (weight, *weight.shared)
-    parameters = [parameter.requires_grad_() for module in modules for parameter in module.parameters()]
+def measure_decoding(weight: QuantizedWeight) -> DecodeCost:
+    """Of a weight on meta, in fp32, as torch decodes it on a GPU."""
+    parameters = [parameter for module in (weight, *weight.shared) for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_()
     with LiveBytes() as forward:
         decoded = weight()
     gradient = torch.empty_like(decoded)
@@ -94,11 +105,10 @@ def measure_decoding(weight: QuantizedWeight, *, device: str) -> DecodeCost:
         torch.autograd.grad(decoded, parameters, gradient)
     for parameter in parameters:
         parameter.requires_grad_(False)
-    count = decoded.numel()
-    scratch, gradient_scratch = forward.peak - decoded.nbytes, backward.peak
-    if device == "cpu":
-        scratch, gradient_scratch = 0, gradient_scratch * isinstance(weight, ScalarWeight)
-    return DecodeCost(scratch / count, forward.written / count, gradient_scratch / count, backward.written / count)
+    held = forward.peak - decoded.nbytes, forward.written, backward.peak, backward.written
+    return DecodeCost(
+        *(size / decoded.numel() for size in held), has_gradient_kernel=not isinstance(weight, ScalarWeight)
+    )
 
 
 class _Decoded(torch.autograd.Function):
@@ -129,45 +139,58 @@ def _decoded(weight: QuantizedWeight, cost: DecodeCost) -> Tensor:
 
 @dataclass(frozen=True)
 class Student:
-    """A quantized denoiser on meta that is ready to train, as memory sees it. Bytes; trained, weights: numbers."""
+    """A quantized denoiser on meta that is ready to train, as memory sees it. Bytes; trained, drifting: numbers."""
 
     denoiser: nn.Module
+    matrices: list[QuantizedWeight]
     decode: DecodeCost
     state: int  # parameters in fp32, and codes; no drift
     units: int  # what steps are measured in
     trained: int  # drifts included
     drifting: int
-    weights: int  # that are quantized
     frozen: dict[str, int]  # of parameters that do not train, by name
 
+    @property
+    def weights(self) -> int:
+        """Numbers that are quantized."""
+        return sum(weight.shape[0] * weight.shape[1] for weight in self.matrices)
 
-def prepare_student(denoiser: nn.Module, config: FinetuneConfig, *, device: str) -> Student:
-    """denoiser: quantized, on meta; changed in place: in fp32, what trains requires gradients and has them."""
+    def decodes(self, device: str) -> None:
+        """From now on by memory alone, as on this device."""
+        cost = self.decode.on(device)
+        for weight in self.matrices:
+            weight.forward = functools.partial(_decoded, weight, cost)
+
+    def has_gradients(self, has: bool) -> None:
+        for parameter in self.denoiser.parameters():
+            parameter.grad = torch.empty_like(parameter) if has and parameter.requires_grad else None
+
+
+def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
+    """denoiser: quantized, on meta; changed in place: in fp32, and what trains requires gradients."""
     nn.Module.to(denoiser, dtype=torch.float32).eval().requires_grad_(False)
     state = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     matrices = [layer.weight for layer in quantized_layers(denoiser).values()]
-    sizes = [weight.shape[0] * weight.shape[1] for weight in matrices]
-    decode = measure_decoding(matrices[sizes.index(max(sizes))], device=device)
+    decode = measure_decoding(max(matrices, key=lambda weight: weight.shape[0] * weight.shape[1]))
     for weight in matrices:
-        weight.forward = functools.partial(_decoded, weight, decode)
+        weight.forward = functools.partial(_decoded, weight, decode)  # units of drifts are taken from decoded weights
     if config.tune_codes:
         let_drift(denoiser)
     parts = trained_parameters(denoiser, config.train, code_rate=config.code_rate)
     for part in parts:
         part.parameter.requires_grad_()
-        part.parameter.grad = torch.empty_like(part.parameter)
-    drifting = sum(part.parameter.numel() for part in parts if part.kind == "drift")
-    frozen = {name: p.nbytes for name, p in denoiser.named_parameters() if not p.requires_grad}
     return Student(
-        denoiser, decode, state, units=sum(part.unit.nbytes for part in parts),
-        trained=sum(part.parameter.numel() for part in parts), drifting=drifting, weights=sum(sizes), frozen=frozen,
+        denoiser, matrices, decode, state, units=sum(part.unit.nbytes for part in parts),
+        trained=sum(part.parameter.numel() for part in parts),
+        drifting=sum(part.parameter.numel() for part in parts if part.kind == "drift"),
+        frozen={name: p.nbytes for name, p in denoiser.named_parameters() if not p.requires_grad},
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes. forward: most of one without gradients; step: of one with, and its backward pass, beside gradients that
-    are there already; kept: decoded weights that the forwards without gradients leave in a student's layers.
+    """Bytes. forward: of one without gradients; step: of one with, its backward pass, and the parameters' gradients;
+    kept: decoded weights that forwards without gradients leave in the student's layers.
 
     output: numbers that the denoiser gives for a row.
     """
@@ -180,13 +203,16 @@ class StepCost:
 
 def measure_step(
     student: Student, config: FinetuneConfig, *, rows: int, rows_each: int, size: int | None, device: str,
-    teacher: nn.Module | None = None,
+    accumulates: bool, teacher: nn.Module | None = None,
 ) -> StepCost:  # fmt: skip
-    """Of `rows` rows at once. teacher: on meta, where the outputs of its blocks are learned too. size: pixels.
+    """Of `rows` rows at once. accumulates: gradients of other rows are there already. size: pixels.
 
-    The second forward counts: the first one fills the layers' caches.
+    teacher: on meta, where the outputs of its blocks are learned too. The second forward counts: the first one fills
+    the layers' caches.
     """
     denoiser = student.denoiser
+    student.decodes(device)
+    student.has_gradients(accumulates)
     precision = functools.partial(Autocast, config.precision, device=device)
     if config.checkpointing:
         again = functools.partial(
@@ -209,7 +235,9 @@ def measure_step(
         del loss
     if config.checkpointing:
         denoiser.disable_gradient_checkpointing()
-    return StepCost(forward, live.peak - kept, kept, target.numel() // rows)
+    student.has_gradients(False)
+    step = live.peak - kept + (4 * student.trained if accumulates else 0)
+    return StepCost(forward, step, kept, target.numel() // rows)
 
 
 def _loss(denoiser, teacher, arguments: dict, target: Tensor, *, config, rows_each: int, size: int | None) -> Tensor:
@@ -239,6 +267,7 @@ class BlocksCost:
 
 def measure_blocks(student: Student, names: Iterable[str], *, rows: int, size: int | None) -> BlocksCost:
     """names: of the quantized layers. Blocks of one kind and shape are measured once. rows: of a batch."""
+    student.has_gradients(False)
     calls = _block_calls(student.denoiser, names, size=size)
     recorded, steps, trained, seen = [], [], [], set()
     for block, given, output in calls.values():
@@ -248,7 +277,7 @@ def measure_blocks(student: Student, names: Iterable[str], *, rows: int, size: i
         if kind in seen:
             continue
         seen.add(kind)
-        recorded.append(sum(tensor.nbytes for tensor in tensors if len(tensor) == 1))
+        recorded.append(sum(tensor.nbytes for tensor in tensors))
         trained.append(numbers)
         steps.append(_block_step(block, *tree_map(functools.partial(_rows, rows), given)))
     return BlocksCost(len(calls), max(recorded, default=0), max(steps, default=0), max(trained, default=0))

@@ -14,6 +14,7 @@ from vqdm.config import FinetuneConfig, ModelConfig
 from vqdm.distillation.checkpoints import State
 from vqdm.distillation.end_to_end import Distillation
 from vqdm.distillation.trajectories import Trajectories, pack
+from vqdm.items import item_names, remove_item
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
 from vqdm.seeds import torch_generator
@@ -117,7 +118,7 @@ def share_frozen(student: nn.Module, teacher: nn.Module, *, config: FinetuneConf
 class _OwnTrajectories:
     """The student's own trajectories, with what the teacher predicts on them: recorded anew every `refresh` steps.
 
-    Those of a round stay on disk until the next is there, so a run that is cut off in between finds them again.
+    Those of a round stay on disk until a checkpoint lies beyond it, so a run that is cut off finds them again.
     """
 
     def __init__(
@@ -133,9 +134,17 @@ class _OwnTrajectories:
         if number != self.round:
             self._record(number)
             self.round, self.samples = number, trajectories_in(self.directory, _folder(number))
-            if processes.is_main() and number > 1:  # the last checkpoint may still lie in the round before this one
-                shutil.rmtree(self.directory / _folder(number - 2), ignore_errors=True)
+            if processes.is_main():
+                self._remove_before((step - step % self.config.check_every) // self.config.refresh)
         return self.samples
+
+    def _remove_before(self, number: int) -> None:
+        """The rounds before that of the last checkpoint, from which a run that is cut off goes on."""
+        for folder in self.directory.glob("round-*"):
+            if folder.name < _folder(number):
+                for item in item_names(self.directory, folder.name):
+                    remove_item(self.directory, item, [])
+                shutil.rmtree(folder)
 
     def _record(self, number: int) -> None:
         """The round's captions: as many as fill its steps, each in turn."""

@@ -21,6 +21,7 @@ from vqdm.models.location import (
     model_identity,
 )
 from vqdm.prompts import PromptList, load_prompts
+from vqdm.stages.caption_images import check_caption_images
 from vqdm.store import Stage
 
 VERSIONS = {
@@ -164,14 +165,15 @@ def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model
 
 _END_TO_END_OPTIONS = (
     "steps", "batch_size", "micro_batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision",
-    "checkpointing", "weighting", "min_snr", "feature_weight", "refresh", "check_every", "validation_samples",
+    "checkpointing", "weighting", "feature_weight", "check_every", "validation_samples",
 )  # fmt: skip
 _BLOCK_OPTIONS = ("block_steps", "block_rate", "block_samples", "block_batch_size", "warmup", "decay_from")
 
 
 def _trained(config: Config) -> dict:
     """What trains, and how codes move, in both kinds of distillation."""
-    return _pick(config.finetune, "train", "tune_codes", "code_rate", "code_every", "seed")
+    codes = ("tune_codes", "code_rate", "code_every") if config.finetune.tune_codes else ()
+    return _pick(config.finetune, "train", "seed", *codes)
 
 
 def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: str) -> Stage | None:
@@ -195,7 +197,9 @@ def _trajectories(config: Config, prompts: PromptList, model: str) -> Stage:
 
 
 def _finetune(config: Config, student: Stage, trajectories: Stage, calibrate: Stage) -> Stage:
-    settings = _pick(config.finetune, *_END_TO_END_OPTIONS) | _trained(config)
+    extra = ["min_snr"] if config.finetune.weighting == "min_snr" else []
+    extra += ["refresh"] if config.finetune.trajectories.along == "student" else []
+    settings = _pick(config.finetune, *_END_TO_END_OPTIONS, *extra) | _trained(config)
     upstream = {"student": student, "trajectories": trajectories, "calibrate": calibrate}
     return _stage("finetune", f"{student.label}-finetuned", settings, **upstream)
 
@@ -208,6 +212,8 @@ def _distilled(config: Config, quantization: Quantization, model: str) -> Quanti
         return dataclasses.replace(quantization, tune_blocks=tuned)
     own = config.finetune.trajectories
     prompts = read_prompts(dataclasses.replace(own, n=own.n + own.validation))
+    if own.images is not None:
+        check_caption_images(own.images, prompts.prompts[: own.n])
     trajectories = _trajectories(config, prompts, model)
     finetune = _finetune(config, tuned or quantize, trajectories, calibrate)
     return dataclasses.replace(

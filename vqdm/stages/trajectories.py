@@ -21,6 +21,7 @@ from vqdm.models.recording import OUTPUT, Call, Recorder, evenly_spread, play_ba
 from vqdm.prompts import Prompt, PromptList
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import sample_batches
+from vqdm.stages.caption_images import caption_image
 from vqdm.store import read_item, write_item
 
 TRAIN, VALIDATION = "train", "validation"
@@ -129,10 +130,5 @@ def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray
         from vqdm.tiny.data import scene_pixels
 
         return scene_pixels(prompt.id)
-    names = [Path(config.images) / f"{prompt.id}.{ending}" for ending in ("png", "jpg", "jpeg")]
-    found = [path for path in names if path.is_file()]
-    if not found:
-        raise UserError(
-            f"{config.images} has no {prompt.id}.png or .jpg: finetune.trajectories.images needs every caption's image"
-        )
-    return np.asarray(ImageOps.fit(Image.open(found[0]).convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+    image = Image.open(caption_image(config.images, prompt)).convert("RGB")
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))

@@ -1,0 +1,93 @@
+"""How often the stages of distillation run a denoiser, in closed form."""
+
+from dataclasses import dataclass
+
+from vqdm.config import Config
+from vqdm.stages.finetune import SHOWN
+
+BACKWARD = 2  # forwards that a backward pass costs
+
+
+@dataclass(frozen=True)
+class TrajectoryCounts:
+    """prompts: sampled, the validation's included. rows: of all forwards. samples: kept for training and validation."""
+
+    prompts: int
+    rows: int
+    samples: int
+    captions: int  # rows of text embeddings are kept for, once for every number of steps
+    encoded: int  # images that the VAE encodes
+
+
+def trajectory_counts(config: Config, *, prompts: int, guided: int) -> TrajectoryCounts:
+    """prompts: those to train on and the validation's. guided: rows of an image, two under guidance."""
+    own = config.finetune.trajectories
+    steps, kept = sampled_steps(config)
+    validation = min(own.validation, prompts)
+    train = 0 if own.along == "student" else prompts - validation
+    noised = train if own.along == "data" else 0
+    return TrajectoryCounts(
+        train + validation, ((train + validation) * sum(steps) + noised * kept) * guided, (train + validation) * kept,
+        (train + validation) * len(steps), noised * len(steps),
+    )  # fmt: skip
+
+
+def sampled_steps(config: Config) -> tuple[list[int], int]:
+    """The numbers of steps that a caption is sampled with, and how many of all are kept."""
+    own = config.finetune.trajectories
+    steps = own.sampler_steps or [config.model.sampler.steps]
+    return steps, sum(min(own.recorded_steps or count, count) for count in steps)
+
+
+@dataclass(frozen=True)
+class TrainingCounts:
+    """rows: forward and backward passes. The others are forwards: of validations, of the images they show, of the
+    student's own sampling (along=student), and of the teacher.
+    """
+
+    steps: int
+    samples: int
+    rows: int
+    parts: int  # micro-batches
+    validations: int
+    validation_rows: int
+    shown_rows: int
+    shown_images: int
+    own_rows: int
+    teacher_rows: int
+
+    def forwards(self, *, checkpointing: bool) -> int:
+        """All as forwards of a row."""
+        passes = 1 + BACKWARD + checkpointing
+        others = self.validation_rows + self.shown_rows + self.own_rows + self.teacher_rows
+        return passes * self.rows + others
+
+
+def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCounts:
+    """As `trajectory_counts`."""
+    own = config.finetune
+    steps, kept = sampled_steps(config)
+    validation = min(own.trajectories.validation, prompts)
+    samples = own.steps * own.batch_size
+    validations = own.steps // own.check_every + 1 + (own.steps % own.check_every > 0)
+    captions = own_captions(config, train=prompts - validation) if own.trajectories.along == "student" else 0
+    relabelled = captions * kept * guided
+    shown = validations * min(SHOWN, validation)
+    return TrainingCounts(
+        own.steps, samples, samples * guided, own.steps * -(-own.batch_size // micro_batch(config)), validations,
+        validations * min(own.validation_samples, validation * kept) * guided,
+        shown * config.model.sampler.steps * guided, shown, captions * sum(steps) * guided,
+        relabelled + (samples * guided if own.feature_weight > 0 else 0),
+    )  # fmt: skip
+
+
+def own_captions(config: Config, *, train: int) -> int:
+    """Captions that the student samples in all rounds, as vqdm/stages/finetune.py chooses them."""
+    own, size = config.finetune, config.finetune.trajectories.batch_size
+    wanted = -(-own.refresh * own.batch_size // sampled_steps(config)[1])
+    return -(-own.steps // own.refresh) * min(train, -(-wanted // size) * size)
+
+
+def micro_batch(config: Config) -> int:
+    own = config.finetune
+    return min(own.micro_batch_size or own.batch_size, own.batch_size)
