@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_students import FEW, LAYERS, config, pipeline, student, teacher, trajectories
+from tiny_students import config, pipeline, student, teacher, trajectories
 from torch.utils._pytree import tree_map
 
 from vqdm.config import FinetuneConfig, TrainedConfig
@@ -304,10 +304,3 @@ def test_the_rate_of_its_own_is_small_for_a_student_that_is_near(distil, tmp_pat
     state = distil(tmp_path, report=lambda v: rates.append(v.get("learning_rate")), steps=1, learning_rate=None)
     (rate,) = [rate for rate in rates if rate is not None]
     assert rate == pytest.approx(0.03 * math.sqrt(state.validations[0]["loss"]))
-
-
-def test_the_fixture_is_what_it_says():
-    import re
-
-    names = list(quantized_layers(student()))
-    assert len(names) == 12 and all(re.search(LAYERS, name) for name in names) and FEW.scales

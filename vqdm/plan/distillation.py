@@ -154,7 +154,8 @@ class DistillationPlan:
         note = (
             f"{counts.steps:,} steps of {own.batch_size} = {counts.samples:,} samples, {counts.rows:,} rows; on a GPU "
             f"{cached} with the teacher's predictions cached, {resident} with the teacher resident; "
-            f"{two_digits(hours)} GPU-hours with the trajectories ({gpu.origin}){self._no_gpu()}"
+            f"{two_digits(hours)} GPU-hours with the trajectories ({gpu.origin})"
+            f"{', without the search for codes' if own.tune_codes else ''}{self._no_gpu()}"
         )
         detail = dataclasses.asdict(counts) | {"gpu_hours": hours, "gpu_hours_from": gpu.origin}
         detail |= {"bytes_on_this_device": parts, "bytes_on_a_gpu": on_gpu}

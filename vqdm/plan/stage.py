@@ -32,4 +32,6 @@ def gibibytes(size: float) -> str:
 
 
 def two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+    if value >= 9.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.095 else f"{value:.1g}"

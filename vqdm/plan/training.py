@@ -213,6 +213,7 @@ def measure_step(
     denoiser = student.denoiser
     student.decodes(device)
     student.has_gradients(accumulates)
+    denoiser.eval()  # drops what another measurement left in the caches
     precision = functools.partial(Autocast, config.precision, device=device)
     if config.checkpointing:
         again = functools.partial(
