@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_students import FEW, recorded, student, teacher
+from tiny_students import FEW, TEXTS, recorded, student, teacher
+from torch.utils._pytree import tree_leaves
 
 from vqdm.blocks import block_loss, record_block, relative_squared_error
 from vqdm.config import FinetuneConfig, TrainedConfig
@@ -145,7 +146,25 @@ def test_codes_that_move():
     assert own.state_dict().keys() == start.keys()
 
 
-def test_fewer_rows_are_whole_calls(monkeypatch):
+def test_a_part_of_the_data_is_those_rows():
+    data = record_block(teacher(), IN_ORDER[1], recorded(3))
+    rows = torch.tensor([20, 3, 3, 11])
+    part = data.part(rows)
+    assert len(part) == 4 and torch.equal(part.output, data.output[rows])
+    for one, other in ((slice(1, 3), rows[1:3]), (torch.tensor([3, 0]), rows[[3, 0]])):
+        leaves = [tree_leaves(found.take(at, device="cpu")) for found, at in ((part, one), (data, other))]
+        assert len(leaves[0]) == len(leaves[1]) > 1
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))
+
+
+def test_a_single_row_is_nothing_to_learn_from():
+    own, calls = student(), recorded(1, TEXTS[:1], guidance=0.0)
+    config = FinetuneConfig(**QUICK)
+    found = list(tune_blocks(own, teacher(), specs_of(own), lambda: iter(calls), config=config))
+    assert len(found) == 6 and not any(report.kept for _, _, report in found) and same(own, student())
+
+
+def test_fewer_rows_are_whole_calls():
     from vqdm.distillation import blockwise
 
     calls = recorded(3)

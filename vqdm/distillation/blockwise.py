@@ -16,7 +16,7 @@ from vqdm.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, re
 from vqdm.config import FinetuneConfig
 from vqdm.distillation.parameters import trained_parameters
 from vqdm.drift import let_drift, stop_drifting
-from vqdm.models.recording import OUTPUT, Call
+from vqdm.models.recording import OUTPUT, Call, in_fp32
 from vqdm.models.specs import LayerSpec
 from vqdm.seeds import torch_generator
 from vqdm.training import RelativeAdam, learning_rate, rate_for
@@ -57,7 +57,7 @@ def tune_blocks(
         module, report = student.get_submodule(block.name), None
         changed = stored(block)
         if changed is None:
-            inputs = record_block(student, block.name, chosen())
+            inputs = record_block(student, block.name, map(in_fp32, chosen()))
             targets = record_block(teacher, block.name, chosen()).output
             report = _tune(module, inputs, targets, config=config, block=block, progress=progress)
             changed = {f"{block.name}.{name}": value.detach().clone() for name, value in _state(module, config).items()}
@@ -107,7 +107,7 @@ def _tune(
             step, steps=config.block_steps, peak=peak, warmup=config.warmup, decay_from=config.decay_from
         )
 
-    if trained:
+    if trained and len(learned):  # a single row only judges
         reconstruct(
             module, inputs.part(learned), targets[learned],
             RelativeAdam((part.parameter, part.unit) for part in trained),

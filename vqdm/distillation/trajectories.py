@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vqdm.models.recording import OUTPUT, PLAIN, Call, call_arguments
+from vqdm.models.recording import OUTPUT, PLAIN, Call, call_arguments, in_fp32
 
 EACH, ALL = "each.", "all."
 OPEN_FILES = 64
@@ -73,8 +73,7 @@ class Trajectories:
         samples = [self.samples[index] for index in indices]
         read = [_read(self._opened(sample.file), sample) for sample in samples]
         rows_each = len(read[0][OUTPUT])
-        call = {name: _joined(name, [sample[name] for sample in read]) for name in read[0]}
-        call = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in call.items()}
+        call = in_fp32({name: _joined(name, [sample[name] for sample in read]) for name in read[0]})
         timesteps = call["timestep"].view(len(read), -1)[:, 0]
         return Batch(call_arguments(call, device=device), call[OUTPUT].to(device), timesteps, rows_each)
 

@@ -127,6 +127,11 @@ def call_arguments(call: Call, *, device: str | torch.device) -> dict:
     return arguments
 
 
+def in_fp32(call: Call) -> Call:
+    """The call for a denoiser in fp32, whatever it was recorded in."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in call.items()}
+
+
 @torch.no_grad()
 def play_back(denoiser: nn.Module, call: Call, *, device: str) -> torch.Tensor:
     """The denoiser's output for a recorded call, on the CPU."""

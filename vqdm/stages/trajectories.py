@@ -117,10 +117,12 @@ def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config:
 
 def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig, *, size: int) -> torch.Tensor:
     """The images of the captions, `size` pixels wide, as the denoiser's latents: fp32 [captions, channels, h, w]."""
-    vae = pipeline.vae
+    vae, dtype = pipeline.vae, pipeline.vae.dtype
     pixels = np.stack([_pixels(prompt, config, size) for prompt in captions])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    vae.to(torch.float32)  # SDXL's overflows in fp16
+    latents = vae.encode(images.to(vae.device)).latent_dist.mode().cpu()
+    vae.to(dtype)
     return latents * vae.config.scaling_factor
 
 
