@@ -1,6 +1,9 @@
-"""Kill a run with SIGKILL at random moments, then let it finish: its table must be an uninterrupted run's.
+"""Kill a run with SIGKILL at random moments, then let it finish: what it makes must be an uninterrupted run's.
 
 python scripts/kill_test.py [--kills 10] [--seed 0] [run.py arguments, +experiment=demo by default]
+python scripts/kill_test.py --kills 5 +experiment=tiny_codec quantize=trellis2 finetune=both  # distillation
+
+Compared are tables, scores of images, and of distillation every loss and the weights, bit for bit.
 """
 
 import argparse
@@ -28,11 +31,16 @@ def finish(arguments: list[str], results: Path, *, log: Path) -> float:
     return time.monotonic() - began
 
 
-def tables(results: Path) -> dict[str, bytes]:
-    found = {path.name: path.read_bytes() for path in sorted((results / "tables").glob("*.csv"))}
+def outcome(results: Path) -> dict[str, bytes]:
+    """What a run is for, by its place: files, and denoisers without their header, whose keys come in any order."""
+    patterns = ("tables/*.csv", "stages/evaluate/*/images.csv", "stages/finetune/*/history.json")
+    found = {path: path.read_bytes() for pattern in patterns for path in results.glob(pattern)}
+    for path in results.glob("stages/*/*/denoiser/*.safetensors"):
+        content = path.read_bytes()
+        found[path] = content[8 + int.from_bytes(content[:8], "little") :]
     if not found:
-        sys.exit(f"error: {results} holds no table; give arguments that make one, such as +experiment=demo")
-    return found
+        sys.exit(f"error: {results} holds nothing to compare; give arguments that make a table, or images")
+    return {str(path.relative_to(results)): content for path, content in found.items()}
 
 
 def main() -> None:
@@ -55,13 +63,14 @@ def main() -> None:
             process.wait()
             manifests = len(list(broken.glob("stages/*/*/manifest.json")))
             images = len(list(broken.glob("stages/generate/*/images/*.png")))
-            print(
-                f"kill {number + 1}: after {moment:.1f} s ({met}), {manifests} manifests, {images} images", flush=True
-            )
+            steps = sorted(path.stem for path in broken.glob("stages/finetune/*/items/step-*.json"))[-1:]
+            done = ", ".join([f"{manifests} manifests", f"{images} images", *steps])
+            print(f"kill {number + 1}: after {moment:.1f} s ({met}), {done}", flush=True)
         finish(arguments, broken, log=log)
-        same = tables(whole) == tables(broken)
-    print("tables are identical" if same else "TABLES DIFFER")
-    sys.exit(not same)
+        one, other = outcome(whole), outcome(broken)
+    differ = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    print(f"{len(one)} files are identical" if not differ else f"THESE DIFFER: {', '.join(differ)}")
+    sys.exit(bool(differ))
 
 
 if __name__ == "__main__":

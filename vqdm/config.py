@@ -171,6 +171,7 @@ class FinetuneConfig:
     decay_from: float = 0.0  # of the steps, from where the rate falls to 0 by half a cosine; 1 = constant
     precision: str = "float32"  # of the activations: float32 | bfloat16
     checkpointing: bool = False  # activations are computed again for the backward pass
+    loss: str = "guided"  # of the prediction that guided sampling goes by: guided | of both its halves alike: halves
     weighting: str = "uniform"  # of timesteps: uniform | min_snr (Hang et al. 2023)
     min_snr: float = 5.0
     feature_weight: float = 0.0  # of the relative squared error of the blocks' outputs; the teacher then runs along
@@ -261,6 +262,7 @@ CHOICES = {
     "finetune.trajectories.along": ("teacher", "student", "data"),
     "finetune.trajectories.source": PROMPT_SOURCES,
     "finetune.trajectories.order": PROMPT_ORDERS,
+    "finetune.loss": ("guided", "halves"),
     "finetune.weighting": ("uniform", "min_snr"),
     "finetune.precision": ("float32", "bfloat16"),
     "tracker.kind": ("wandb", "none"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -177,5 +178,5 @@ def test_the_rate_rises_stays_and_falls():
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10:60] == [2.0] * 50
     assert rates[80] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(rates[60:], rates[61:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[60:]))
     assert [learning_rate(step, **options | {"decay_from": 1.0}) for step in (10, 99)] == [2.0, 2.0]

@@ -33,14 +33,16 @@ DIVERGED = 4.0  # times the validation loss of the start
 class Distillation:
     """All that a step needs: the student, in fp32 on its device, and where its samples come from.
 
-    samples: of a step, the trajectories to draw from. scheduler: for the weights of timesteps. teacher: only for the
-    outputs of its blocks. report: takes numbers by name, for a tracker. show: called at every validation.
+    samples: of a step, the trajectories to draw from. guidance: of sampling. scheduler: for the weights of timesteps.
+    teacher: only for the outputs of its blocks. report: takes numbers by name, for a tracker. show: called at every
+    validation.
     """
 
     student: nn.Module
     samples: Callable[[int], Trajectories]
     validation: Trajectories
     config: FinetuneConfig
+    guidance: float
     scheduler: object
     teacher: nn.Module | None = None
     report: Callable[[dict], None] = lambda values: None
@@ -109,6 +111,7 @@ class Distillation:
         if processes.is_main():
             checkpoints.save(state)
             self.show(state.step)
+        self.student.train(self.student.training)  # drops the decoded weights that all of this has cached
         processes.wait_for_all()
 
     def _gradients(self, module: nn.Module, step: int) -> float:
@@ -134,7 +137,7 @@ class Distillation:
         watched = [] if self.teacher is None else [self.student, self.teacher]
         with self._precision(), block_outputs(*watched) as outputs:
             prediction = play(module, batch.arguments)
-            errors = squared_errors(prediction, batch.target, rows_each=batch.rows_each)
+            errors = self._errors(prediction, batch)
             if watched:
                 with torch.no_grad():
                     play(self.teacher, batch.arguments)
@@ -143,9 +146,13 @@ class Distillation:
         weights = timestep_weights(batch.timesteps, self.scheduler, weighting=config.weighting, limit=config.min_snr)
         return errors * weights.to(errors.device)
 
+    def _errors(self, prediction: Tensor, batch: Batch) -> Tensor:
+        guidance = self.guidance if self.config.loss == "guided" else None
+        return squared_errors(prediction, batch.target, rows_each=batch.rows_each, guidance=guidance)
+
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """The mean squared error over the validation's samples, of all and by timestep."""
+        """The error, with no weights, over the validation's samples: of all, and by timestep."""
         config, device = self.config, _device(self.student)
         rank, processes_count = processes.rank_and_count()
         count = min(config.validation_samples, len(self.validation))
@@ -156,7 +163,7 @@ class Distillation:
             batch = self.validation.batch(chosen[start : start + size], device=device)
             with self._precision():
                 prediction = play(self.student, batch.arguments)
-            errors = squared_errors(prediction, batch.target, rows_each=batch.rows_each).double().cpu()
+            errors = self._errors(prediction, batch).double().cpu()
             bucket = (batch.timesteps.double() * BUCKETS / TIMESTEPS).long().clamp(0, BUCKETS - 1)
             sums[0].index_add_(0, bucket, errors)
             sums[1].index_add_(0, bucket, torch.ones_like(errors))

@@ -10,10 +10,17 @@ from vqdm.blocks import RESIDUAL_UNITS
 from vqdm.errors import UserError
 
 
-def squared_errors(prediction: Tensor, target: Tensor, *, rows_each: int) -> Tensor:
-    """The mean squared error of every sample, over all its rows (both halves of guidance): fp32 [samples]."""
-    error = (prediction.float() - target.float()).square()
-    return error.reshape(len(error) // rows_each, -1).mean(1)
+def squared_errors(prediction: Tensor, target: Tensor, *, rows_each: int, guidance: float | None = None) -> Tensor:
+    """The mean squared error of every sample: fp32 [samples].
+
+    guidance: that of the prediction that sampling goes by, ε_u + g (ε_c − ε_u), from a sample's two rows (Ho and
+    Salimans 2022, eq. 6); None, or one row each: of all rows alike.
+    """
+    error = prediction.float() - target.float()
+    error = error.reshape(len(error) // rows_each, rows_each, -1)
+    if guidance is not None and rows_each == 2:
+        error = error[:, :1] + guidance * (error[:, 1:] - error[:, :1])
+    return error.square().mean((1, 2))
 
 
 def timestep_weights(timesteps: Tensor, scheduler, *, weighting: str, limit: float) -> Tensor:

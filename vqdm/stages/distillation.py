@@ -33,8 +33,10 @@ def ensure_distilled(
         from vqdm.stages.finetune import finetune, teacher_runs_along
 
         pipeline, teacher = _student_in_fp32(models, tuned)
+        if not teacher_runs_along(config.finetune):
+            teacher = None  # its memory is free now
         return finetune(
-            directory, pipeline, teacher if teacher_runs_along(config.finetune) else None, trajectories,
+            directory, pipeline, teacher, trajectories,
             stages.finetune_prompts, calibration, config=config.finetune, model=config.model, device=models.device,
             tracker=tracker,
         )  # fmt: skip

@@ -1,9 +1,11 @@
 """Distil the quantized denoiser from the original, end to end; every checkpoint is an item."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,8 +46,8 @@ def finetune(
     not recorded (`teacher_runs_along`). prompts: of the trajectories.
     """
     dtype, sampler = getattr(torch, model.dtype), model.sampler
-    running = functools.partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)  # beside 16-bit parts
     student = denoiser_of(pipeline)
+    running = functools.partial(computing_in, dtype, student)
     if teacher is not None:
         shared = share_frozen(student, teacher, config=config)
         log.info("finetune: student and teacher share %.0f MiB", shared / 2**20)
@@ -63,22 +65,33 @@ def finetune(
     shown = validation.prompts[:SHOWN]
 
     def show(step: int) -> None:
-        generators = [torch_generator(config.seed, "finetune/shown", prompt.id) for prompt in shown]
-        with running():
-            images = sample(pipeline, [prompt.text for prompt in shown], sampler=sampler, generators=generators)
         paths = [directory / "images" / f"{step:06d}-{i}.png" for i in range(len(shown))]
-        for path, image in zip(paths, images, strict=True):
+        for path, prompt in zip(paths, shown, strict=True):  # one at a time: decoding is what needs most memory
+            draw = torch_generator(config.seed, "finetune/shown", prompt.id)
+            with running():
+                (image,) = sample(pipeline, [prompt.text], sampler=sampler, generators=[draw])
             atomic_write(path, png_bytes(image))
         tracker.images("finetune/images", paths, [prompt.text for prompt in shown])
 
     state = Distillation(
-        student, samples, trajectories_in(trajectories, VALIDATION), config, pipeline.scheduler,
+        student, samples, trajectories_in(trajectories, VALIDATION), config, sampler.guidance, pipeline.scheduler,
         teacher=teacher if config.feature_weight else None, show=show,
         report=lambda values: tracker.log({f"finetune/{name}": value for name, value in values.items()}),
     ).run(directory)  # fmt: skip
     if not processes.is_main():
         return {}
     return _finish(directory, student, calibration, state, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype, denoiser: nn.Module) -> Iterator[None]:
+    """Inside, a denoiser in fp32 takes and gives another dtype, as the 16-bit pipeline around it does."""
+    if dtype != torch.float32:
+        denoiser.forward = torch.autocast(denoiser.device.type, dtype)(denoiser.forward)  # not of what calls it
+    try:
+        yield
+    finally:
+        denoiser.__dict__.pop("forward", None)
 
 
 def teacher_runs_along(config: FinetuneConfig) -> bool:

@@ -165,7 +165,7 @@ def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model
 
 _END_TO_END_OPTIONS = (
     "steps", "batch_size", "micro_batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision",
-    "checkpointing", "weighting", "feature_weight", "check_every", "validation_samples",
+    "checkpointing", "loss", "weighting", "feature_weight", "check_every", "validation_samples",
 )  # fmt: skip
 _BLOCK_OPTIONS = ("block_steps", "block_rate", "block_samples", "block_batch_size", "warmup", "decay_from")
 
