@@ -92,7 +92,7 @@ def test_stages_are_those_of_the_graph():
 def tiny_student(*overrides):
     config = composed(*TINY, *overrides)
     denoiser = denoiser_on_meta(config.model)
-    return swap_empty(denoiser, assigned(denoiser, config).quantized, decode="cached")
+    return swap_empty(denoiser, assigned(denoiser, config).quantized)
 
 
 def assigned(denoiser, config):
@@ -115,7 +115,7 @@ def _estimated(config: FinetuneConfig, *, teacher):
         accumulates=micro < config.batch_size, teacher=teacher,
     )  # fmt: skip
     update = (1 + config.relative_rate) * 4 * student.trained
-    always = 4 * student.drifting + 8 * student.trained + student.units + step.kept
+    always = 4 * student.drifting + 8 * student.trained + student.units
     return always + max(step.step, update), step
 
 
@@ -124,7 +124,7 @@ def really(config: FinetuneConfig, directory, *, has_teacher=False) -> int:
     student = _filled(tiny_student())
     teacher = _filled(denoiser_on_meta(composed(*TINY).model)) if has_teacher else None
     samples = _trajectories(student, directory, captions=config.batch_size)
-    training = Distillation(student, lambda step: samples, samples, config, None, teacher=teacher)
+    training = Distillation(student, lambda step: samples, samples, config, 3.0, None, teacher=teacher)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(profile_memory=True, activities=activities) as profiler:
         training.run(directory)

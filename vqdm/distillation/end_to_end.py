@@ -111,7 +111,6 @@ class Distillation:
         if processes.is_main():
             checkpoints.save(state)
             self.show(state.step)
-        self.student.train(self.student.training)  # drops the decoded weights that all of this has cached
         processes.wait_for_all()
 
     def _gradients(self, module: nn.Module, step: int) -> float:

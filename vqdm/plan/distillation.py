@@ -20,7 +20,7 @@ from vqdm.plan.memory import Memory
 from vqdm.plan.probe import Hardware, Speeds
 from vqdm.plan.stage import StageCost, gibibytes, two_digits
 from vqdm.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
-from vqdm.stages.finetune import SHOWN, teacher_runs_along
+from vqdm.stages.finetune import teacher_runs_along
 
 ASSUMED_GPU_FLOPS, ASSUMED_FP32_FLOPS = 2e14, 4e13  # in 16 bit, and in fp32
 ASSUMED_GPU_WRITING = 1e12  # bytes/s, of decoding
@@ -177,7 +177,9 @@ class DistillationPlan:
         own = self.config.finetune
         found = counts.forwards(checkpointing=own.checkpointing) * rates.speeds.seconds(self.cost.sample)
         found += counts.parts * ((1 + own.checkpointing) * rates.decoding + rates.gradients)
-        found += counts.validations * rates.decoding  # cached for as long as nothing trains
+        judged = counts.validation_rows / (self.guided * micro_batch(self.config))
+        sampled = counts.shown_images * self.config.model.sampler.steps
+        found += (judged + sampled) * rates.decoding
         return found + counts.shown_images * rates.speeds.seconds(self.decoding)
 
     def _parts(self, student: Student, step: StepCost, *, device: str, resident: bool) -> dict[str, int]:
@@ -191,7 +193,6 @@ class DistillationPlan:
             "drift": 4 * student.drifting,
             "Adam's moments": 4 * MOMENTS * student.trained,
             "units of steps": student.units,
-            "decoded weights that validations leave": step.kept,
             worst: moments[worst],
         }
         if resident:
@@ -203,12 +204,11 @@ class DistillationPlan:
         own, model = self.config.finetune, self.model
         gradients, on_gpu = 4 * student.trained, device != "cpu"
         row = step.forward / (self.guided * micro_batch(self.config))
-        shown = min(SHOWN, own.trajectories.validation)
         found = {
             "a step": step.step,
             "an update": (1 + own.relative_rate + on_gpu) * gradients,
-            "images shown": memory.sampling_bytes(model, 0, shown) - model.weights,
-            "sampling of images shown": shown * self.guided * row,
+            "an image shown": memory.sampling_bytes(model, 0, 1) - model.weights,
+            "sampling of an image shown": self.guided * row,
         }
         if not on_gpu:
             found["a checkpoint"] = (1 + MOMENTS) * gradients

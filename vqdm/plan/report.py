@@ -65,7 +65,7 @@ def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
     """The quantized denoiser on meta, as distillation loads it; None where nothing is distilled."""
     if not any(name in DISTILLATION for name in stage_names(config)):
         return None
-    return swap_empty(denoiser_on_meta(config.model), assignment.quantized, decode="cached")
+    return swap_empty(denoiser_on_meta(config.model), assignment.quantized)
 
 
 def _parameters(module) -> int:

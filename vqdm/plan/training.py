@@ -189,15 +189,13 @@ def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes. forward: of one without gradients; step: of one with, its backward pass, and the parameters' gradients;
-    kept: decoded weights that forwards without gradients leave in the student's layers.
+    """Bytes. forward: of one without gradients; step: of one with, its backward pass, and the parameters' gradients.
 
     output: numbers that the denoiser gives for a row.
     """
 
     forward: float
     step: float
-    kept: float
     output: int
 
 
@@ -207,13 +205,11 @@ def measure_step(
 ) -> StepCost:  # fmt: skip
     """Of `rows` rows at once. accumulates: gradients of other rows are there already. size: pixels.
 
-    teacher: on meta, where the outputs of its blocks are learned too. The second forward counts: the first one fills
-    the layers' caches.
+    teacher: on meta, where the outputs of its blocks are learned too.
     """
     denoiser = student.denoiser
     student.decodes(device)
     student.has_gradients(accumulates)
-    denoiser.eval()  # drops what another measurement left in the caches
     precision = functools.partial(Autocast, config.precision, device=device)
     if config.checkpointing:
         again = functools.partial(
@@ -225,10 +221,7 @@ def measure_step(
         with torch.no_grad(), precision():
             target = play(denoiser, arguments)
         live.live -= target.nbytes  # inputs are left out, and so is what is learned
-        kept = live.peak = live.live
-        with torch.no_grad(), precision():
-            play(denoiser, arguments)
-        forward, live.peak = live.peak - kept, kept
+        forward, live.peak = live.peak, live.live
         with precision():
             loss = _loss(denoiser, teacher, arguments, target, config=config, rows_each=rows_each, size=size)
         if loss.requires_grad:
@@ -237,8 +230,8 @@ def measure_step(
     if config.checkpointing:
         denoiser.disable_gradient_checkpointing()
     student.has_gradients(False)
-    step = live.peak - kept + (4 * student.trained if accumulates else 0)
-    return StepCost(forward, step, kept, target.numel() // rows)
+    step = live.peak + (4 * student.trained if accumulates else 0)
+    return StepCost(forward, step, target.numel() // rows)
 
 
 def _loss(denoiser, teacher, arguments: dict, target: Tensor, *, config, rows_each: int, size: int | None) -> Tensor:
