@@ -158,14 +158,16 @@ class FinetuneConfig:
     code_every: int = 10  # steps between two searches for nearer codes
     seed: int = 0
     # block after block, on the calibration's recorded calls
-    block_rate: float | None = None  # learning rate, in parts of a number's size; None = as `learning_rate`, by block
+    block_rate: float | None = (
+        None  # learning rate, in parts of a number's size; None = 0.03 × the root of the block's error
+    )
     block_samples: int = 512  # rows of recorded calls; an eighth of them judges
     block_batch_size: int = 32
     # end to end
     trajectories: TrajectoriesConfig = dataclasses.field(default_factory=TrajectoriesConfig)
     batch_size: int = 32  # samples in a step, over all processes: one caption at one timestep, both guidance halves
     micro_batch_size: int | None = None  # of them at once on a device; gradients add up; None = all
-    learning_rate: float | None = None  # None = 0.03 × the root of the error to begin with
+    learning_rate: float | None = None  # None = 0.01 × the root of the validation's error to begin with
     relative_rate: bool = True  # in parts of a scale, or of a tensor's root mean square; false: absolute (the paper)
     warmup: int = 10  # steps
     decay_from: float = 0.0  # of the steps, from where the rate falls to 0 by half a cosine; 1 = constant

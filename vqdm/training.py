@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-RATE_PER_ERROR = 0.03
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from: float) -> float:
@@ -18,14 +17,6 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from
     if step < start:
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1.0, steps - start)))
-
-
-def rate_for(error: float) -> float:
-    """A relative rate by how far a student is from its teacher, as squared error over the teacher's power.
-
-    Steps that suit a student at 2 bits throw one back that is nearly there (docs/lab-notes.md, distillation).
-    """
-    return RATE_PER_ERROR * math.sqrt(error)
 
 
 class RelativeAdam(torch.optim.Adam):

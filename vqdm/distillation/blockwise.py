@@ -4,6 +4,7 @@ The routine of AdaRound (vqdm/blocks.py) with the parameters of distillation: sc
 whole model shares does not train here: every block would want another.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from vqdm.drift import let_drift, stop_drifting
 from vqdm.models.recording import OUTPUT, Call, in_fp32
 from vqdm.models.specs import LayerSpec
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate, rate_for
+from vqdm.training import RelativeAdam, learning_rate
 
+RATE = 0.03  # peak of the relative rate, per root of the block's relative error to begin with
 JUDGES = 8  # one of so many samples is not trained on and judges
 Changed = dict[str, Tensor]  # of a block's state dict, by the denoiser's names
 
@@ -102,7 +104,7 @@ def _tune(
             moved += sum(weight.settle() for weight in drifting.values())
 
     def rate(step: int) -> float:
-        peak = config.block_rate or rate_for(before)
+        peak = config.block_rate or RATE * math.sqrt(before)
         return learning_rate(
             step, steps=config.block_steps, peak=peak, warmup=config.warmup, decay_from=config.decay_from
         )

@@ -23,9 +23,10 @@ from vqdm.drift import let_drift, stop_drifting
 from vqdm.errors import UserError
 from vqdm.models.recording import play
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate, rate_for
+from vqdm.training import RelativeAdam, learning_rate
 
 BUCKETS, TIMESTEPS = 5, 1000  # validation losses are told apart by fifths of the training timesteps
+RATE = 0.01  # peak of the relative rate, per root of the error to begin with: less for a student that is nearly there
 DIVERGED = 4.0  # times the validation loss of the start
 
 
@@ -89,7 +90,7 @@ class Distillation:
         return state
 
     def _rate(self, step: int, state: State) -> float:
-        peak = self.config.learning_rate or rate_for(state.validations[0]["loss"])
+        peak = self.config.learning_rate or RATE * math.sqrt(state.validations[0]["loss"])
         return learning_rate(
             step, steps=self.config.steps, peak=peak, warmup=self.config.warmup, decay_from=self.config.decay_from
         )
@@ -218,7 +219,7 @@ def _distributed(student: nn.Module) -> nn.Module:
         return student
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(student)
+    return DistributedDataParallel(student, broadcast_buffers=False)  # codes are the same in all
 
 
 def _device(module: nn.Module) -> torch.device:
