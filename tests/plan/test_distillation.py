@@ -173,7 +173,7 @@ def test_memory_is_what_a_training_takes(name, tmp_path):
     has_teacher = name == "features"
     teacher = denoiser_on_meta(composed(*TINY).model) if has_teacher else None
     found, _ = estimated(settings(name), teacher=teacher)
-    assert found == pytest.approx(really(settings(name), tmp_path, has_teacher=has_teacher), rel=0.15)
+    assert found == pytest.approx(really(settings(name), tmp_path, has_teacher=has_teacher), rel=0.2)
 
 
 def test_memory_goes_as_it_should():
