@@ -35,11 +35,11 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing se
 register_schemas()
 
 
-def _rows(table, task_overrides: list[str]):
+def _rows(table, task_overrides: list[str], seeds: int | None):
     """The configurations of every row, one per calibration seed: the user's own overrides on top."""
     own = overrides_for_rows(task_overrides)
     return [
-        [to_config(hydra.compose("config", [*overrides, *own])) for overrides in row.overrides_of_runs()]
+        [to_config(hydra.compose("config", [*overrides, *own])) for overrides in row.overrides_of_runs()[:seeds]]
         for row in table.rows
     ]
 
@@ -54,7 +54,7 @@ def _run(composed: DictConfig) -> None:
         processes.leave()
         return
     table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
-    pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task)))
+    pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task), config.seeds))
     processes.leave()
 
 

@@ -228,6 +228,7 @@ class Config:
     name: str = "custom"  # of the experiment; names the run record
     task: str = "experiment"  # experiment: calibrate, quantize, generate, evaluate | compress: write it | tiny_train
     table: str | None = None  # a file of experiments/: run its rows and write its table
+    seeds: int | None = None  # of a table's rows at most; None = as many as the table says
     method: str | None = None  # how tables call this row
     plan: bool = False  # only say what is done and what would run
     device: str = "auto"  # auto | cpu | cuda
@@ -299,6 +300,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}.path is missing: {key}.source=file needs the path of a caption file")
         if prompts.n is not None and prompts.n < 1:
             raise UserError(f"{key}.n={prompts.n} must be at least 1")
+    if config.seeds is not None and config.seeds < 1:
+        raise UserError(f"seeds={config.seeds} must be at least 1")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]
     if config.task != "tiny_train" and len(sources) != 1:
         found = ", ".join(f"model.{k}" for k in sources) or "none of them"
