@@ -51,11 +51,9 @@ def _run(composed: DictConfig) -> None:
     config = to_config(composed)
     if config.table is None:
         pipeline.run(config)
-        processes.leave()
         return
     table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
     pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task), config.seeds))
-    processes.leave()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -79,6 +77,7 @@ def _line(error: BaseException) -> str:
 if __name__ == "__main__":
     try:
         main()
+        processes.leave()  # not before: of several jobs all need the others
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_line(error))
     except KeyboardInterrupt:

@@ -124,7 +124,7 @@ class TrajectoriesConfig(PromptsConfig):
     """Prompts, and the noisy latents on the way to their images, which the student learns on."""
 
     n: int | None = 128
-    order: str = "shuffled"  # with this seed they are others than those of the calibration
+    order: str = "shuffled"  # by another seed than the calibration's: few are the same, if the list is long
     seed: int = 1
     along: str = "teacher"  # whose sampling: teacher | student; data: latents of images, noised
     images: str | None = None  # along=data: folder of <prompt id>.png or .jpg; None: the tiny world's own scenes
@@ -158,9 +158,7 @@ class FinetuneConfig:
     code_every: int = 10  # steps between two searches for nearer codes
     seed: int = 0
     # block after block, on the calibration's recorded calls
-    block_rate: float | None = (
-        None  # learning rate, in parts of a number's size; None = 0.03 × the root of the block's error
-    )
+    block_rate: float | None = None  # in parts of a number's size; None = 0.03 × the root of the block's error
     block_samples: int = 512  # rows of recorded calls; an eighth of them judges
     block_batch_size: int = 32
     # end to end
@@ -226,7 +224,7 @@ class TinyTrainConfig:
 @dataclasses.dataclass
 class Config:
     name: str = "custom"  # of the experiment; names the run record
-    task: str = "experiment"  # experiment: calibrate, quantize, generate, evaluate | compress: write it | tiny_train
+    task: str = "experiment"  # experiment: quantize, distil, generate, evaluate | compress: write it | tiny_train
     table: str | None = None  # a file of experiments/: run its rows and write its table
     seeds: int | None = None  # of a table's rows at most; None = as many as the table says
     method: str | None = None  # how tables call this row
@@ -329,6 +327,10 @@ def check_finetune(config: Config) -> None:
         raise UserError("finetune needs a quantized model to distil into: give quantize=trellis3, or finetune=none")
     if own.steps and own.trajectories.n is None:
         raise UserError("finetune.trajectories.n is missing: give the number of captions to train on")
+    if not 0 <= own.decay_from <= 1:
+        raise UserError(f"finetune.decay_from={own.decay_from:g} must be from 0 to 1, a part of the steps")
+    if (own.steps or own.block_steps) and not (own.tune_codes or any(dataclasses.asdict(own.train).values())):
+        raise UserError("finetune.train leaves nothing to train: switch something on, or give finetune=none")
     if own.learning_rate is None and not own.relative_rate:
         raise UserError("finetune.learning_rate is missing: with finetune.relative_rate=false it must be given")
     steps = own.trajectories.sampler_steps

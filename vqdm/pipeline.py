@@ -73,10 +73,30 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     if config.model.hub_id is not None:
         stages = build_stages(config, cache=store.hashes)  # now that the files say which layers the model has
     check_sampler(model_directory(config.model), config.model.sampler)
+    if config.finetune.steps:
+        _check_finetune(config, model_directory(config.model))
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)
     return stages
+
+
+def _check_finetune(config: Config, directory: Path) -> None:
+    """UserError for options of distillation that the model rules out."""
+    from vqdm.distillation.losses import block_outputs
+    from vqdm.models.loader import denoiser_on_meta
+    from vqdm.models.samplers import is_flow_matching
+
+    own = config.finetune
+    scheduled = {"weighting=min_snr": own.weighting, "trajectories.along=data": own.trajectories.along}
+    for option, found in scheduled.items():
+        if option.endswith(f"={found}") and is_flow_matching(directory):
+            raise UserError(
+                f"finetune.{option} needs a noise schedule, and {directory} is a flow-matching model: leave it out"
+            )
+    if own.feature_weight:
+        with block_outputs(denoiser_on_meta(config.model)):
+            pass
 
 
 def _check_layers(config: Config) -> None:

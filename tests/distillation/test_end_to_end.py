@@ -295,6 +295,14 @@ def test_features_train_too(distil, tmp_path):
     assert not any(p.requires_grad for p in teacher().parameters())
 
 
+def test_a_16_bit_teacher_computes_in_16_bit(distil, tmp_path):
+    half = copy.deepcopy(teacher())
+    torch.nn.Module.to(half, dtype=torch.bfloat16)
+    losses = [distil(tmp_path / name, teacher=own, steps=1, feature_weight=0.1).losses[0]
+              for name, own in (("fp32", teacher()), ("half", half))]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+
+
 def test_plain_adam_of_the_paper(distil, tmp_path):
     own = student()
     before = {n: p.detach().clone() for n, p in own.named_parameters() if n.endswith("scales")}
@@ -313,4 +321,4 @@ def test_the_rate_of_its_own_is_small_for_a_student_that_is_near(distil, tmp_pat
     rates = []
     state = distil(tmp_path, report=lambda v: rates.append(v.get("learning_rate")), steps=1, learning_rate=None)
     (rate,) = [rate for rate in rates if rate is not None]
-    assert rate == pytest.approx(0.03 * math.sqrt(state.validations[0]["loss"]))
+    assert rate == pytest.approx(0.01 * math.sqrt(state.validations[0]["loss"]))

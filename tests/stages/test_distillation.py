@@ -215,6 +215,8 @@ def test_a_few_step_model_without_guidance(finished):
 REFUSED = {
     "nothing quantized": (["quantize=none"], "finetune needs a quantized model"),
     "negative steps": (["finetune.steps=-1"], "finetune.steps=-1"),
+    "all constant and beyond": (["finetune.decay_from=1.5"], "finetune.decay_from=1.5"),
+    "nothing to train": (["finetune.train.codebooks=false", "finetune.train.scales=false"], "nothing to train"),
     "no rate": (["finetune.learning_rate=0"], "finetune.learning_rate=0"),
     "no micro-batch": (["finetune.micro_batch_size=0"], "finetune.micro_batch_size=0"),
     "no recorded steps": (["finetune.trajectories.recorded_steps=0"], "recorded_steps=0"),
@@ -240,6 +242,17 @@ def test_refused_before_any_work(case, tmp_path):
         pipeline.run(compose("+experiment=tiny_codec", *SMALL, *DISTIL, *changes, f"results_dir={tmp_path}"))
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.glob("stages/*"))
+
+
+@pytest.mark.parametrize("option", ["weighting=min_snr", "trajectories.along=data"])
+def test_what_flow_matching_lacks_is_refused_before_any_work(option, tmp_path):
+    config = compose("+experiment=tiny_codec", *SMALL, *DISTIL, f"finetune.{option}")
+    pipeline._check_finetune(config, tmp_path)
+    (tmp_path / "scheduler").mkdir()
+    about = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"finetune.{option} needs a noise schedule"):
+        pipeline._check_finetune(config, tmp_path)
 
 
 def test_a_missing_image_is_one_line_of_the_command(tmp_path):

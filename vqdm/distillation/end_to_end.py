@@ -21,7 +21,7 @@ from vqdm.distillation.parameters import Trained, trained_parameters
 from vqdm.distillation.trajectories import Batch, Trajectories
 from vqdm.drift import let_drift, stop_drifting
 from vqdm.errors import UserError
-from vqdm.models.recording import play
+from vqdm.models.recording import LATENTS, play
 from vqdm.seeds import torch_generator
 from vqdm.training import RelativeAdam, learning_rate
 
@@ -90,10 +90,14 @@ class Distillation:
         return state
 
     def _rate(self, step: int, state: State) -> float:
-        peak = self.config.learning_rate or RATE * math.sqrt(state.validations[0]["loss"])
+        peak = self._peak(state.validations[0]["loss"])
         return learning_rate(
             step, steps=self.config.steps, peak=peak, warmup=self.config.warmup, decay_from=self.config.decay_from
         )
+
+    def _peak(self, first: float) -> float:
+        """Of the rate; first: the validation loss of the start."""
+        return self.config.learning_rate or RATE * math.sqrt(first)
 
     def _check(self, state: State, checkpoints: Checkpoints) -> None:
         """Validation and checkpoint, where they are due and not there yet."""
@@ -103,10 +107,16 @@ class Distillation:
         found = {"step": state.step, **self._validate()}
         self.report({f"validation/{name}": value for name, value in found.items()})
         first = state.validations[0]["loss"] if state.validations else found["loss"]
+        if not math.isfinite(first):
+            raise UserError(
+                f"finetune: the validation loss is {first} before any step: student or teacher overflows; load the "
+                "model in another dtype (model.dtype), or set finetune.precision=float32"
+            )
         if not found["loss"] <= DIVERGED * first:
             raise UserError(
                 f"finetune: the validation loss went from {first:.3g} to {found['loss']:.3g} in {state.step} steps: "
-                f"lower finetune.learning_rate; the best weights so far are kept in {checkpoints.directory}/checkpoints"
+                f"lower finetune.learning_rate, whose peak is {self._peak(first):.2g}; the best weights so far are "
+                f"kept in {checkpoints.directory}/checkpoints"
             )
         state.validations.append(found)
         if processes.is_main():
@@ -139,7 +149,7 @@ class Distillation:
             prediction = play(module, batch.arguments)
             errors = self._errors(prediction, batch)
             if watched:
-                with torch.no_grad():
+                with torch.no_grad(), self._precision(self.teacher):
                     play(self.teacher, batch.arguments)
                 student, teacher = (found.take() for found in outputs)
                 errors = errors + config.feature_weight * feature_errors(student, teacher, rows_each=batch.rows_each)
@@ -147,8 +157,11 @@ class Distillation:
         return errors * weights.to(errors.device)
 
     def _errors(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Of what sampling uses: PixArt gives variances in further channels, which it drops."""
         guidance = self.guidance if self.config.loss == "guided" else None
-        return squared_errors(prediction, batch.target, rows_each=batch.rows_each, guidance=guidance)
+        latents = next(batch.arguments[name] for name in LATENTS if name in batch.arguments)
+        used = slice(None), slice(latents.shape[1])
+        return squared_errors(prediction[used], batch.target[used], rows_each=batch.rows_each, guidance=guidance)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -172,9 +185,13 @@ class Distillation:
         by_timestep = {f"t{i * width}-{(i + 1) * width - 1}": float(errors[i] / counts[i]) for i in filled}
         return {"loss": float(errors.sum() / counts.sum()), **by_timestep}
 
-    def _precision(self):
+    def _precision(self, denoiser: nn.Module | None = None):
+        """As configured; else a 16-bit denoiser, as the teacher may be, computes in its own dtype."""
         kind = _device(self.student).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        if self.config.precision == "bfloat16":
+            return torch.autocast(kind, torch.bfloat16)
+        dtype = torch.float32 if denoiser is None else next(denoiser.parameters()).dtype
+        return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def samples_of(step: int, total: int, config: FinetuneConfig) -> Iterator[int]:

@@ -13,6 +13,7 @@ from vqdm.errors import UserError
 
 Call = dict[str, torch.Tensor]  # "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs.text_embeds", …
 OUTPUT = "output"
+LATENTS = ("sample", "hidden_states")  # what U-Nets and transformers call them
 PLAIN = "plain"  # uint8: JSON of the arguments that are not tensors or dicts of tensors alone, as `_described`
 _NOT_KEPT = ("return_dict",)
 

@@ -16,16 +16,20 @@ SCHEDULERS = {
 NATIVE = "native"  # the model's own scheduler
 
 
-def check_sampler(directory: Path, sampler: SamplerConfig) -> None:
-    """Refuse samplers of diffusion for a flow-matching model, known from the pipeline's scheduler file."""
+def is_flow_matching(directory: Path) -> bool:
+    """Known from the pipeline's scheduler file."""
     file = directory / "scheduler" / "scheduler_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); download the model again") from error
     is_flow = settings.get("use_flow_sigmas") or settings.get("prediction_type") == "flow_prediction"
-    is_flow = is_flow or settings.get("_class_name", "").startswith("FlowMatch")
-    if is_flow and sampler.scheduler != NATIVE:
+    return bool(is_flow or settings.get("_class_name", "").startswith("FlowMatch"))
+
+
+def check_sampler(directory: Path, sampler: SamplerConfig) -> None:
+    """Refuse samplers of diffusion for a flow-matching model."""
+    if is_flow_matching(directory) and sampler.scheduler != NATIVE:
         raise UserError(
             f"model.sampler.scheduler={sampler.scheduler} does not fit {directory}, which is a flow-matching model: "
             f"give model.sampler.scheduler={NATIVE}"

@@ -26,7 +26,8 @@ class Row:
         """For each run, what it composes beside the user's own overrides."""
         common = [f"+experiment={self.experiment}", *self.overrides]
         if self.method is not None:
-            common.append(f"method='{self.method}'")
+            quoted = self.method.replace("'", r"\'")
+            common.append(f"method='{quoted}'")
         return [[*common, f"name={self.name}", *_calibration_seed(self.name, seed)] for seed in range(self.seeds)]
 
 

@@ -1,8 +1,10 @@
 """Images that belong to captions: a folder of <prompt id>.png or .jpg. Imports nothing heavy."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from vqdm.atomic import sha256_file
 from vqdm.errors import UserError
 from vqdm.prompts import Prompt
 
@@ -20,7 +22,9 @@ def caption_image(folder: str | Path, prompt: Prompt) -> Path:
     )
 
 
-def check_caption_images(folder: str | Path, prompts: Iterable[Prompt]) -> None:
-    """UserError for the first caption without an image, before any work."""
+def images_identity(folder: str | Path, prompts: Iterable[Prompt]) -> str:
+    """sha256 over the images of the captions; UserError for the first caption without one."""
+    digest = hashlib.sha256()
     for prompt in prompts:
-        caption_image(folder, prompt)
+        digest.update(f"{prompt.id} {sha256_file(caption_image(folder, prompt))}\n".encode())
+    return digest.hexdigest()

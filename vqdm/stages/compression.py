@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from vqdm import processes
 from vqdm.config import Config
 from vqdm.device import Device
 from vqdm.hub.pipelines import check_place, save_pipeline
@@ -19,7 +20,7 @@ def output_directory(config: Config, store: Store, stages: Quantization) -> Path
 
 
 def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
-    """calibrate → quantize → the pipeline's directory. Returns what the run's record should say of its result."""
+    """calibrate → quantize → distil → the pipeline's directory. Returns what the run's record should say."""
     directory = output_directory(config, store, stages)
     check_place(directory)
     if directory.exists():
@@ -29,8 +30,10 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
         config, store, stages, models, environment=environment_of(config, device), tracker=tracker
     )
     summary = store.summary(stages.denoiser)
-    pipeline = models.student(quantized, decode="per_call")
-    save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
+    if processes.is_main():
+        pipeline = models.student(quantized, decode="per_call")
+        save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
+    processes.wait_for_all()
     log.info(
         "wrote %s: the denoiser takes %.2f MiB, %.3f bits per weight with everything counted",
         directory, summary["file_bytes"] / 2**20, summary["bits_per_weight"],

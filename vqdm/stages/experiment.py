@@ -14,7 +14,7 @@ from vqdm.tracker import MAX_IMAGES
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
-    """calibrate → quantize → generate → evaluate. Returns what the run's record should say of its result."""
+    """calibrate → quantize → distil → generate → evaluate. Returns what the run's record should say of its result."""
     environment = environment_of(config, device)
     models, quantized = Models(config, device.name), None
     if graph.quantization is not None:

@@ -15,6 +15,7 @@ from vqdm import processes
 from vqdm.config import FinetuneConfig, ModelConfig
 from vqdm.distillation.checkpoints import State
 from vqdm.distillation.end_to_end import Distillation
+from vqdm.distillation.parameters import trained_parameters
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.items import item_names, remove_item
 from vqdm.models.loader import denoiser_of, sample
@@ -112,8 +113,6 @@ def _finish(directory: Path, student: nn.Module, calibration: Path, state: State
 
 def share_frozen(student: nn.Module, teacher: nn.Module, *, config: FinetuneConfig) -> int:
     """Let the student's tensors that do not train be the teacher's own, where they are equal; returns the bytes."""
-    from vqdm.distillation.parameters import trained_parameters
-
     trains = {id(part.parameter) for part in trained_parameters(student, config.train)}
     theirs, shared = dict(teacher.named_parameters()), 0
     for name, parameter in student.named_parameters():

@@ -21,7 +21,7 @@ from vqdm.models.location import (
     model_identity,
 )
 from vqdm.prompts import PromptList, load_prompts
-from vqdm.stages.caption_images import check_caption_images
+from vqdm.stages.caption_images import images_identity
 from vqdm.store import Stage
 
 VERSIONS = {
@@ -163,9 +163,9 @@ def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
 
-_END_TO_END_OPTIONS = (
-    "steps", "batch_size", "micro_batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision",
-    "checkpointing", "loss", "weighting", "feature_weight", "check_every", "validation_samples",
+_END_TO_END_OPTIONS = (  # micro_batch_size and checkpointing are not in it: they may change when memory runs out
+    "steps", "batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision", "loss", "weighting",
+    "feature_weight", "check_every", "validation_samples",
 )  # fmt: skip
 _BLOCK_OPTIONS = ("block_steps", "block_rate", "block_samples", "block_batch_size", "warmup", "decay_from")
 
@@ -192,7 +192,7 @@ def _trajectories(config: Config, prompts: PromptList, model: str) -> Stage:
     settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
     upstream = {"model": model}
     if own.images is not None:
-        settings["images"] = Path(own.images).name
+        upstream["images"] = images_identity(own.images, prompts.prompts[: own.n])
     return _stage("trajectories", f"{config.model.name}-{own.along}-{len(prompts)}", settings, **upstream)
 
 
@@ -211,9 +211,10 @@ def _distilled(config: Config, quantization: Quantization, model: str) -> Quanti
     if not config.finetune.steps:
         return dataclasses.replace(quantization, tune_blocks=tuned)
     own = config.finetune.trajectories
-    prompts = read_prompts(dataclasses.replace(own, n=own.n + own.validation))
-    if own.images is not None:
-        check_caption_images(own.images, prompts.prompts[: own.n])
+    try:
+        prompts = read_prompts(dataclasses.replace(own, n=own.n + own.validation))
+    except UserError as error:
+        raise UserError(f"finetune.trajectories (n + validation): {error}") from error
     trajectories = _trajectories(config, prompts, model)
     finetune = _finetune(config, tuned or quantize, trajectories, calibrate)
     return dataclasses.replace(

@@ -17,7 +17,7 @@ from vqdm.config import SamplerConfig, TrajectoriesConfig
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of
-from vqdm.models.recording import OUTPUT, Call, Recorder, evenly_spread, play_back
+from vqdm.models.recording import LATENTS, OUTPUT, Call, Recorder, evenly_spread, play_back
 from vqdm.prompts import Prompt, PromptList
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import sample_batches
@@ -25,7 +25,6 @@ from vqdm.stages.caption_images import caption_image
 from vqdm.store import read_item, write_item
 
 TRAIN, VALIDATION = "train", "validation"
-LATENTS = ("sample", "hidden_states")  # what U-Nets and transformers call them
 
 
 def split_prompts(prompts: PromptList, validation: int) -> tuple[PromptList, PromptList]:
@@ -118,12 +117,13 @@ def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config:
 def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig, *, size: int) -> torch.Tensor:
     """The images of the captions, `size` pixels wide, as the denoiser's latents: fp32 [captions, channels, h, w]."""
     vae, dtype = pipeline.vae, pipeline.vae.dtype
-    pixels = np.stack([_pixels(prompt, config, size) for prompt in captions])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     vae.to(torch.float32)  # SDXL's overflows in fp16
-    latents = vae.encode(images.to(vae.device)).latent_dist.mode().cpu()
+    latents = []
+    for prompt in captions:  # one at a time: an encoder of images of 1024 pixels needs gigabytes for each
+        image = torch.from_numpy(_pixels(prompt, config, size)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        latents.append(vae.encode(image.to(vae.device)).latent_dist.mode().cpu())
     vae.to(dtype)
-    return latents * vae.config.scaling_factor
+    return torch.cat(latents) * vae.config.scaling_factor
 
 
 def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray:
@@ -132,5 +132,11 @@ def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray
         from vqdm.tiny.data import scene_pixels
 
         return scene_pixels(prompt.id)
-    image = Image.open(caption_image(config.images, prompt)).convert("RGB")
+    path = caption_image(config.images, prompt)
+    try:
+        image = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UserError(
+            f"{path} is no image that can be read ({error}): replace it; the same command goes on"
+        ) from error
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
