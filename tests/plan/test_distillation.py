@@ -227,7 +227,7 @@ def test_the_stages_costs(monkeypatch, tmp_path):
         "calibrate", "quantize", "tune_blocks", "trajectories", "finetune", "teacher_images", "images", "evaluate",
     ]  # fmt: skip
     finetune, recorded = stages["finetune"], stages["trajectories"]
-    assert "200 steps of 32 = 6,400 samples, 12,800 rows" in finetune.note
+    assert "100 steps of 32 = 3,200 samples, 6,400 rows" in finetune.note
     assert all(words in finetune.note for words in ("cached", "resident", "GPU-hours", "assumed", "not measured"))
     cached, resident = (finetune.detail["bytes_on_this_device"][name] for name in ("cached", "resident"))
     assert sum(resident.values()) - sum(cached.values()) == 4 * numbers

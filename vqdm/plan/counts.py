@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from vqdm.config import Config
 from vqdm.stages.finetune import SHOWN
+from vqdm.stages.own_trajectories import captions_of_a_round, sampled_steps
 
 BACKWARD = 2  # forwards that a backward pass costs
 
@@ -22,7 +23,7 @@ class TrajectoryCounts:
 def trajectory_counts(config: Config, *, prompts: int, guided: int) -> TrajectoryCounts:
     """prompts: those to train on and the validation's. guided: rows of an image, two under guidance."""
     own = config.finetune.trajectories
-    steps, kept = sampled_steps(config)
+    steps, kept = sampled_steps(config.finetune.trajectories, config.model.sampler)
     validation = min(own.validation, prompts)
     train = 0 if own.along == "student" else prompts - validation
     noised = train if own.along == "data" else 0
@@ -30,13 +31,6 @@ def trajectory_counts(config: Config, *, prompts: int, guided: int) -> Trajector
         train + validation, ((train + validation) * sum(steps) + noised * kept) * guided, (train + validation) * kept,
         (train + validation) * len(steps), noised * len(steps),
     )  # fmt: skip
-
-
-def sampled_steps(config: Config) -> tuple[list[int], int]:
-    """The numbers of steps that a caption is sampled with, and how many of all are kept."""
-    own = config.finetune.trajectories
-    steps = own.sampler_steps or [config.model.sampler.steps]
-    return steps, sum(min(own.recorded_steps or count, count) for count in steps)
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class TrainingCounts:
 def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCounts:
     """As `trajectory_counts`."""
     own = config.finetune
-    steps, kept = sampled_steps(config)
+    steps, kept = sampled_steps(config.finetune.trajectories, config.model.sampler)
     validation = min(own.trajectories.validation, prompts)
     samples = own.steps * own.batch_size
     validations = own.steps // own.check_every + 1 + (own.steps % own.check_every > 0)
@@ -82,10 +76,9 @@ def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCou
 
 
 def own_captions(config: Config, *, train: int) -> int:
-    """Captions that the student samples in all rounds, as vqdm/stages/finetune.py chooses them."""
-    own, size = config.finetune, config.finetune.trajectories.batch_size
-    wanted = -(-own.refresh * own.batch_size // sampled_steps(config)[1])
-    return -(-own.steps // own.refresh) * min(train, -(-wanted // size) * size)
+    """Captions that the student samples in all rounds."""
+    own = config.finetune
+    return -(-own.steps // own.refresh) * captions_of_a_round(own, config.model.sampler, train=train)
 
 
 def micro_batch(config: Config) -> int:

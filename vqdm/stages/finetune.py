@@ -1,11 +1,7 @@
 """Distil the quantized denoiser from the original, end to end; every checkpoint is an item."""
 
-import contextlib
-import dataclasses
 import functools
 import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,22 +12,15 @@ from vqdm.config import FinetuneConfig, ModelConfig
 from vqdm.distillation.checkpoints import State
 from vqdm.distillation.end_to_end import Distillation
 from vqdm.distillation.parameters import trained_parameters
-from vqdm.distillation.trajectories import Trajectories, pack
-from vqdm.items import item_names, remove_item
+from vqdm.distillation.trajectories import Trajectories
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
 from vqdm.seeds import torch_generator
 from vqdm.stages.layout import png_bytes
+from vqdm.stages.own_trajectories import OwnTrajectories, computing_in
 from vqdm.stages.quantize import finished_denoiser
-from vqdm.stages.trajectories import (
-    TRAIN,
-    VALIDATION,
-    recorded_batches,
-    relabelled,
-    split_prompts,
-    trajectories_in,
-)
-from vqdm.store import atomic_write, read_item, write_item, write_json
+from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
+from vqdm.store import atomic_write, write_json
 
 log = logging.getLogger("vqdm")
 SHOWN = 4  # of the validation's captions, sampled at every validation
@@ -54,7 +43,7 @@ def finetune(
         log.info("finetune: student and teacher share %.0f MiB", shared / 2**20)
     train, validation = split_prompts(prompts, config.trajectories.validation)
     if config.trajectories.along == "student":
-        samples = _OwnTrajectories(
+        samples = OwnTrajectories(
             directory, pipeline, teacher, train, config=config, sampler=sampler, device=device, running=running
         ).at
     else:
@@ -82,17 +71,6 @@ def finetune(
     if not processes.is_main():
         return {}
     return _finish(directory, student, calibration, state, dtype=dtype, device=device)
-
-
-@contextlib.contextmanager
-def computing_in(dtype: torch.dtype, denoiser: nn.Module) -> Iterator[None]:
-    """Inside, a denoiser in fp32 takes and gives another dtype, as the 16-bit pipeline around it does."""
-    if dtype != torch.float32:
-        denoiser.forward = torch.autocast(denoiser.device.type, dtype)(denoiser.forward)  # not of what calls it
-    try:
-        yield
-    finally:
-        denoiser.__dict__.pop("forward", None)
 
 
 def teacher_runs_along(config: FinetuneConfig) -> bool:
@@ -125,60 +103,3 @@ def share_frozen(student: nn.Module, teacher: nn.Module, *, config: FinetuneConf
             parameter.data = other.data
             shared += other.numel() * other.element_size()
     return shared
-
-
-class _OwnTrajectories:
-    """The student's own trajectories, with what the teacher predicts on them: recorded anew every `refresh` steps.
-
-    Those of a round stay on disk until a checkpoint lies beyond it, so a run that is cut off finds them again.
-    """
-
-    def __init__(
-        self, directory: Path, pipeline, teacher: nn.Module, prompts: PromptList, *, config, sampler, device, running
-    ):  # fmt: skip
-        self.directory, self.pipeline, self.teacher, self.prompts = directory, pipeline, teacher, prompts
-        self.config, self.sampler, self.device, self.running = config, sampler, device, running
-        self.round, self.samples = None, None
-
-    def at(self, step: int) -> Trajectories:
-        """Those for a step."""
-        number = step // self.config.refresh
-        if number != self.round:
-            self._record(number)
-            self.round, self.samples = number, trajectories_in(self.directory, _folder(number))
-            if processes.is_main():
-                self._remove_before((step - step % self.config.check_every) // self.config.refresh)
-        return self.samples
-
-    def _remove_before(self, number: int) -> None:
-        """The rounds before that of the last checkpoint, from which a run that is cut off goes on."""
-        for folder in self.directory.glob("round-*"):
-            if folder.name < _folder(number):
-                for item in item_names(self.directory, folder.name):
-                    remove_item(self.directory, item, [])
-                shutil.rmtree(folder)
-
-    def _record(self, number: int) -> None:
-        """The round's captions: as many as fill its steps, each in turn."""
-        config = self.config.trajectories
-        steps = config.sampler_steps or [self.sampler.steps]
-        per_caption = sum(min(config.recorded_steps or count, count) for count in steps)
-        wanted = -(-self.config.refresh * self.config.batch_size // per_caption)
-        count = min(len(self.prompts), -(-wanted // config.batch_size) * config.batch_size)
-        chosen = [self.prompts.prompts[(number * count + i) % len(self.prompts)] for i in range(count)]
-        fresh = dataclasses.replace(config, noise_seed=config.noise_seed + 1 + number)
-        rank, processes_count = processes.rank_and_count()
-        batches = recorded_batches(self.pipeline, PromptList(tuple(chosen), ""), config=fresh, sampler=self.sampler)
-        for index, (name, captions, sampled) in enumerate(batches):
-            item = f"{_folder(number)}-{name}"
-            if index % processes_count == rank and read_item(self.directory, item) is None:
-                with self.running():
-                    calls = sampled()
-                calls = relabelled(calls, self.teacher, device=self.device)
-                files = {f"{_folder(number)}/{name}.safetensors": pack(calls, captions=len(captions))}
-                write_item(self.directory, item, files, {"captions": [p.id for p in captions]})
-        processes.wait_for_all()
-
-
-def _folder(number: int) -> str:
-    return f"round-{number:04d}"

@@ -1,0 +1,96 @@
+"""Trajectories of the student's own sampling, with what the teacher predicts on them, while it is finetuned."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm import processes
+from vqdm.config import FinetuneConfig, SamplerConfig, TrajectoriesConfig
+from vqdm.distillation.trajectories import Trajectories, pack
+from vqdm.items import item_names, remove_item
+from vqdm.prompts import PromptList
+from vqdm.stages.trajectories import recorded_batches, relabelled, trajectories_in
+from vqdm.store import read_item, write_item
+
+
+def sampled_steps(config: TrajectoriesConfig, sampler: SamplerConfig) -> tuple[list[int], int]:
+    """The numbers of steps that a caption is sampled with, and how many of all are kept."""
+    steps = config.sampler_steps or [sampler.steps]
+    return steps, sum(min(config.recorded_steps or count, count) for count in steps)
+
+
+def captions_of_a_round(config: FinetuneConfig, sampler: SamplerConfig, *, train: int) -> int:
+    """As many as fill the steps between two recordings, in whole batches, of at most all `train`."""
+    own = config.trajectories
+    wanted = -(-config.refresh * config.batch_size // sampled_steps(own, sampler)[1])
+    return min(train, -(-wanted // own.batch_size) * own.batch_size)
+
+
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype, denoiser: nn.Module) -> Iterator[None]:
+    """Inside, a denoiser in fp32 takes and gives another dtype, as the 16-bit pipeline around it does."""
+    if dtype != torch.float32:
+        denoiser.forward = torch.autocast(denoiser.device.type, dtype)(denoiser.forward)  # not of what calls it
+    try:
+        yield
+    finally:
+        denoiser.__dict__.pop("forward", None)
+
+
+class OwnTrajectories:
+    """The student's own trajectories, with what the teacher predicts on them: recorded anew every `refresh` steps.
+
+    Those of a round stay on disk until a checkpoint lies beyond it, so a run that is cut off finds them again.
+    """
+
+    def __init__(
+        self, directory: Path, pipeline, teacher: nn.Module, prompts: PromptList, *, config, sampler, device, running
+    ):  # fmt: skip
+        self.directory, self.pipeline, self.teacher, self.prompts = directory, pipeline, teacher, prompts
+        self.config, self.sampler, self.device, self.running = config, sampler, device, running
+        self.round, self.samples = None, None
+
+    def at(self, step: int) -> Trajectories:
+        """Those for a step."""
+        number = step // self.config.refresh
+        if number != self.round:
+            self._record(number)
+            self.round, self.samples = number, trajectories_in(self.directory, _folder(number))
+            if processes.is_main():
+                self._remove_before((step - step % self.config.check_every) // self.config.refresh)
+        return self.samples
+
+    def _remove_before(self, number: int) -> None:
+        """The rounds before that of the last checkpoint, from which a run that is cut off goes on."""
+        for folder in self.directory.glob("round-*"):
+            if folder.name < _folder(number):
+                for item in item_names(self.directory, folder.name):
+                    remove_item(self.directory, item, [])
+                shutil.rmtree(folder)
+
+    def _record(self, number: int) -> None:
+        """The round's captions, each in turn."""
+        config = self.config.trajectories
+        count = captions_of_a_round(self.config, self.sampler, train=len(self.prompts))
+        chosen = [self.prompts.prompts[(number * count + i) % len(self.prompts)] for i in range(count)]
+        fresh = dataclasses.replace(config, noise_seed=config.noise_seed + 1 + number)
+        rank, processes_count = processes.rank_and_count()
+        batches = recorded_batches(self.pipeline, PromptList(tuple(chosen), ""), config=fresh, sampler=self.sampler)
+        for index, (name, captions, sampled) in enumerate(batches):
+            item = f"{_folder(number)}-{name}"
+            if index % processes_count == rank and read_item(self.directory, item) is None:
+                with self.running():
+                    calls = sampled()
+                calls = relabelled(calls, self.teacher, device=self.device)
+                files = {f"{_folder(number)}/{name}.safetensors": pack(calls, captions=len(captions))}
+                write_item(self.directory, item, files, {"captions": [p.id for p in captions]})
+        processes.wait_for_all()
+
+
+def _folder(number: int) -> str:
+    return f"round-{number:04d}"
