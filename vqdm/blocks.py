@@ -41,7 +41,7 @@ def execution_order(denoiser: nn.Module, call: Call, names: Iterable[str]) -> li
         for name in names:
             module = denoiser.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)))
-        play_back(denoiser, call, device=_device(denoiser))
+        play_back(denoiser, call, device=device_of(denoiser))
     finally:
         for hook in hooks:
             hook.remove()
@@ -156,7 +156,7 @@ def _run_until(denoiser: nn.Module, name: str, call: Call, *, keep_on: str) -> t
     module = denoiser.get_submodule(name)
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
-        play_back(denoiser, call, device=_device(denoiser))
+        play_back(denoiser, call, device=device_of(denoiser))
     except _CutShortError:
         arguments, output = seen
         return arguments, output
@@ -201,7 +201,7 @@ def _same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and not isinstance(value, (Tensor, _Samples)) and bool(value == other)
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
@@ -220,7 +220,7 @@ def block_loss(
 ) -> float:
     """The loss of a block on all its data; `loss` as in `reconstruct`."""
     loss = loss or relative_squared_error(targets)
-    device, total = _device(module), 0.0
+    device, total = device_of(module), 0.0
     for start in range(0, len(inputs), batch_size):
         rows = slice(start, min(start + batch_size, len(inputs)))
         args, kwargs = inputs.take(rows, device=device)
@@ -256,9 +256,9 @@ def reconstruct(
     UserError, with the block's name, for a loss that is not finite.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    loss, device = loss or relative_squared_error(targets), _device(module)
+    loss, device = loss or relative_squared_error(targets), device_of(module)
     losses: list[Tensor] = []
-    with torch.enable_grad(), _only_these_train(module, trained):
+    with torch.enable_grad(), only_these_train(module, trained):
         for step, rows in zip(range(steps), _minibatches(len(inputs), batch_size, generator), strict=False):
             if rate is not None:
                 optimizer.param_groups[0]["lr"] = rate(step)
@@ -296,7 +296,7 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
 
 
 @contextmanager
-def _only_these_train(module: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+def only_these_train(module: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     """Inside, `trained` and no other parameter of the module requires gradients; afterwards all is as it was."""
     before = [(parameter, parameter.requires_grad) for parameter in (*module.parameters(), *trained)]
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqdm import processes
+from vqdm.blocks import device_of, only_these_train
 from vqdm.config import FinetuneConfig
 from vqdm.distillation.checkpoints import Checkpoints, State
 from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors, timestep_weights
@@ -63,7 +64,8 @@ class Distillation:
         optimizer = _optimizer(trained, config)
         checkpoints = Checkpoints(directory, student, trained, optimizer)
         state = checkpoints.restore()
-        with _training(student, trained, checkpointing=config.checkpointing):
+        learned = only_these_train(student, [part.parameter for part in trained])
+        with learned, _checkpointed(student, checkpointing=config.checkpointing):
             module = _distributed(student)
             steps = tqdm(range(state.step, config.steps), "finetune", initial=state.step, total=config.steps)
             for step in steps:
@@ -81,7 +83,8 @@ class Distillation:
                 moved = 0
                 if (step + 1) % config.code_every == 0:
                     moved = sum(weight.settle() for weight in drifting.values())
-                state.step, state.losses = step + 1, [*state.losses, loss]
+                state.step = step + 1
+                state.losses.append(loss)
                 steps.set_postfix(loss=f"{loss:.5f}")
                 self.report({"step": step + 1, "loss": loss, "learning_rate": rate, "codes_moved": moved})
             self._check(state, checkpoints)
@@ -136,10 +139,10 @@ class Distillation:
             last = index == len(parts) - 1
             together = contextlib.nullcontext() if last or module is self.student else module.no_sync()
             with together:
-                loss = self._losses(module, trajectories.batch(part, device=_device(self.student))).sum() / len(own)
+                loss = self._losses(module, trajectories.batch(part, device=device_of(self.student))).sum() / len(own)
                 loss.backward()
             total += loss.detach().cpu()
-        return float(processes.sum_over(total.to(_device(self.student)))) / count
+        return float(processes.sum_over(total.to(device_of(self.student)))) / count
 
     def _losses(self, module: nn.Module, batch: Batch) -> Tensor:
         """The weighted loss of every sample."""
@@ -166,7 +169,7 @@ class Distillation:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """The error, with no weights, over the validation's samples: of all, and by timestep."""
-        config, device = self.config, _device(self.student)
+        config, device = self.config, device_of(self.student)
         rank, processes_count = processes.rank_and_count()
         count = min(config.validation_samples, len(self.validation))
         chosen = [int((i + 0.5) * len(self.validation) / count) for i in range(count)][rank::processes_count]
@@ -187,7 +190,7 @@ class Distillation:
 
     def _precision(self, denoiser: nn.Module | None = None):
         """As configured; else a 16-bit denoiser, as the teacher may be, computes in its own dtype."""
-        kind = _device(self.student).type
+        kind = device_of(self.student).type
         if self.config.precision == "bfloat16":
             return torch.autocast(kind, torch.bfloat16)
         dtype = torch.float32 if denoiser is None else next(denoiser.parameters()).dtype
@@ -213,21 +216,15 @@ def _optimizer(trained: list[Trained], config: FinetuneConfig) -> torch.optim.Ad
 
 
 @contextlib.contextmanager
-def _training(student: nn.Module, trained: list[Trained], *, checkpointing: bool) -> Iterator[None]:
-    """Inside, only what trains has gradients, and activations are kept or not; afterwards nothing has gradients."""
-    student.requires_grad_(False)
-    for part in trained:
-        part.parameter.requires_grad_(True)
+def _checkpointed(student: nn.Module, *, checkpointing: bool) -> Iterator[None]:
+    """Inside, activations are computed again for the backward pass, if that is wanted."""
     if checkpointing:
         student.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        student.requires_grad_(False)
         if checkpointing:
             student.disable_gradient_checkpointing()
-        for part in trained:
-            part.parameter.grad = None
 
 
 def _distributed(student: nn.Module) -> nn.Module:
@@ -237,7 +234,3 @@ def _distributed(student: nn.Module) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(student, broadcast_buffers=False)  # codes are the same in all
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -34,8 +34,8 @@ def tune_all_blocks(
             return None
         return load((directory / _file(block)).read_bytes())
 
-    count = len(blocks_of(teacher, specs, next(recorded_calls(calibration))))
-    with one_thread_each(), tqdm(total=count, desc=f"tune {directory.name}", unit="block") as progress:
+    names = [block.name for block in blocks_of(teacher, specs, next(recorded_calls(calibration)))]
+    with one_thread_each(), tqdm(total=len(names), desc=f"tune {directory.name}", unit="block") as progress:
         for block, changed, report in tune_blocks(
             student, teacher, specs, lambda: recorded_calls(calibration), config=config, stored=stored,
             progress=lambda block, step, loss: progress.set_postfix(block=block.name, step=step, loss=f"{loss:.4f}"),
@@ -44,7 +44,6 @@ def tune_all_blocks(
                 content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in changed.items()})
                 write_item(directory, block.name, {_file(block): content}, dataclasses.asdict(report))
             progress.update()
-    names = [block.name for block in blocks_of(teacher, specs, next(recorded_calls(calibration)))]
     reports = [{"block": name, **read_item(directory, name)} for name in names]
     write_json(directory / "blocks.json", reports)
     kept = sum(report["kept"] for report in reports)
