@@ -38,12 +38,14 @@ class PromptsConfig:
     """A list of prompts: the first n, or the first n of a seeded shuffle."""
 
     source: str = "builtin"  # tiny | builtin | file
-    path: str | None = None  # .json (COCO captions), .csv, .tsv, .jsonl or .txt; a path makes the source a file
+    path: str | None = None  # .json (COCO, Karpathy), .csv, .tsv, .jsonl or .txt; a path makes the source a file
     column: str | None = None  # of a table; None = the first of captions, caption, prompt, text
-    split: str = "train"  # source=tiny: train | validation | test | reference | unseen_pairs
+    split: str = "train"  # source=tiny: train | validation | test | reference | unseen_pairs; of Karpathy's file:
+    # train (without restval) | val | test | restval; other files have no splits
     n: int | None = 64
     order: str = "first"  # first | shuffled
     seed: int = 0  # of the shuffle
+    sha256: str | None = None  # of the list that these must be, or be the beginning of; or of the file
 
     def __post_init__(self):
         if self.path is not None:
