@@ -11,6 +11,9 @@ from vqdm.errors import UserError
 
 PROMPT_SOURCES = ("tiny", "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
+METRIC_FAMILIES = (  # vqdm/metrics/families.py says what each yields and needs
+    "tiny", "paired", "lpips", "fid_paper", "fid_standard", "cmmd", "clip_h14", "clip_l14", "pickscore", "hpsv2",
+)  # fmt: skip
 PAPER_PATTERN = (
     r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"  # released code
 )
@@ -185,12 +188,15 @@ class FinetuneConfig:
 @dataclasses.dataclass
 class EvaluateConfig:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
-    metrics: str = "tiny"  # tiny: the tiny world's evaluators | paired: only against the full-precision images
-    evaluators: str | None = None  # directory; None = those shipped with the package
+    metrics: list[str] = dataclasses.field(default_factory=lambda: ["tiny", "paired"])  # families: METRIC_FAMILIES
+    images_per_prompt: int = 1
+    evaluators: str | None = None  # of family tiny: a directory; None = those shipped with the package
+    weights: str = "data/metrics"  # where the files of the other families are looked for, before the hub's cache
+    reference: str | None = None  # real images' statistics: of scripts/make_reference_stats.py, or .npz with mu, sigma
     steps: int | None = None  # of sampling; None = model.sampler.steps
-    batch_size: int = 32
+    batch_size: int = 32  # images sampled at once, and looked at at once
     seed: int = 0  # image i starts from the noise of (seed, prompt i)
-    bootstrap: int = 100  # resamples behind the standard errors of FID and KID
+    bootstrap: int = 100  # resamples behind the standard errors of what is no mean over images (FID, KID, CMMD)
 
 
 @dataclasses.dataclass
@@ -254,7 +260,6 @@ CHOICES = {
     "calibration.order": PROMPT_ORDERS,
     "evaluate.prompts.source": PROMPT_SOURCES,
     "evaluate.prompts.order": PROMPT_ORDERS,
-    "evaluate.metrics": ("tiny", "paired"),
     "calibration.timesteps": ("uniform", "normal"),
     "quantize.kind": ("none", "rtn", "gptq", "adaround", "additive", "trellis"),
     "quantize.clip": ("mse", "minmax", "hessian"),
@@ -273,9 +278,10 @@ CHOICES = {
 }
 POSITIVE = (
     "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size",
-    "evaluate.batch_size", "evaluate.bootstrap", "finetune.batch_size", "finetune.block_batch_size",
-    "finetune.block_samples", "finetune.refresh", "finetune.check_every", "finetune.code_every",
-    "finetune.validation_samples", "finetune.trajectories.validation", "finetune.trajectories.batch_size",
+    "evaluate.batch_size", "evaluate.bootstrap", "evaluate.images_per_prompt", "finetune.batch_size",
+    "finetune.block_batch_size", "finetune.block_samples", "finetune.refresh", "finetune.check_every",
+    "finetune.code_every", "finetune.validation_samples", "finetune.trajectories.validation",
+    "finetune.trajectories.batch_size",
 )  # fmt: skip
 
 
@@ -300,6 +306,9 @@ def check(config: Config) -> None:
             raise UserError(f"{key}.path is missing: {key}.source=file needs the path of a caption file")
         if prompts.n is not None and prompts.n < 1:
             raise UserError(f"{key}.n={prompts.n} must be at least 1")
+    for family in config.evaluate.metrics or ["none"]:
+        if family not in METRIC_FAMILIES:
+            raise UserError(f"evaluate.metrics: {family!r} is not one of {', '.join(METRIC_FAMILIES)}")
     if config.seeds is not None and config.seeds < 1:
         raise UserError(f"seeds={config.seeds} must be at least 1")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]

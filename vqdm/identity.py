@@ -26,6 +26,15 @@ def files_identity(directory_or_file: Path, cache: Path) -> str:
     return hashlib.sha256(canonical_json(pairs)).hexdigest()
 
 
+def file_identity(path: Path, cache: Path) -> str:
+    """sha256 of one file's bytes, cached likewise."""
+    known, key = _read_cache(cache), str(path.resolve())
+    fresh = _hashed(path, known)
+    if known.get(key) != fresh:
+        write_json(cache, _read_cache(cache) | {key: fresh})
+    return fresh["sha256"]
+
+
 def _model_files(root: Path) -> dict[str, Path]:
     """{path relative to the model: file}"""
     if root.is_file():

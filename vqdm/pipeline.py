@@ -70,7 +70,8 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
             problems.append(str(error))
     if problems:
         raise UserError(" — and: ".join(problems))
-    if config.model.hub_id is not None:
+    fetched = _fetch_weights(config)
+    if config.model.hub_id is not None or fetched:
         stages = build_stages(config, cache=store.hashes)  # now that the files say which layers the model has
     check_sampler(model_directory(config.model), config.model.sampler)
     if config.finetune.steps:
@@ -79,6 +80,19 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)
     return stages
+
+
+def _fetch_weights(config: Config) -> bool:
+    """Download what the metrics need and is not here; whether there was anything. What cannot be had is not run."""
+    from vqdm.metrics.families import FAMILIES
+    from vqdm.metrics.sources import fetch, find
+
+    if config.task != "experiment":
+        return False
+    folder = Path(config.evaluate.weights)
+    needed = {weights for family in config.evaluate.metrics for weights in FAMILIES[family].weights}
+    absent = [weights for weights in needed if find(weights, folder) is None]
+    return any([fetch(weights, folder) is not None for weights in absent])
 
 
 def _check_finetune(config: Config, directory: Path) -> None:
@@ -146,8 +160,8 @@ def _work(config: Config, store: Store, stages: Graph | Quantization, *, device,
 
 
 def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:
-    originals = getattr(stages, "teacher_images", None)
-    directories = {stage.name: store.directory(stage) for stage in stages.stages() if stage is not originals}
+    own = {name: stage for name, stage in stages.named().items() if not name.startswith("teacher_")}
+    directories = {n if "/" in n else stage.name: store.directory(stage) for n, stage in own.items()}
     return {
         "fingerprint": stages.stages()[-1].fingerprint,
         "experiment": config.name,

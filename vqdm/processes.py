@@ -1,12 +1,13 @@
 """The processes of one run, started by `torchrun` or `accelerate launch`; without these there is one.
 
 A stage that one process can make is made by whichever takes the store's lock first; the others wait and find it done.
-Only distillation works on one stage together: `together`.
+Distillation works on one stage together: `together`. Images and their features are shared out: `opened`, `my_share`.
 """
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vqdm.errors import UserError
@@ -73,14 +74,37 @@ def sum_over(tensor):
     return tensor
 
 
-def _announced(value: bool | None) -> bool:
+def _announced(value):
     """What the main process says; the others give None."""
     import torch.distributed as dist
 
     told = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
-    return bool(told[0])
+    return told[0]
+
+
+@contextlib.contextmanager
+def opened(store: Store, stage: Stage) -> Iterator[Path]:
+    """`Store.open` for a stage that all processes extend: the main one holds its lock until all have done."""
+    with store.open(stage) if is_main() else contextlib.nullcontext(store.directory(stage)) as directory:
+        wait_for_all()  # the directory is there and clean
+        yield directory
+        wait_for_all()
+
+
+def my_share(pending: list) -> list:
+    """Every n-th of what the main process found to do, so that all have the same to do."""
+    rank, count = rank_and_count()
+    return _announced(pending if rank == 0 else None)[rank::count]
+
+
+def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict) -> Path:
+    """`Store.ensure` by the main process, which the others wait for."""
+    if is_main():
+        store.ensure(stage, make, environment=environment)
+    wait_for_all()
+    return store.directory(stage)
 
 
 def together(store: Store, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict) -> Path:

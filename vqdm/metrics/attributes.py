@@ -65,10 +65,16 @@ class Seen:
 
 
 @torch.no_grad()
-def look(net: AttributeNet, features: torch.Tensor) -> list[Seen]:
-    """Most probable attributes of each row of features."""
-    best = {name: logits.argmax(-1).tolist() for name, logits in net.logits(features).items()}
-    named = {name: [VALUES[name][i] for i in indices] for name, indices in best.items()}
+def labels(net: AttributeNet, features: torch.Tensor) -> torch.Tensor:
+    """Most probable value of each attribute of each row of features: int64 [n, attributes], in the order of VALUES."""
+    logits = net.logits(features)
+    return torch.stack([logits[name].argmax(-1) for name in VALUES], dim=1)
+
+
+def seen_by(found: torch.Tensor) -> list[Seen]:
+    """What `labels` say, in words."""
+    columns = zip(VALUES.values(), found.T.tolist(), strict=True)
+    named = dict(zip(VALUES, ([values[i] for i in indices] for values, indices in columns), strict=True))
     slots = [list(zip(named[f"shape{s}"], named[f"colour{s}"], named[f"size{s}"], strict=True)) for s in (0, 1)]
     return [
         Seen(layout, (first,) if layout == "single" else (first, second), background, pattern)
@@ -76,6 +82,11 @@ def look(net: AttributeNet, features: torch.Tensor) -> list[Seen]:
             named["layout"], *slots, named["background"], named["pattern"], strict=True
         )
     ]
+
+
+def look(net: AttributeNet, features: torch.Tensor) -> list[Seen]:
+    """Most probable attributes of each row of features."""
+    return seen_by(labels(net, features))
 
 
 def as_seen(scene: Scene) -> Seen:

@@ -1,50 +1,108 @@
-"""FID and KID between two sets of features, through torchmetrics; they know nothing of models or images."""
+"""Distances between two sets of features: FID, KID and CMMD. They know nothing of models or images; float64 inside.
+
+Each can be taken of resampled rows at little cost, which is what a bootstrap needs: FID keeps the root of the
+reference's covariance, the two kernel distances take resamples as weights of rows.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from vqdm.seeds import torch_generator
+KERNEL_ROWS = 1024  # of a kernel's matrix in memory at a time
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, section 4
 
 
-class _AsTheyAre(nn.Module):
-    """torchmetrics wants a feature extractor; these inputs are features already."""
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Of features [n, d]: mean [d] and covariance [d, d] (unbiased), float64."""
 
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
+    mean: torch.Tensor
+    covariance: torch.Tensor
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
+    @classmethod
+    def of(cls, features: torch.Tensor) -> "Gaussian":
+        features = features.double()
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(mean, centred.T @ centred / (len(features) - 1))
+
+
+class FrechetDistance:
+    """Fréchet distance of sets of features to one reference (Heusel et al. 2017, eq. 6): FID, whatever the features.
+
+    By eigenvalues of symmetric matrices, since covariances of few images are singular; tr (C₁C₂)^½ is the sum of the
+    roots of the eigenvalues of RᵀC₂R with C₁ = RRᵀ.
+    """
+
+    def __init__(self, reference: Gaussian):
+        values, vectors = torch.linalg.eigh(reference.covariance)
+        self.reference, self.root = reference, vectors * values.clamp(min=0).sqrt()
+
+    def __call__(self, features: torch.Tensor) -> float:
+        features = features.double()
+        mean = features.mean(0)
+        centred = (features - mean) / (len(features) - 1) ** 0.5
+        seen = centred @ self.root
+        gram = seen @ seen.T if len(seen) < seen.shape[1] else seen.T @ seen  # the same eigenvalues but for zeros
+        cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        gap = (mean - self.reference.mean).square().sum()
+        return float(gap + self.reference.covariance.trace() + centred.square().sum() - 2 * cross)
 
 
 def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Fréchet distance of Gaussians fitted to [n, d] and [m, d], float64 (Heusel et al. 2017, eq. 6)."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    alone = {"sync_on_compute": False}  # one process scores; it must not wait for others
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1]), **alone).set_dtype(torch.float64)
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
-    return float(metric.compute())
+    """Fréchet distance of Gaussians fitted to [n, d] and [m, d]."""
+    return FrechetDistance(Gaussian.of(real))(fake)
 
 
-def kid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Unbiased squared MMD with kernel (x·y/d + 1)³ (Binkowski et al. 2018): once, not averaged over random subsets.
+def kid(real: torch.Tensor, fake: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Unbiased squared MMD with kernel (x·y/d + 1)³ (Binkowski et al. 2018), of [n, d] and [m, d]: all rows of both.
 
-    Of the larger set, only as many rows as the smaller one has are used, the first ones.
+    weights [b, m]: how often each row of `fake` stands in each of b resamples; then [b] values. A row that a resample
+    holds twice makes no pair with itself, so that resamples are unbiased too.
     """
-    from torchmetrics.image.kid import poly_mmd
-
     real, fake = real.double(), fake.double()
-    size = min(len(real), len(fake))  # torchmetrics' estimator takes equal sizes
-    return float(poly_mmd(real[:size], fake[:size]))
+    return _mmd(lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3, real, fake, weights=weights, unbiased=True)
 
 
-def bootstrap_error(statistic, fake: torch.Tensor, *, resamples: int, seed: int) -> float:
-    """Standard deviation of `statistic(rows of fake)` over resampled rows. FID's own bias in n is not in it."""
-    generator = torch_generator(seed, "bootstrap")
-    values = []
-    for _ in range(resamples):
-        rows = torch.randint(len(fake), (len(fake),), generator=generator)
-        values.append(statistic(fake[rows]))
-    return float(torch.tensor(values).std())
+def cmmd(real: torch.Tensor, fake: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """1000 × squared MMD with a Gaussian kernel of width 10 on unit vectors (Jayasumana et al. 2024, eq. 4).
+
+    The biased estimator of the authors' code: a row's kernel with itself counts. weights as in `kid`.
+    """
+    real, fake = (torch.nn.functional.normalize(rows.double(), dim=1) for rows in (real, fake))
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.exp((x @ y.T - 1) / CMMD_SIGMA**2)  # |x − y|² = 2 − 2 x·y
+
+    return CMMD_SCALE * _mmd(kernel, real, fake, weights=weights, unbiased=False)
+
+
+def _mmd(kernel: Callable, real: torch.Tensor, fake: torch.Tensor, *, weights, unbiased: bool) -> torch.Tensor:
+    """Squared maximum mean discrepancy; scalar, or one for each row of weights."""
+    once = torch.ones(1, len(real), dtype=torch.float64)
+    drawn = torch.ones(1, len(fake), dtype=torch.float64) if weights is None else weights.double()
+    between = _between(kernel, fake, real, drawn) / (drawn.sum(1) * len(real))
+    found = (
+        _within(kernel, fake, drawn, unbiased=unbiased) + _within(kernel, real, once, unbiased=unbiased) - 2 * between
+    )
+    return found[0] if weights is None else found
+
+
+def _within(kernel: Callable, x: torch.Tensor, weights: torch.Tensor, *, unbiased: bool) -> torch.Tensor:
+    """Mean of the kernel over pairs of rows of x, for each row of weights [b, n]; unbiased: of no row with itself."""
+    pairs, alike = (torch.zeros(len(weights), dtype=torch.float64) for _ in range(2))
+    for start in range(0, len(x), KERNEL_ROWS):
+        part, values = weights[:, start : start + KERNEL_ROWS], kernel(x[start : start + KERNEL_ROWS], x)
+        pairs += ((part @ values) * weights).sum(1)
+        alike += part**2 @ values.diagonal(start)
+    count = weights.sum(1) ** 2
+    return (pairs - alike) / (count - (weights**2).sum(1)) if unbiased else pairs / count
+
+
+def _between(kernel: Callable, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum of the kernel over rows of x and y, for each row of weights of x."""
+    total = torch.zeros(len(weights), dtype=torch.float64)
+    for start in range(0, len(x), KERNEL_ROWS):
+        total += weights[:, start : start + KERNEL_ROWS] @ kernel(x[start : start + KERNEL_ROWS], y).sum(1)
+    return total

@@ -1,43 +1,46 @@
-"""All metrics of a set of tiny-world images, from features that are computed once and streamed."""
+"""The tiny world's evaluators as a family of metrics: its attribute network, its open_clip model, its reference."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from vqdm.metrics.attributes import KINDS, AttributeNet, Seen, fidelity, look
-from vqdm.metrics.distribution import bootstrap_error, fid, kid
+from vqdm.metrics.attributes import KINDS, AttributeNet, Seen, fidelity, labels, seen_by
+from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd, kid
 from vqdm.metrics.paired import feature_distance
-from vqdm.metrics.tiny_clip import cosines, load_clip
+from vqdm.metrics.resampling import Resamples, bootstrap, ratio_and_error, with_error
+from vqdm.metrics.tiny_clip import clip_tokens, load_clip
 from vqdm.tiny.captions import requested
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluators:
-    net: AttributeNet
-    clip: torch.nn.Module
-    tokenizer: object
-    reference: torch.Tensor  # features of real renders [n, 64]
+class TinyWorld:
+    """What both networks see of images; they run on the CPU."""
+
+    def __init__(self, directory: Path):
+        self.net = AttributeNet()
+        self.net.load_state_dict({k: v.float() for k, v in load_file(directory / "attribute_net.safetensors").items()})
+        self.net.eval().requires_grad_(False)
+        self.clip, self.tokenizer = load_clip(directory)
 
     @torch.no_grad()
-    def features(self, images: np.ndarray) -> torch.Tensor:
-        """The attribute network's, of uint8 [n, 32, 32, 3]: float [n, 64]."""
-        return self.net(to_tensor(images))
+    def columns(self, images: list[np.ndarray], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
+        """uint8 [32, 32, 3] each -> {"features": [n, 64], "labels": [n, attributes], "image": unit vectors [n, 64],
+        "cosine": [n], if there are captions}.
+        """
+        pixels = to_tensor(np.stack(images))
+        features = self.net(pixels)
+        seen = self.clip.encode_image(pixels, normalize=True)
+        found = {"features": features, "labels": labels(self.net, features), "image": seen}
+        if captions is not None:
+            read = self.clip.encode_text(clip_tokens(self.tokenizer, captions), normalize=True)
+            found["cosine"] = (seen * read).sum(-1)
+        return found
 
-    def standardised(self, features: torch.Tensor) -> torch.Tensor:
-        """Features in units of their spread over the reference: what distances, FID and KID are taken of."""
-        std, mean = torch.std_mean(self.reference, dim=0)
-        return (features - mean) / std.clamp(min=1e-6)
 
-    @classmethod
-    def load(cls, directory: Path) -> "Evaluators":
-        net = AttributeNet()
-        net.load_state_dict({k: v.float() for k, v in load_file(directory / "attribute_net.safetensors").items()})
-        clip, tokenizer = load_clip(directory)
-        reference = load_file(directory / "reference.safetensors")["features"].float()
-        return cls(net.eval().requires_grad_(False), clip, tokenizer, reference)
+def load_reference(directory: Path) -> dict[str, torch.Tensor]:
+    """Features and CLIP vectors of real renders: float32 [n, 64] each."""
+    return {name: tensor.float() for name, tensor in load_file(directory / "reference.safetensors").items()}
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -45,18 +48,50 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def features_of(evaluators: Evaluators, images: np.ndarray, captions: list[str]) -> dict[str, torch.Tensor]:
-    return {
-        "features": evaluators.features(images),
-        "cosines": cosines(evaluators.clip, evaluators.tokenizer, to_tensor(images), captions),
+def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Features in units of their spread over the reference: what distances, FID and KID are taken of."""
+    std, mean = torch.std_mean(reference, dim=0)
+    return (features - mean) / std.clamp(min=1e-6)
+
+
+def image_scores(own: dict, originals: dict | None, *, captions: list[str], reference: dict) -> dict[str, np.ndarray]:
+    """Every image's own share of each metric that is a mean over images (fidelity: share of its own attributes)."""
+    seen = seen_by(own["labels"])
+    found, asked = (counts.sum(1) for counts in tally(captions, seen))
+    scores = {
+        "clip_score": own["cosine"].numpy(),
+        "fidelity": found / np.maximum(asked, 1),
+        "all_right": (found == asked).astype(np.float64),
     }
+    if originals is not None:
+        pair = (standardised(columns["features"], reference["features"]) for columns in (own, originals))
+        scores["distance_to_fp"] = feature_distance(*pair).numpy()
+        both = zip(seen, seen_by(originals["labels"]), strict=True)
+        scores["agreement_with_fp"] = np.array([_agreement(one, other) for one, other in both])
+    return scores
 
 
-def mean_and_error(values: np.ndarray) -> dict[str, float]:
-    """Mean over images and its standard error."""
-    values = np.asarray(values, np.float64)
-    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return {"value": float(values.mean()), "se": error}
+def set_scores(
+    own: dict, originals: dict | None, *, captions: list[str], reference: dict, resamples: Resamples
+) -> dict[str, dict]:
+    """FID, KID and CMMD to the reference, FID to the full-precision images, and fidelity of one set of images."""
+    real = standardised(reference["features"], reference["features"])
+    fake = standardised(own["features"], reference["features"])
+    scores = {
+        "fid": frechet_score(FrechetDistance(Gaussian.of(real)), fake, resamples),
+        "kid": with_error(kid(real, fake), kid(real, fake, resamples.weights())),
+    }
+    if "image" in reference:
+        pair = (reference["image"], own["image"])
+        scores["cmmd"] = with_error(cmmd(*pair), cmmd(*pair, resamples.weights()))
+    if originals is not None:
+        original = Gaussian.of(standardised(originals["features"], reference["features"]))
+        scores["fid_to_fp"] = frechet_score(FrechetDistance(original), fake, resamples)
+    return scores | fidelity_scores(captions, seen_by(own["labels"]), copies=resamples.copies)
+
+
+def frechet_score(distance: FrechetDistance, features: torch.Tensor, resamples: Resamples) -> dict[str, float]:
+    return with_error(distance(features), bootstrap(distance, features, resamples))
 
 
 def tally(captions: list[str], seen: list[Seen]) -> tuple[np.ndarray, np.ndarray]:
@@ -66,55 +101,12 @@ def tally(captions: list[str], seen: list[Seen]) -> tuple[np.ndarray, np.ndarray
     return np.array(found, np.float64), np.array(asked, np.float64)
 
 
-def fidelity_scores(captions: list[str], seen: list[Seen]) -> dict[str, dict[str, float]]:
-    """Share of the captions' attributes found, the share of images with all of them right, and shares by kind.
-
-    The standard error of a share of attributes is that of a ratio of sums over images (delta method).
-    """
+def fidelity_scores(captions: list[str], seen: list[Seen], *, copies: int = 1) -> dict[str, dict[str, float]]:
+    """Share of the captions' attributes found, in all and by kind."""
     found, asked = tally(captions, seen)
-    scores = {"fidelity": _ratio(found.sum(1), asked.sum(1))}
-    scores["all_right"] = mean_and_error(found.sum(1) == asked.sum(1))
-    scores |= {f"fidelity_{kind}": _ratio(found[:, i], asked[:, i]) for i, kind in enumerate(KINDS)}
-    return scores
-
-
-def image_scores(evaluators: Evaluators, columns: dict, captions: list[str]) -> dict[str, np.ndarray]:
-    """Every image's own share of each metric that is a mean over images (fidelity: share of its own attributes)."""
-    seen = look(evaluators.net, columns["features"])
-    found, asked = (counts.sum(1) for counts in tally(captions, seen))
-    scores = {
-        "clip_score": columns["cosines"].numpy(),
-        "fidelity": found / np.maximum(asked, 1),
-        "all_right": (found == asked).astype(np.float64),
-    }
-    if "original_features" in columns:
-        own, originals = (evaluators.standardised(columns[name]) for name in ("features", "original_features"))
-        pairs = zip(seen, look(evaluators.net, columns["original_features"]), strict=True)
-        scores["distance_to_fp"] = feature_distance(own, originals).numpy()
-        scores["agreement_with_fp"] = np.array([_agreement(a, b) for a, b in pairs])
-    return scores
-
-
-def _ratio(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
-    if asked.sum() == 0:
-        return {"value": float("nan"), "se": float("nan")}
-    share = found.sum() / asked.sum()
-    residual = found - share * asked
-    return {"value": float(share), "se": float(residual.std(ddof=1) / asked.mean() / np.sqrt(len(found)))}
-
-
-def set_scores(evaluators: Evaluators, columns: dict, captions: list[str], *, resamples: int, seed: int) -> dict:
-    """FID, KID and fidelity of one set of images, FID against the full-precision ones if they are there."""
-    real, fake = (evaluators.standardised(f) for f in (evaluators.reference, columns["features"]))
-    scores = {}
-    for name, statistic in (("fid", fid), ("kid", kid)):
-        error = bootstrap_error(lambda rows, s=statistic: s(real, rows), fake, resamples=resamples, seed=seed)
-        scores[name] = {"value": statistic(real, fake), "se": error}
-    if "original_features" in columns:
-        original = evaluators.standardised(columns["original_features"])
-        error = bootstrap_error(lambda rows: fid(original, rows), fake, resamples=resamples, seed=seed)
-        scores["fid_to_fp"] = {"value": fid(original, fake), "se": error}
-    return scores | fidelity_scores(captions, look(evaluators.net, columns["features"]))
+    scores = {"fidelity": ratio_and_error(found.sum(1), asked.sum(1), copies)}
+    by_kind = ((kind, ratio_and_error(found[:, i], asked[:, i], copies)) for i, kind in enumerate(KINDS))
+    return scores | {f"fidelity_{kind}": share for kind, share in by_kind}
 
 
 def _agreement(one: Seen, other: Seen) -> float:

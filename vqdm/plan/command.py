@@ -77,15 +77,16 @@ def _print_stages(config: Config, store: Store, stages: Graph | Quantization) ->
     todo = set()
     for name, stage in stages.named().items():
         state = store.status(stage)
-        if stage.name == "generate":
-            made = _images_made(store.directory(stage), stages, config)
-            state = "done" if made == len(stages.prompts) else f"{made} of {len(stages.prompts)} images made"
+        if stage.name in ("generate", "features"):
+            count = len(stages.prompts) * config.evaluate.images_per_prompt
+            made = _images_made(store.directory(stage), count, config)
+            state = "done" if made == count else f"{made} of {count} images"
         if state != "done":
             todo.add(name)
         print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
     return todo
 
 
-def _images_made(directory: Path, graph: Graph, config: Config) -> int:
-    ranges = batches(len(graph.prompts), config.evaluate.batch_size)
+def _images_made(directory: Path, count: int, config: Config) -> int:
+    ranges = batches(count, config.evaluate.batch_size)
     return sum(len(rows) for name, rows in ranges if (directory / "items" / f"{name}.json").is_file())

@@ -194,10 +194,10 @@ class _Experiment:
         return self._stage("images", used, seconds)
 
     def evaluate(self) -> StageCost:
-        used = memory.evaluate_memory(self.model.image_numbers, self.prompts)
+        at_once = min(self.prompts, self.config.evaluate.batch_size)
+        used = memory.evaluate_memory(self.model.image_numbers, at_once)
         seconds = SCORING * self.prompts * self.model.image_numbers
-        note = "of the comparison with the originals" if self.config.evaluate.metrics == "tiny" else ""
-        return StageCost("evaluate", used, seconds, note)
+        return StageCost("evaluate", used, seconds, "of the comparison with the originals, image by image")
 
     def _stage(self, name: str, used: Memory, seconds: float | None, note: str = "") -> StageCost:
         return StageCost(name, used, seconds, note if self.hardware else "time not estimated: no GPU here to measure")

@@ -12,7 +12,6 @@ from vqdm.encode import encoder_bytes
 from vqdm.hessian import CHUNK
 from vqdm.models.specs import LayerSpec
 from vqdm.plan.forward import LayerInput
-from vqdm.stages.evaluate import BATCH as SCORED
 
 PROCESS = 700 << 20  # bytes of a process that has imported torch and diffusers, with no model
 CONTEXT = 500 << 20  # bytes of a CUDA context and its libraries' workspaces
@@ -108,6 +107,5 @@ def quantize_memory(
 
 
 def evaluate_memory(image_numbers: int, images: int) -> Memory:
-    """A batch of images and of the originals, and the error in float64; the tiny world's evaluators are left out."""
-    numbers = min(images, SCORED) * image_numbers
-    return Memory(0, int(PSNR_BYTES * numbers + PROCESS))
+    """A batch of images and of the originals, and the error in float64; the metrics' networks are left out."""
+    return Memory(0, int(PSNR_BYTES * images * image_numbers + PROCESS))

@@ -1,93 +1,112 @@
-"""Score a set of images; every number with its standard error, and one protocol for all of them."""
+"""Scores from the features of a set of images; every number with its standard error and its own protocol."""
 
 import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vqdm.config import EvaluateConfig
-from vqdm.errors import UserError
-from vqdm.metrics import tiny_world
-from vqdm.metrics.paired import SMALLEST_ERROR, psnr
-from vqdm.metrics.tiny_world import mean_and_error
+from vqdm.metrics.families import FAMILIES
+from vqdm.metrics.reference import Reference
+from vqdm.metrics.resampling import Resamples, mean_and_error
+from vqdm.metrics.scores import score
 from vqdm.prompts import PromptList
-from vqdm.stages.generate import load_images
-from vqdm.stages.layout import IMAGES_FILE, batches
+from vqdm.stages.features import environments, load_columns
+from vqdm.stages.layout import IMAGES_FILE
 from vqdm.store import atomic_write, write_json
 
-BATCH = 128  # images in memory at a time
+SEED = 0  # of the bootstrap: all methods are resampled alike
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a family's features lie, of the images and of the full-precision ones, and the sha256 of its weights."""
+
+    own: Path
+    originals: Path | None
+    weights: tuple[str, ...]
 
 
 def evaluate(
-    directory: Path, images: Path, originals: Path | None, prompts: PromptList, *,
-    config: EvaluateConfig, evaluators_directory: Path | None,
+    directory: Path, families: dict[str, Columns], not_run: dict[str, str], prompts: PromptList, *,
+    config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, images: list[dict],
 ) -> None:  # fmt: skip
-    """Write `metrics.json`: {metrics: {name: {value, se}}, protocol: {...}} of the images of `prompts`.
+    """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}}.
 
     And `images.csv`, every image's own scores, to compare two runs on the same captions and noise pair by pair.
 
-    originals: the full-precision images of the same captions and noise, or None for those themselves.
+    tiny_reference: of the tiny world, if family tiny is among those to score. images: the environments (device, dtype)
+    that the images were made in.
     """
-    evaluators = None if evaluators_directory is None else tiny_world.Evaluators.load(evaluators_directory)
-    columns: dict[str, list] = {}
-    for _, rows in tqdm(batches(len(prompts), BATCH), desc=f"evaluate {directory.name}", unit="batch"):
-        captions = [p.text for p in prompts.prompts[rows.start : rows.stop]]
-        for name, values in _score_batch(images, originals, rows, captions=captions, evaluators=evaluators).items():
-            columns.setdefault(name, []).append(values)
-    joined = {name: torch.cat(parts) for name, parts in columns.items()}
-    images_scores = _image_scores(joined, prompts, evaluators)
-    atomic_write(directory / IMAGES_FILE, _csv(images_scores, prompts))
-    scores = {name: mean_and_error(values) for name, values in images_scores.items()}
-    if evaluators is not None:
-        settings = {"resamples": config.bootstrap, "seed": 0}
-        scores |= tiny_world.set_scores(evaluators, joined, prompts.texts, **settings)
-    content = {"metrics": scores, "protocol": _protocol(prompts, config, evaluators)}
-    write_json(directory / "metrics.json", content)
+    copies = config.images_per_prompt
+    resamples = Resamples(len(prompts), copies, count=config.bootstrap, seed=SEED)
+    captions = [p.text for p in prompts.prompts for _ in range(copies)]
+    per_image: dict[str, np.ndarray] = {}
+    metrics: dict[str, dict] = {}
+    for family, place in families.items():
+        own, originals = (_columns(folder, len(captions), config) for folder in (place.own, place.originals))
+        known = tiny_reference if family == "tiny" else _reference(reference, family)
+        found = score(family, own, originals, captions=captions, reference=known, resamples=resamples)
+        per_image |= found.images
+        means = {
+            name: mean_and_error(values, copies) for name, values in found.images.items() if name not in found.sets
+        }
+        where = environments(place.own, len(captions), config.batch_size)
+        for name, entry in (means | found.sets).items():
+            metrics[name] = entry | {"protocol": _protocol(family, name, place, reference, where=where)}
+    atomic_write(directory / IMAGES_FILE, _csv(per_image, prompts, copies))
+    common = _common_protocol(prompts, config, images)
+    write_json(directory / "metrics.json", {"protocol": common, "metrics": _finite(metrics), "not_run": not_run})
 
 
-def _score_batch(images: Path, originals: Path | None, rows: range, *, captions, evaluators) -> dict[str, torch.Tensor]:
-    own = load_images(images, rows)
-    columns = {} if evaluators is None else tiny_world.features_of(evaluators, own, captions)
-    if originals is not None:
-        theirs = load_images(originals, rows)
-        if theirs.shape != own.shape:
-            raise UserError(f"{images} holds images of {own.shape[1:3]} pixels, {originals} of {theirs.shape[1:3]}")
-        columns["psnr"] = torch.from_numpy(psnr(own, theirs))
-        if evaluators is not None:
-            columns["original_features"] = evaluators.features(theirs)
-    return columns
+def _columns(folder: Path | None, count: int, config: EvaluateConfig) -> dict[str, torch.Tensor] | None:
+    return None if folder is None else load_columns(folder, count, config.batch_size)
 
 
-def _image_scores(columns: dict, prompts: PromptList, evaluators) -> dict[str, np.ndarray]:
-    """Metrics that every image has for itself: [n] each."""
-    scores = {"psnr_to_fp": columns["psnr"].numpy()} if "psnr" in columns else {}
-    return scores if evaluators is None else scores | tiny_world.image_scores(evaluators, columns, prompts.texts)
+def _reference(reference: Reference | None, family: str) -> dict | None:
+    return reference.load(family) if reference is not None and reference.serves(family) else None
 
 
-def _csv(scores: dict[str, np.ndarray], prompts: PromptList) -> bytes:
+def _finite(metrics: dict[str, dict]) -> dict[str, dict]:
+    """JSON has no NaN: what is not known is null."""
+    return {
+        name: {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in entry.items()}
+        for name, entry in metrics.items()
+    }
+
+
+def _csv(scores: dict[str, np.ndarray], prompts: PromptList, copies: int) -> bytes:
     import pandas as pd
 
-    frame = pd.DataFrame({"prompt": [prompt.id for prompt in prompts.prompts], **scores})
+    names = [prompt.id for prompt in prompts.prompts for _ in range(copies)]
+    frame = pd.DataFrame({"prompt": names, "copy": list(range(copies)) * len(prompts), **scores})
     return frame.to_csv(index=False, float_format="%.7g").encode()
 
 
-def _protocol(prompts: PromptList, config: EvaluateConfig, evaluators) -> dict:
-    """What the numbers are; the sha256 of evaluators and images are upstream fingerprints in config.json."""
-    protocol = {
-        "n": len(prompts.prompts),
+def _common_protocol(prompts: PromptList, config: EvaluateConfig, images: list[dict]) -> dict:
+    """What holds for all metrics of a set of images."""
+    return {
+        "n": len(prompts),
+        "images_per_prompt": config.images_per_prompt,
         "prompts": prompts.origin,
         "prompts_sha256": prompts.sha256,
         "image_seed": config.seed,
-        "psnr_to_fp": f"dB, mean over images, uint8 RGB, squared error at least {SMALLEST_ERROR:.3g}",
-        "standard_errors": f"over images; FID and KID: bootstrap of {config.bootstrap} resamples",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchmetrics", "open_clip_torch")},
+        "dtype": ", ".join(dict.fromkeys(one["dtype"] for one in images)),
+        "device": ", ".join(dict.fromkeys(one["device"] for one in images)),
+        "standard_errors": f"over prompts: means in closed form, all else by {config.bootstrap} bootstrap resamples",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
     }
-    if evaluators is not None:
-        protocol["fid"] = (
-            f"64 standardised features of the tiny world's attribute network, {len(evaluators.reference)} renders; "
-            "not comparable with Inception FIDs"
-        )
-        protocol["clip_score"] = "raw cosine of the tiny world's open_clip model"
-    return protocol
+
+
+def _protocol(family: str, metric: str, place: Columns, reference: Reference | None, *, where: list[dict]) -> dict:
+    """What a metric's number is."""
+    kind = FAMILIES[family]
+    library = kind.library if kind.library == "vqdm" else f"{kind.library} {importlib.metadata.version(kind.library)}"
+    protocol = {**kind.protocol, **kind.details(metric), "library": library}
+    if place.weights:
+        protocol["weights_sha256"] = list(place.weights)
+    if metric in kind.against_reference and reference is not None:
+        protocol |= reference.protocol(family)
+    return protocol | {"computed_in": "float32", "device": ", ".join(dict.fromkeys(one["device"] for one in where))}

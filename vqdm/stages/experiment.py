@@ -1,16 +1,21 @@
 """One experiment through the store: a quantized model, its images, the original's, and their scores."""
 
+import functools
 import json
 from pathlib import Path
 
+from vqdm import processes
 from vqdm.config import Config
 from vqdm.device import Device
-from vqdm.models.location import evaluators_directory, full_precision_bytes
+from vqdm.metrics.families import FAMILIES
+from vqdm.models.location import full_precision_bytes
 from vqdm.stages.graph import Graph, image_sampler
-from vqdm.stages.layout import image_path
+from vqdm.stages.layout import captions_of, image_path
 from vqdm.stages.quantization import Models, ensure_denoiser, environment_of
 from vqdm.store import Store
 from vqdm.tracker import MAX_IMAGES
+
+ON_CPU = ("tiny", "paired")  # families that run there in any case
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
@@ -19,39 +24,78 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     models, quantized = Models(config, device.name), None
     if graph.quantization is not None:
         quantized = ensure_denoiser(config, store, graph.quantization, models, environment=environment, tracker=tracker)
-    with store.open(graph.teacher_images or graph.images) as originals:
-        _generate(config, graph, originals, lambda: models.teacher)
-    images = originals
+    made = {"environment": {"device": device.name, "dtype": config.model.dtype}}
+    with processes.opened(store, graph.teacher_images or graph.images) as originals:
+        _generate(config, graph, originals, lambda: models.teacher, **made)
     if graph.teacher_images is not None:
-        with store.open(graph.images) as images:
-            _generate(config, graph, images, lambda: models.student(quantized))
-    scores = _evaluate(config, store, graph, images, originals, environment=environment)
+        with processes.opened(store, graph.images) as images:
+            _generate(config, graph, images, lambda: models.student(quantized), **made)
+    models.release()
+    _look(config, store, graph, device=device)
+    scores = _evaluate(config, store, graph, environment=environment)
     tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
-    tracker.table("metrics", [{"metric": name, **score} for name, score in scores["metrics"].items()])
-    _show_images(tracker, images, graph)
+    shown = ("value", "se", "protocol")
+    tracker.table("metrics", [{"metric": name, **{k: s[k] for k in shown}} for name, s in scores["metrics"].items()])
+    _show_images(tracker, store.directory(graph.images), graph)
     return {"bits": _bits(config, store, graph)}
 
 
-def _generate(config: Config, graph: Graph, directory: Path, make_pipeline) -> None:
+def _generate(config: Config, graph: Graph, directory: Path, make_pipeline, *, environment: dict) -> None:
     from vqdm.stages.generate import generate
 
     generate(
         directory, make_pipeline, graph.prompts, sampler=image_sampler(config), batch_size=config.evaluate.batch_size,
-        seed=config.evaluate.seed,
+        seed=config.evaluate.seed, images_per_prompt=config.evaluate.images_per_prompt, environment=environment,
     )  # fmt: skip
 
 
-def _evaluate(config: Config, store: Store, graph: Graph, images: Path, originals: Path, *, environment: dict) -> dict:
-    def make(directory: Path) -> None:
-        from vqdm.stages.evaluate import evaluate
+def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None:
+    """Features of every family, of the full-precision images first: they serve the other rows of a table."""
+    from vqdm.stages.features import extract
 
-        evaluators = evaluators_directory(config.evaluate.evaluators) if config.evaluate.metrics == "tiny" else None
+    scoring, count = graph.scoring, len(graph.prompts) * config.evaluate.images_per_prompt
+    originals = graph.teacher_images and store.directory(graph.teacher_images)
+    todo = [(family, stage, graph.teacher_images) for family, stage in scoring.originals.items()]
+    todo += [(family, stage, graph.images) for family, stage in scoring.features.items()]
+    for family, stage, images in todo:
+        make_extractor = functools.partial(_extractor, family, scoring.weights[family], device.name)
+        with processes.opened(store, stage) as directory:
+            extract(
+                directory, store.directory(images), originals if FAMILIES[family].pairs else None, count=count,
+                batch_size=config.evaluate.batch_size, make_extractor=make_extractor,
+                environment={"device": "cpu" if family in ON_CPU else device.name},
+            )  # fmt: skip
+
+
+def _extractor(family: str, weights: list[Path], device: str):
+    from vqdm.metrics.extractors import make_extractor
+
+    return make_extractor(family, weights, device=device)
+
+
+def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) -> dict:
+    def make(directory: Path) -> None:
+        from vqdm.metrics.tiny_world import load_reference
+        from vqdm.stages.evaluate import Columns, evaluate
+        from vqdm.stages.features import environments
+
+        scoring = graph.scoring
+        families = {
+            name: Columns(
+                store.directory(stage),
+                store.directory(scoring.originals[name]) if name in scoring.originals else None,
+                scoring.weights_sha256[name],
+            )
+            for name, stage in scoring.features.items()
+        }
+        count = len(graph.prompts) * config.evaluate.images_per_prompt
         evaluate(
-            directory, images, None if originals is images else originals, graph.prompts, config=config.evaluate,
-            evaluators_directory=evaluators,
+            directory, families, scoring.not_run, graph.prompts, config=config.evaluate, reference=scoring.reference,
+            tiny_reference=load_reference(*scoring.weights["tiny"]) if "tiny" in families else None,
+            images=environments(store.directory(graph.images), count, config.evaluate.batch_size),
         )  # fmt: skip
 
-    directory = store.ensure(graph.evaluate, make, environment=environment)
+    directory = processes.by_main(store, graph.evaluate, make, environment=environment)
     return json.loads((directory / "metrics.json").read_text())
 
 
@@ -68,5 +112,5 @@ def _bits(config: Config, store: Store, graph: Graph) -> dict:
 
 
 def _show_images(tracker, images: Path, graph: Graph) -> None:
-    shown = graph.prompts.prompts[:MAX_IMAGES]
-    tracker.images("images", [image_path(images, i) for i in range(len(shown))], [p.text for p in shown])
+    captions = captions_of(images, MAX_IMAGES)
+    tracker.images("images", [image_path(images, i) for i in range(len(captions))], captions)

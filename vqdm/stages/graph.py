@@ -13,6 +13,9 @@ from pathlib import Path
 from vqdm.config import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
 from vqdm.errors import UserError
 from vqdm.identity import files_identity
+from vqdm.metrics.families import FAMILIES
+from vqdm.metrics.reference import Reference, find_reference
+from vqdm.metrics.sources import find, identity, missing
 from vqdm.models.location import (
     check_pipeline_directory,
     configs_directory,
@@ -25,8 +28,8 @@ from vqdm.stages.caption_images import images_identity
 from vqdm.store import Stage
 
 VERSIONS = {
-    "calibrate": 1, "sensitivity": 1, "quantize": 3, "tune_blocks": 1, "trajectories": 1, "finetune": 1, "generate": 1,
-    "evaluate": 2, "tiny_train": 1,
+    "calibrate": 1, "sensitivity": 1, "quantize": 3, "tune_blocks": 1, "trajectories": 1, "finetune": 1, "generate": 2,
+    "features": 1, "evaluate": 3, "tiny_train": 1,
 }  # fmt: skip
 
 
@@ -61,6 +64,18 @@ def _there(holder, *names: str) -> dict[str, Stage]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scoring:
+    """By families of metrics: features of the images and of the full-precision ones, and what they are made with."""
+
+    features: dict[str, Stage]
+    originals: dict[str, Stage]  # of families that compare features of both
+    weights: dict[str, list[Path]]
+    weights_sha256: dict[str, tuple[str, ...]]
+    reference: Reference | None
+    not_run: dict[str, str]  # {metric: why it cannot be run}
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph:
     """The stages of one experiment; None = not needed."""
 
@@ -68,12 +83,15 @@ class Graph:
     prompts: PromptList
     images: Stage
     teacher_images: Stage | None  # the same captions and noise, full precision
+    scoring: Scoring
     evaluate: Stage
 
     def named(self) -> dict[str, Stage]:
-        """The stages in order, by the names of the fields."""
+        """The stages in order, by the names of the fields; features by their family."""
         first = {} if self.quantization is None else self.quantization.named()
-        return first | _there(self, "teacher_images", "images", "evaluate")
+        features = {f"teacher_features/{name}": stage for name, stage in self.scoring.originals.items()}
+        features |= {f"features/{name}": stage for name, stage in self.scoring.features.items()}
+        return first | _there(self, "teacher_images", "images") | features | {"evaluate": self.evaluate}
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -91,6 +109,7 @@ def read_prompts(config: PromptsConfig) -> PromptList:
         order=config.order,
         seed=config.seed,
         split=config.split,
+        sha256=config.sha256,
     )
 
 
@@ -228,15 +247,73 @@ def image_sampler(config: Config) -> SamplerConfig:
     return sampler if config.evaluate.steps is None else dataclasses.replace(sampler, steps=config.evaluate.steps)
 
 
-def _images(config: Config, model: str, denoiser: Stage | None) -> Stage:
-    """The number of images stays out: they are extendable. Every batch keeps its own prompts beside it."""
+def _images(config: Config, model: str, denoiser: Stage | None, source: str) -> Stage:
+    """The number of images stays out: they are extendable. Every batch keeps its own prompts beside it.
+
+    source: what identifies the whole list that prompts are taken from.
+    """
     settings = {"sampler": asdict(image_sampler(config)), "dtype": config.model.dtype}
-    settings |= _pick(config.evaluate, "batch_size", "seed") | {"rescale": asdict(config.model.rescale)}
-    prompts = _pick(config.evaluate.prompts, "source", "split", "column", "order", "seed")
-    settings["prompts"] = prompts | {"file": Path(config.evaluate.prompts.path or "").name}
+    settings |= _pick(config.evaluate, "batch_size", "images_per_prompt", "seed")
+    settings |= {"rescale": asdict(config.model.rescale), "prompts": source}
     if denoiser is None:
         return _stage("generate", f"{config.model.name}-fp", settings, model=model)
     return _stage("generate", denoiser.label, settings, model=model, **{denoiser.name: denoiser})
+
+
+def _features(config: Config, family: str, weights: tuple[str, ...], **images: Stage) -> Stage:
+    """Extendable as the images are. images: the set to look at, and for families of pairs its originals."""
+    settings = {"family": family, "family_version": FAMILIES[family].version, "weights": list(weights)}
+    settings |= _pick(config.evaluate, "batch_size")
+    return _stage("features", f"{images['images'].label}-{family}", settings, **images)
+
+
+def _weights(config: Config, family: str, cache: Path) -> tuple[list[Path], list[str]]:
+    """Paths and sha256 of a family's weights; UserError, worded for a table, if one is not here."""
+    if family == "tiny":
+        directory = evaluators_directory(config.evaluate.evaluators)
+        return [directory], [files_identity(directory, cache)]
+    folder = Path(config.evaluate.weights)
+    found = {weights: find(weights, folder) for weights in FAMILIES[family].weights}
+    if absent := [missing(weights, folder) for weights, path in found.items() if path is None]:
+        raise UserError("; ".join(absent))
+    return list(found.values()), [identity(weights, path, cache=cache) for weights, path in found.items()]
+
+
+def _scoring(config: Config, images: Stage, originals: Stage | None, cache: Path) -> Scoring:
+    """What can be scored, and why the rest cannot."""
+    reference = find_reference(config.evaluate.reference, cache=cache)
+    scoring = Scoring({}, {}, {}, {}, reference, {})
+    for name in dict.fromkeys(config.evaluate.metrics):
+        family = FAMILIES[name]
+        if family.pairs and originals is None:
+            continue
+        asked = [m for m in family.metrics if originals is not None or m not in family.against_originals]
+        try:
+            paths, hashes = _weights(config, name, cache)
+        except UserError as error:
+            if name == "tiny":
+                raise
+            scoring.not_run.update(dict.fromkeys(asked, str(error)))
+            continue
+        scoring.not_run.update(_without_reference(reference, name, hashes))
+        scoring.weights[name], scoring.weights_sha256[name] = paths, tuple(hashes)
+        pair = {"originals": originals} if family.pairs else {}
+        scoring.features[name] = _features(config, name, tuple(hashes), images=images, **pair)
+        if originals is not None and family.against_originals and not family.pairs:
+            scoring.originals[name] = _features(config, name, tuple(hashes), images=originals)
+    return scoring
+
+
+def _without_reference(reference: Reference | None, family: str, weights: list[str]) -> dict[str, str]:
+    """{metric: why} for those of a family that the reference does not serve; UserError if it serves them falsely."""
+    if reference is None:
+        why = "needs evaluate.reference: statistics of real images, made by scripts/make_reference_stats.py"
+        return dict.fromkeys(FAMILIES[family].against_reference, why)
+    reference.check_weights(family, weights)
+    lacking = [] if reference.serves(family) else FAMILIES[family].against_reference
+    if reference.about is None:
+        lacking = [metric for metric in FAMILIES[family].against_reference if not metric.startswith("fid")]
+    return dict.fromkeys(lacking, f"needs features of real images: {reference.path} holds none for it")
 
 
 def build_quantization(config: Config, *, cache: Path) -> Quantization:
@@ -255,17 +332,24 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     quantized = config.quantize.kind != "none"
     quantization = build_quantization(config, cache=cache) if quantized else None
     prompts = read_prompts(config.evaluate.prompts)
-    images = _images(config, model, quantization.denoiser if quantized else None)
-    teacher_images = _images(config, model, None) if quantized else None
-    settings = _pick(config.evaluate, "metrics", "bootstrap") | {"n": len(prompts.prompts), "prompts": prompts.sha256}
-    upstream: dict[str, Stage | str] = {"images": images}
-    if teacher_images is not None:
-        upstream["teacher_images"] = teacher_images
-    if config.evaluate.metrics == "tiny":
+    if "tiny" in config.evaluate.metrics:
         _needs_tiny_captions(prompts)
-        upstream["evaluators"] = files_identity(evaluators_directory(config.evaluate.evaluators), cache)
-    evaluate = _stage("evaluate", images.label, settings, **upstream)
-    return Graph(quantization, prompts, images, teacher_images, evaluate)
+    source = prompts.source_id
+    images = _images(config, model, quantization.denoiser if quantized else None, source)
+    teacher_images = _images(config, model, None, source) if quantized else None
+    scoring = _scoring(config, images, teacher_images, cache)
+    evaluate = _evaluate(config, prompts, images, scoring)
+    return Graph(quantization, prompts, images, teacher_images, scoring, evaluate)
+
+
+def _evaluate(config: Config, prompts: PromptList, images: Stage, scoring: Scoring) -> Stage:
+    settings = {"n": len(prompts), "prompts": prompts.sha256, "bootstrap": config.evaluate.bootstrap}
+    settings |= {"not_run": sorted(scoring.not_run)}
+    upstream: dict[str, Stage | str] = {f"features/{name}": stage for name, stage in scoring.features.items()}
+    upstream |= {f"originals/{name}": stage for name, stage in scoring.originals.items()}
+    if scoring.reference is not None:
+        upstream["reference"] = scoring.reference.sha256
+    return _stage("evaluate", images.label, settings, **upstream)
 
 
 def build_stages(config: Config, *, cache: Path) -> Graph | Quantization:
@@ -279,8 +363,8 @@ def _needs_tiny_captions(prompts: PromptList) -> None:
     strange = next((p for p in prompts.prompts if requested(p.text) is None), None)
     if strange is not None:
         raise UserError(
-            f"evaluate.metrics=tiny scores captions of the tiny world, and prompt {strange.id} ({strange.text[:60]!r}) "
-            "is none; use evaluate.metrics=paired"
+            f"evaluate.metrics: tiny is for captions of the tiny world, and prompt {strange.id} "
+            f"({strange.text[:60]!r}) is none; use evaluate.metrics=[paired]"
         )
 
 

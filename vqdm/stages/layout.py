@@ -19,11 +19,17 @@ def batches(count: int, size: int) -> list[tuple[str, range]]:
     return [(f"{start:06d}", range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
+def captions_in(directory: Path, name: str) -> list[str]:
+    """The captions of the images of one batch, from its item's record."""
+    record = json.loads((directory / "items" / f"{name}.json").read_text())["record"]
+    return [text for _, text in record["prompts"]]
+
+
 def captions_of(directory: Path, count: int) -> list[str]:
-    """The captions of the first `count` images, from the items' records."""
+    """The captions of the first `count` images."""
     texts: list[str] = []
     for item in sorted((directory / "items").glob("*.json")):
-        texts += [text for _, text in json.loads(item.read_text())["record"]["prompts"]]
+        texts += captions_in(directory, item.stem)
         if len(texts) >= count:
             break
     return texts[:count]

@@ -31,11 +31,15 @@ class Models:
 
         return load_pipeline(self.config.model, device=self.device)
 
+    def release(self) -> None:
+        """The memory of a pipeline that no stage needs any more."""
+        self.__dict__.pop("teacher", None)
+
     def own(self):
         """A full-precision pipeline that may be changed."""
         from vqdm.models.loader import load_pipeline
 
-        self.__dict__.pop("teacher", None)
+        self.release()
         return load_pipeline(self.config.model, device=self.device)
 
     def student(self, quantized: Path | None, *, decode: str = "cached"):

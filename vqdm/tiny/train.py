@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from vqdm.config import TinyTrainConfig
 from vqdm.metrics.attributes import AttributeNet
 from vqdm.metrics.tiny_clip import CLIP_CONFIG, CLIP_NAME
+from vqdm.metrics.tiny_world import TinyWorld
 from vqdm.models.location import check_pipeline_directory
 from vqdm.store import atomic_write, write_json
 from vqdm.tiny.data import SceneSet
@@ -150,7 +151,7 @@ def evaluator_scenes(count: int) -> SceneSet:
 
 def _train_evaluators(directory: Path, work: Path, tokenizer, *, config: TinyTrainConfig) -> None:
     folder = directory / "tiny_evaluators"
-    if (folder / "attribute_net.safetensors").exists():  # written last
+    if (folder / "reference.safetensors").exists():  # written last
         return
     scenes = evaluator_scenes(config.evaluator_scenes)
     settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
@@ -165,18 +166,24 @@ def _half(module: torch.nn.Module) -> bytes:
 
 @torch.no_grad()
 def save_evaluators(folder: Path, net: AttributeNet, clip, tokenizer, *, reference_scenes: int) -> None:
-    """fp16 weights, and the features of real renders that FID and KID compare with."""
+    """fp16 weights, and what they see of real renders: what FID, KID and CMMD compare with."""
     (folder / "open_clip").mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "open_clip" / f"{CLIP_NAME}.json", CLIP_CONFIG)
     atomic_write(folder / "open_clip" / f"{CLIP_NAME}.safetensors", _half(clip))
-    net.load_state_dict({name: tensor.half().float() for name, tensor in net.state_dict().items()})  # as shipped
-    scenes = SceneSet(seed=0, split="reference", n=reference_scenes)
-    features = torch.cat([net(scenes.images(rows)) for rows in torch.arange(len(scenes)).split(256)])
-    atomic_write(folder / "reference.safetensors", to_bytes({"features": features.half()}))
-    about = {"split": "reference", "seed": 0, "scenes": reference_scenes, "features": "AttributeNet, 64, fp16"}
-    write_json(folder / "reference.json", about)
     atomic_write(folder / "attribute_net.safetensors", _half(net))
+    write_reference(folder, scenes=reference_scenes)
+
+
+def write_reference(folder: Path, *, scenes: int) -> None:
+    """`reference.safetensors`, from the evaluators as they lie in the folder: features and CLIP vectors in fp16."""
+    world, renders = TinyWorld(folder), SceneSet(seed=0, split="reference", n=scenes).pixels
+    parts = [world.columns(list(renders[start : start + 256])) for start in range(0, scenes, 256)]
+    seen = {name: torch.cat([part[name] for part in parts]).half() for name in ("features", "image")}
+    about = {"split": "reference", "seed": 0, "scenes": scenes}
+    about |= {"features": "AttributeNet, 64, fp16", "image": "unit vectors of open_clip, 64, fp16"}
+    write_json(folder / "reference.json", about)
+    atomic_write(folder / "reference.safetensors", to_bytes(seen))
 
 
 def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_encoder, text_encoder_2) -> None:

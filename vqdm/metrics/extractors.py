@@ -1,0 +1,44 @@
+"""The extractor of a family: what looks at batches of images and gives columns, one row an image."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def make_extractor(family: str, weights: list[Path], *, device: str):
+    """An object with `columns(images, captions)`, or, for families of pairs, `columns(images, originals)`.
+
+    weights: the paths of the family's files, in its order; of family tiny, the evaluators' directory.
+    """
+    if family == "tiny":
+        from vqdm.metrics.tiny_world import TinyWorld
+
+        return TinyWorld(*weights)
+    if family in ("paired", "lpips"):
+        from vqdm.metrics.paired import Lpips, Pairs
+
+        return Lpips(*weights, device=device) if family == "lpips" else Pairs()
+    if family in ("fid_paper", "fid_standard"):
+        from vqdm.metrics.inception import Inception
+
+        return Inception(*weights, resize="paper" if family == "fid_paper" else "none", device=device)
+    if family == "pickscore":
+        from vqdm.metrics.clip import PickScore
+
+        return PickScore(*weights, device=device)
+    from vqdm.metrics.clip import OpenClip
+
+    return OpenClip(OPEN_CLIP[family], *weights, device=device)
+
+
+OPEN_CLIP = {  # OpenAI's were trained with the quick GELU
+    "cmmd": "ViT-L-14-336-quickgelu",
+    "clip_h14": "ViT-H-14",
+    "clip_l14": "ViT-L-14-quickgelu",
+    "hpsv2": "ViT-H-14",
+}
+
+
+def pair_columns(extractor, images: list[np.ndarray], originals: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    return extractor.columns(np.stack(images), np.stack(originals))

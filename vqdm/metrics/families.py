@@ -1,0 +1,128 @@
+"""The metrics by families: those that come from one look at the images. What each yields and needs; imports no torch.
+
+A family's name stands in `evaluate.metrics`; its metrics are the columns of tables.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file, or a directory with a `marker` file, that a metric needs: in evaluate.weights, or from its publisher."""
+
+    name: str  # of the file or directory in evaluate.weights
+    hub: str | None = None  # owner/name, or owner/name:file
+    url: str | None = None
+    sha256: str = ""  # how it begins, where the publisher says so; "" = any file, whose hash is in the protocol
+    marker: str | None = None  # of a directory
+
+
+@dataclass(frozen=True)
+class Family:
+    version: int  # raise it when what is extracted may change
+    metrics: tuple[str, ...]
+    protocol: dict[str, str] = field(default_factory=dict)  # what is the same for all its metrics, for people
+    library: str = "vqdm"  # the package whose version goes into the protocol
+    weights: tuple[Weights, ...] = ()
+    pairs: bool = False  # looks at each image beside its original
+    against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
+    against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
+
+    def details(self, metric: str) -> dict[str, str]:
+        """What is more to say of one metric."""
+        return {"is": DETAILS[metric]} if metric in DETAILS else {}
+
+
+_RENDERS = "against 4,096 renders"
+DETAILS = {
+    "fid": f"Fréchet distance on 64 standardised features of the attribute network, {_RENDERS}; no Inception FID",
+    "fid_to_fp": "Fréchet distance on the same features to the full-precision images of the same captions and noise",
+    "kid": f"unbiased MMD², cubic kernel, on the same features, {_RENDERS}, all rows",
+    "cmmd": f"1000 × MMD², Gaussian kernel of width 10, on the tiny open_clip model's unit vectors, {_RENDERS}",
+    "clip_score": "raw cosine of the tiny open_clip model",
+    "fidelity": "share of the caption's attributes that the attribute network finds",
+    "all_right": "share of images in which it finds all of them",
+    "distance_to_fp": "Euclidean distance of the standardised features to those of the full-precision image",
+    "agreement_with_fp": "share of equal attributes with the full-precision image",
+    "psnr_to_fp": "dB, mean over images, peak 1, squared error at least that of rounding to 8 bits (58.9 dB)",
+    "ssim_to_fp": "Gaussian window of 11 pixels, σ 1.5",
+    "fid_paper_to_fp": "to the full-precision images of the same captions and noise",
+    "kid_standard": "unbiased MMD², cubic kernel, mean over 100 subsets of at most 1,000",
+    "inception_score": "mean over 10 parts",
+    "cmmd_l14_336": "1000 × MMD², Gaussian kernel of width 10",
+    "clip_h14_similarity_to_fp": "raw cosine of the image to the full-precision one",
+}
+
+INCEPTION = Weights(
+    "weights-inception-2015-12-05-6726825d.pth",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    sha256="6726825d",
+)
+CLIP_H14 = Weights(
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+    hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_model.safetensors",
+)
+CLIP_L14 = Weights(
+    "ViT-L-14-openai.safetensors", hub="timm/vit_large_patch14_clip_224.openai:open_clip_model.safetensors"
+)
+CLIP_L14_336 = Weights(
+    "ViT-L-14-336-openai.safetensors", hub="timm/vit_large_patch14_clip_336.openai:open_clip_model.safetensors"
+)
+PICKSCORE = Weights("PickScore_v1", hub="yuvalkirstain/PickScore_v1", marker="model.safetensors")
+HPSV2 = Weights("HPS_v2.1_compressed.pt", hub="xswu/HPSv2:HPS_v2.1_compressed.pt")
+ALEXNET = Weights(
+    "alexnet-owt-7be5be79.pth", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"
+)
+
+_TINY_TO_FP = ("distance_to_fp", "agreement_with_fp", "fid_to_fp")
+_POOL = "Inception-v3 of 2015-12-05, pool features, 2048, bilinear to 299 as TensorFlow 1 does it"
+FAMILIES = {
+    "tiny": Family(
+        2,
+        ("fid", "kid", "cmmd", "clip_score", "fidelity", "all_right", *_TINY_TO_FP),
+        {"features": "the tiny world's own evaluators: compares with nothing else"},
+        library="open_clip_torch",
+        against_originals=_TINY_TO_FP,
+    ),
+    "paired": Family(
+        1, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},
+        library="torchmetrics", pairs=True, against_originals=("psnr_to_fp", "ssim_to_fp"),
+    ),
+    "lpips": Family(
+        1, ("lpips_to_fp",), {"network": "LPIPS 0.1, AlexNet, images in [-1, 1] at their own size"},
+        library="lpips", weights=(ALEXNET,), pairs=True, against_originals=("lpips_to_fp",),
+    ),
+    "fid_paper": Family(
+        1, ("fid_paper", "fid_paper_to_fp"),
+        {"features": _POOL, "resize": "short side to 256 by PIL LANCZOS, centre crop of 256 (VQDM's code)"},
+        library="torch-fidelity", weights=(INCEPTION,), against_reference=("fid_paper",),
+        against_originals=("fid_paper_to_fp",),
+    ),
+    "fid_standard": Family(
+        1, ("fid_standard", "kid_standard", "inception_score"),
+        {"features": _POOL, "resize": "none before it, no antialias (torch-fidelity's default)"},
+        library="torch-fidelity", weights=(INCEPTION,), against_reference=("fid_standard", "kid_standard"),
+    ),
+    "cmmd": Family(
+        1, ("cmmd_l14_336",), {"features": "CLIP ViT-L/14 at 336 pixels of OpenAI, bicubic, unit vectors"},
+        library="open_clip_torch", weights=(CLIP_L14_336,), against_reference=("cmmd_l14_336",),
+    ),
+    "clip_h14": Family(
+        1, ("clip_h14", "clip_h14_similarity_to_fp"),
+        {"model": "ViT-H-14 laion2b_s32b_b79k", "score": "raw cosine (VQDM's code)"},
+        library="open_clip_torch", weights=(CLIP_H14,), against_originals=("clip_h14_similarity_to_fp",),
+    ),
+    "clip_l14": Family(
+        1, ("clip_l14",), {"model": "ViT-L/14 of OpenAI", "score": "100 · max(cosine, 0)"},
+        library="open_clip_torch", weights=(CLIP_L14,),
+    ),
+    "pickscore": Family(
+        1, ("pickscore", "pickscore_scaled"),
+        {"model": "PickScore_v1", "score": "raw cosine (VQDM's code); scaled: times the model's logit scale"},
+        library="transformers", weights=(PICKSCORE,),
+    ),
+    "hpsv2": Family(
+        1, ("hpsv2",), {"model": "HPS v2.1 (ViT-H-14)", "score": "raw cosine"},
+        library="open_clip_torch", weights=(HPSV2,),
+    ),
+}  # fmt: skip

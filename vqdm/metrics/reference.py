@@ -1,0 +1,102 @@
+"""Statistics of real images that FID, KID and CMMD are taken against: our own directories, or a published .npz.
+
+A directory as `scripts/make_reference_stats.py` writes it: `<family>.safetensors` (mean, covariance, features) and
+`reference.json`, which says of which images and with which weights. A .npz holds `mu` and `sigma`, and nothing that
+says what they are: the protocol then names the file. Imports no torch until something is loaded.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqdm.errors import UserError
+from vqdm.identity import file_identity, files_identity
+from vqdm.metrics.families import FAMILIES
+
+ABOUT = "reference.json"
+KEYS = {"mu": "mean", "sigma": "covariance"}  # of a .npz, as pytorch-fid and the published statistics name them
+
+
+@dataclass(frozen=True)
+class Reference:
+    """path, and what identifies it. `about`: of a directory, the content of its reference.json."""
+
+    path: Path
+    sha256: str
+    about: dict | None
+
+    def serves(self, family: str) -> bool:
+        """Whether it holds anything for a family; a .npz is for Inception's features."""
+        return family in self.about["families"] if self.about else family in ("fid_paper", "fid_standard")
+
+    def protocol(self, family: str) -> dict:
+        """What a metric's protocol says of it."""
+        if self.about is None:
+            return {
+                "reference": self.path.name,
+                "reference_sha256": self.sha256,
+                "reference_images": "not stated in the file",
+            }
+        return {
+            "reference": self.about["name"],
+            "reference_images": self.about["images"],
+            "reference_images_sha256": self.about["images_sha256"],
+            "reference_sha256": self.sha256,
+        }
+
+    def check_weights(self, family: str, weights: list[str]) -> None:
+        """UserError if it was made with other weights than the images are looked at with."""
+        if self.about is None or not self.serves(family):
+            return
+        made = self.about["families"][family]
+        if made["weights_sha256"] != weights or made["version"] != FAMILIES[family].version:
+            raise UserError(
+                f"{self.path}: its {family} statistics were made with other weights or by another version; make them "
+                f"again with scripts/make_reference_stats.py"
+            )
+
+    def load(self, family: str) -> dict:
+        """{"mean" [d], "covariance" [d, d], "features" [n, d] (not of a .npz)} as tensors."""
+        if self.about is None:
+            return _load_npz(self.path)
+        from safetensors.torch import load_file
+
+        return load_file(self.path / f"{family}.safetensors")
+
+
+def find_reference(path: str | None, *, cache: Path) -> Reference | None:
+    """The reference of `evaluate.reference`; UserError if it is given and is none. Reads no statistics."""
+    if path is None:
+        return None
+    place = Path(path)
+    if place.is_file() and place.suffix == ".npz":
+        return Reference(place, file_identity(place, cache), None)
+    try:
+        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        known = {"name", "images", "images_sha256", "families"} <= set(about)
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise UserError(
+            f"evaluate.reference={path} is neither a directory of scripts/make_reference_stats.py nor a .npz "
+            "file with mu and sigma; make one, or leave it out"
+        )
+    return Reference(place, files_identity(place, cache), about)
+
+
+def _load_npz(path: Path) -> dict:
+    """Arrays only: a file that would have to be unpickled is refused."""
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            found = {ours: torch.from_numpy(content[theirs].astype(np.float64)) for theirs, ours in KEYS.items()}
+    except KeyError as error:
+        raise UserError(f"{path} has no array {error.args[0]!r}; give statistics with mu and sigma") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no .npz of plain arrays ({error}); give statistics with mu and sigma") from error
+    dimension = len(found["mean"])
+    if found["mean"].ndim != 1 or found["covariance"].shape != (dimension, dimension):
+        raise UserError(f"{path}: mu and sigma are not [d] and [d, d]; give statistics of one set of features")
+    return found

@@ -1,0 +1,68 @@
+"""Errors of scores: by closed form where a score is a mean, by a bootstrap where it is not. Both go over prompts.
+
+Images of one prompt are alike, so a prompt with all its images is what is drawn; images lie prompt after prompt, each
+with as many copies.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vqdm.seeds import torch_generator
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """`count` draws, with replacement, of as many prompts as there are. The same seed draws the same prompts: two
+    methods on the same captions and noise are then compared draw by draw.
+    """
+
+    prompts: int
+    copies: int = 1  # images of a prompt
+    count: int = 100
+    seed: int = 0
+
+    def draws(self) -> torch.Tensor:
+        """Prompts of every draw: int64 [count, prompts]."""
+        generator = torch_generator(self.seed, "bootstrap")
+        return torch.randint(self.prompts, (self.count, self.prompts), generator=generator)
+
+    def rows(self):
+        """Images of every draw, one draw after the other: int64 [prompts × copies]."""
+        copies = torch.arange(self.copies)
+        for drawn in self.draws():
+            yield (drawn[:, None] * self.copies + copies).flatten()
+
+    def weights(self) -> torch.Tensor:
+        """How often every image stands in every draw: float64 [count, prompts × copies]."""
+        counts = torch.stack([torch.bincount(drawn, minlength=self.prompts) for drawn in self.draws()])
+        return counts.double().repeat_interleave(self.copies, dim=1)
+
+
+def bootstrap(statistic: Callable[[torch.Tensor], float], features: torch.Tensor, resamples: Resamples) -> torch.Tensor:
+    """`statistic(rows of features)` of every draw: float64 [count]."""
+    return torch.tensor([statistic(features[rows]) for rows in resamples.rows()], dtype=torch.float64)
+
+
+def with_error(value: float, draws: torch.Tensor) -> dict[str, float]:
+    """A score with its standard error and, as FID rises when rows stand twice, how far its draws lie above it."""
+    return {"value": float(value), "se": float(draws.std()), "bias": float(draws.mean() - value)}
+
+
+def mean_and_error(values: np.ndarray, copies: int = 1) -> dict[str, float]:
+    """Mean over images [prompts × copies], and its standard error over prompts: the limit of a bootstrap over them."""
+    means = np.asarray(values, np.float64).reshape(-1, copies).mean(1)
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+    return {"value": float(means.mean()), "se": error}
+
+
+def ratio_and_error(found: np.ndarray, asked: np.ndarray, copies: int = 1) -> dict[str, float]:
+    """Σ found / Σ asked over images, with the standard error of a ratio of sums over prompts (delta method)."""
+    found, asked = (np.asarray(counts, np.float64).reshape(-1, copies).sum(1) for counts in (found, asked))
+    if asked.sum() == 0:
+        return {"value": float("nan"), "se": float("nan")}
+    share = found.sum() / asked.sum()
+    residual = found - share * asked
+    return {"value": float(share), "se": float(residual.std(ddof=1) / asked.mean() / np.sqrt(len(found)))}

@@ -1,0 +1,99 @@
+"""Where the weights of metrics are: in a local folder, in the hub's cache, or to be downloaded. Hashes are checked."""
+
+import functools
+import logging
+from pathlib import Path
+
+from vqdm.errors import UserError
+from vqdm.identity import file_identity, files_identity
+from vqdm.metrics.families import Weights
+
+log = logging.getLogger("vqdm")
+
+
+def find(weights: Weights, folder: Path) -> Path | None:
+    """The file (of a directory: its marker's directory) where it lies already; None if it is not here."""
+    local = folder / weights.name
+    if (local / weights.marker if weights.marker else local).is_file():
+        return local
+    if weights.hub is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, file = weights.hub.partition(":")
+    found = try_to_load_from_cache(repository, file or weights.marker)
+    if not isinstance(found, str):
+        return None
+    return Path(found) if file else Path(found).parent
+
+
+def missing(weights: Weights, folder: Path) -> str:
+    """What a table says of a metric that could not be run."""
+    place = f"the hub's {weights.hub.replace(':', ', ')}" if weights.hub else weights.url
+    return f"needs {weights.name} in {folder} (from {place})"
+
+
+@functools.lru_cache(maxsize=32)
+def fetch(weights: Weights, folder: Path) -> Path | None:
+    """Download what is not here; None, with one line, where that is not possible: its metrics are then not run."""
+    if (here := find(weights, folder)) is not None:
+        return here
+    log.info("fetching %s for metrics", weights.name)
+    try:
+        return _from_hub(weights.hub) if weights.hub else _from_url(weights, folder)
+    except UserError:
+        raise
+    except Exception as error:  # of requests, httpx or urllib, by library and version
+        log.warning("%s cannot be fetched (%s); its metrics are not run", weights.name, type(error).__name__)
+        return None
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    repository, _, file = source.partition(":")
+    HfApi().model_info(repository, timeout=10)  # one question first: a download would be tried again for long
+    if file:
+        return Path(hf_hub_download(repository, file))
+    return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+
+
+def _from_url(weights: Weights, folder: Path) -> Path:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from torch.hub import download_url_to_file
+
+    if HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / weights.name
+    download_url_to_file(weights.url, str(path), hash_prefix=weights.sha256 or None)
+    return path
+
+
+def load_tensors(path: Path) -> dict:
+    """Tensors of a .safetensors file, or of a .pth one by torch's restricted reader, which runs no code."""
+    import torch
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} holds more than tensors, or is damaged ({type(error).__name__}); fetch it again"
+        ) from error
+    return content.get("state_dict", content)
+
+
+def identity(weights: Weights, path: Path, *, cache: Path) -> str:
+    """sha256 of a file, checked, or over the files of a directory. `cache` keeps hashes by size and time."""
+    if path.is_dir():
+        return files_identity(path, cache)
+    sha256 = file_identity(path, cache)
+    if not sha256.startswith(weights.sha256):
+        raise UserError(
+            f"{path} has the sha256 {sha256[:16]}…, and the published {weights.name} begins with {weights.sha256}: "
+            "fetch it again, or remove it to go without its metrics"
+        )
+    return sha256

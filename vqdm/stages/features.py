@@ -1,0 +1,78 @@
+"""What the networks of one family of metrics see of a set of images: columns in fixed batches, shared and restartable.
+
+Images are looked at once, batch after batch; scores are computed from these files. So memory does not grow with the
+number of images, another reference or bootstrap costs seconds, and two methods can be compared draw by draw.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from tqdm import tqdm
+
+from vqdm import processes
+from vqdm.metrics.extractors import pair_columns
+from vqdm.stages.generate import load_images
+from vqdm.stages.layout import batches, captions_in
+from vqdm.store import read_item, write_item
+
+
+def extract(
+    directory: Path, images: Path, originals: Path | None, *, count: int, batch_size: int, make_extractor,
+    environment: dict,
+) -> None:  # fmt: skip
+    """Make the batches that are not there, or whose images have changed.
+
+    originals: the full-precision images, for a family of pairs. `make_extractor()` is called if there is work.
+    """
+    sources = [folder for folder in (images, originals) if folder is not None]
+    whole = [(name, rows, _identity(sources, name)) for name, rows in batches(count, batch_size)]
+    pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch)])
+    if not pending:
+        return
+    extractor = make_extractor()
+    for name, rows, identity in tqdm(pending, desc=f"features {directory.name}", unit="batch"):
+        own = load_images(images, rows)
+        if originals is None:
+            columns = extractor.columns(own, captions_in(images, name)[: len(rows)])
+        else:
+            columns = pair_columns(extractor, own, load_images(originals, rows))
+        files = {_file(name): to_bytes({key: column.contiguous() for key, column in columns.items()})}
+        write_item(directory, name, files, {"images": identity, "rows": len(rows), "environment": environment})
+
+
+def load_columns(directory: Path, count: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """All columns of the first `count` images: {name: [count, …]}."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, rows in batches(count, batch_size):
+        with safe_open(directory / _file(name), "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no dict)
+                parts.setdefault(key, []).append(file.get_slice(key)[: len(rows)])
+    return {key: torch.cat(columns) for key, columns in parts.items()}
+
+
+def environments(directory: Path, count: int, batch_size: int) -> list[dict]:
+    """The different environments that batches were made in, in their order."""
+    records = (read_item(directory, name) for name, _ in batches(count, batch_size))
+    return list({json.dumps(record["environment"]): record["environment"] for record in records}.values())
+
+
+def _file(name: str) -> str:
+    return f"features/{name}.safetensors"
+
+
+def _identity(sources: list[Path], name: str) -> str:
+    """Of the images of a batch: their files' checksums, as their items keep them, and their captions."""
+    digest = hashlib.sha256()
+    for folder in sources:
+        item = json.loads((folder / "items" / f"{name}.json").read_bytes())
+        digest.update(json.dumps([item["record"]["prompts"], item["files"]], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _is_there(directory: Path, name: str, rows: range, identity: str) -> bool:
+    record = read_item(directory, name)
+    return record is not None and record["images"] == identity and record["rows"] >= len(rows)
