@@ -419,3 +419,10 @@ def test_karpathys_rule_by_brute_force(folder, images):
             load(folder, "brute.json", content, split=split)
         return
     assert [(p.id, p.text) for p in load(folder, "brute.json", content, split=split).prompts] == expected
+
+
+def test_the_page_on_data_has_the_hashes_of_the_presets():
+    page = (ROOT / "docs" / "data.md").read_text()
+    pins = {name: preset(name).sha256 for name in ("coco5k", "coco10k", "coco30k", "parti", "parti128")}
+    for name, pin in pins.items():
+        assert any(f"`{name}`" in line and f"`{pin}`" in line for line in page.splitlines())
