@@ -1,4 +1,4 @@
-"""Figures from frames and run records: each function takes plain data and returns a matplotlib Figure; `save` writes it.
+"""Figures from frames and run records: functions of plain data that return a matplotlib Figure, and `save`.
 
 matplotlib is imported when something is drawn, not before; pyplot, with its global state, never.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vqdm.report.figures.layers import layer_map
 from vqdm.report.figures.losses import loss_curves
-from vqdm.report.figures.pareto import LABELS, pareto
+from vqdm.report.figures.pareto import has_points, label_of, pareto
 from vqdm.report.figures.style import save
 from vqdm.report.figures.timesteps import timestep_errors
 
@@ -16,8 +16,8 @@ _TIMESTEPS = re.compile(r"t(\d+)-(\d+)")  # how a validation calls the error ove
 def figures_of(table_name: str, frame, records: list[dict], results: Path) -> list[tuple[str, Path]]:
     """Draw and save; returns (title, path without suffix) of each, in the order in which a page shows them.
 
-    table_name: as its files are called, `-<model>` included where there is one. frame: as `pareto` takes it; a metric is
-    what has a column <metric>_se. records: as in results/runs.
+    table_name: as its files are called, `-<model>` included where there is one. frame: as `pareto` takes it, a metric
+    being what has a column <metric>_se. records: as in results/runs.
     """
     model = next((r["model"] for r in records if table_name.endswith(f"-{r['model']}")), None)
     suffix = "" if model is None else f"-{model}"  # runs on another model do not overwrite the figures either
@@ -34,14 +34,11 @@ def figures_of(table_name: str, frame, records: list[dict], results: Path) -> li
 
 def _paretos(table_name: str, frame) -> list[tuple]:
     metrics = [name for name in frame.columns if f"{name}_se" in frame.columns]
-    quantized = frame[frame["bits_per_weight"].lt(16)]
-    drawn = []
-    for metric in metrics:
-        columns = [name for name in (metric, f"published_{metric}") if name in frame.columns]
-        if quantized[columns].notna().any(axis=None):
-            title = f"Size against {LABELS.get(metric, metric).rstrip(' ↑↓')}"
-            drawn.append((title, f"{table_name}-pareto-{metric}", pareto(frame, metric)))
-    return drawn
+    return [
+        (f"Size against {label_of(metric).rstrip(' ↑↓')}", f"{table_name}-pareto-{metric}", pareto(frame, metric))
+        for metric in metrics
+        if has_points(frame, metric)
+    ]
 
 
 def _read(record: dict, stage: str, file: str, results: Path):

@@ -6,7 +6,7 @@ import re
 from vqdm.report.figures.style import COLOURS, GREY, PAGE, PALE, legend_below, line_handle, new_figure, styled
 
 ERRORS = {"relative_output_error": "relative output error", "relative_weight_error": "relative weight error"}
-_KINDS = {"convolution": (COLOURS[1], "s"), "linear": (COLOURS[0], "o")}
+_KINDS = {"linear": (COLOURS[0], "o"), "convolution": (COLOURS[1], "s")}  # the fewer above the many
 _REGIONS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # of a U-Net, which registers mid_block last
 _UNIT = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.([a-z]+)\.(\d+)")
 
@@ -59,6 +59,7 @@ def layer_map(quantized: list[dict]):
     upper.set_ylabel(ERRORS[error])
     lower.set_ylabel("bits per weight")
     lower.set_xlabel(f"layers in the order of the network ({mark_blocks([upper, lower], names)})")
+    figure.align_ylabels()
     legend_below(figure, handles)
     drop_overlapping(figure, upper.texts)
     return figure

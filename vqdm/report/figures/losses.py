@@ -3,8 +3,7 @@
 from vqdm.report.figures.layers import drop_overlapping, mark_blocks
 from vqdm.report.figures.style import COLOURS, COLUMN, GREY, PAGE, legend_below, line_handle, new_figure, styled
 
-_TRAINING, _VALIDATION = COLOURS[5], COLOURS[0]
-_BEFORE, _AFTER = COLOURS[1], COLOURS[0]
+_TRAINING, _VALIDATION, _BEST = COLOURS[5], COLOURS[0], COLOURS[1]
 
 
 @styled
@@ -20,7 +19,6 @@ def loss_curves(history: dict | None = None, blocks: list[dict] | None = None):
     for axes, (draw, data) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         handles += draw(axes, data)
         texts.append(axes.texts)
-        axes.set_yscale("log")
     legend_below(figure, handles, columns=3 * len(parts))
     for own in texts:
         drop_overlapping(figure, own)
@@ -28,15 +26,16 @@ def loss_curves(history: dict | None = None, blocks: list[dict] | None = None):
 
 
 def _draw_history(axes, history: dict) -> list:
-    """Losses in the middle of their steps: the first of them is of the weights before step 1."""
+    """A step's loss is of the weights before it, so the first stands at 0, as the first validation does."""
     steps = [found["step"] for found in history["validations"]]
     losses = [found["loss"] for found in history["validations"]]
     best = min(range(len(losses)), key=lambda i: (losses[i], steps[i]))
     axes.plot(range(len(history["losses"])), history["losses"], color=_TRAINING, linewidth=0.8, label="training")
     look = {"color": _VALIDATION, "marker": "o", "markersize": 3}
     axes.plot(steps, losses, label="validation", **look)
-    ring = {"color": COLOURS[1], "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": ""}
+    ring = {"color": _BEST, "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": ""}
     axes.plot([steps[best]], [losses[best]], label="best", **ring)
+    axes.set_yscale("log")
     axes.set_xlabel("step of end-to-end training")
     axes.set_ylabel("loss")
     training = line_handle("loss of a batch", color=_TRAINING, linewidth=0.8)
@@ -44,21 +43,18 @@ def _draw_history(axes, history: dict) -> list:
 
 
 def _draw_blocks(axes, blocks: list[dict]) -> list:
-    """An arrow's two ends for each block that got better; a cross for one that did not and stayed as it was."""
-    kept = [(i, block) for i, block in enumerate(blocks) if block["kept"]]
-    stayed = [(i, block) for i, block in enumerate(blocks) if not block["kept"]]
-    places = [i for i, _ in kept]
-    before, after = ([block[key] for _, block in kept] for key in ("before", "after"))
-    axes.vlines(places, after, before, color=GREY, linewidth=0.6)
+    """The ratio of errors, since most change by little; a cross at 1 for what did not get better and stayed."""
+    ratios = [block["after"] / block["before"] if block["kept"] else 1.0 for block in blocks]
     looks = {
-        "before tuning": {"color": _BEFORE, "marker": "o", "markerfacecolor": "white", "linestyle": ""},
-        "after": {"color": _AFTER, "marker": "o", "linestyle": ""},
-        "stayed as it was": {"color": _BEFORE, "marker": "x", "linestyle": ""},
+        "block, better": {"color": COLOURS[2], "marker": "o", "linestyle": "", "markersize": 3},
+        "not better, so left as it was": {"color": GREY, "marker": "x", "linestyle": "", "markersize": 4},
     }
-    unchanged = ([i for i, _ in stayed], [block["before"] for _, block in stayed])
-    for (label, look), points in zip(looks.items(), ((places, before), (places, after), unchanged), strict=True):
-        axes.plot(*points, label=label, markersize=3, **look)
+    handles = []
+    for kept, (label, look) in zip((True, False), looks.items(), strict=True):
+        places = [i for i, block in enumerate(blocks) if block["kept"] == kept]
+        axes.plot(places, [ratios[i] for i in places], label=label, **look)
+        if places:
+            handles.append(line_handle(label, **look))
     axes.set_xlabel(f"blocks ({mark_blocks([axes], [block['block'] for block in blocks])})")
-    axes.set_ylabel("relative error of the output")
-    shown = looks if stayed else list(looks)[:2]
-    return [line_handle(label, markersize=3, **looks[label]) for label in shown]
+    axes.set_ylabel("error, after ÷ before")
+    return handles

@@ -38,9 +38,17 @@ LABELS = {
     "pickscore_scaled": "PickScore ↑",
     "hpsv2": "HPSv2 ↑",
 }
+_KIND = "fidelity_"  # of the tiny world's attributes, each by itself
 _DISTANCES = ("fid", "kid", "cmmd", "distance", "lpips")  # from 0 up, over orders of magnitude
 _DASHES = ((0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 _BITS = re.compile(r"[ -]\d+(?:\.\d+)?(?:[ -]?bits?\b|$)")
+
+
+def label_of(metric: str) -> str:
+    """As an axis calls it, with an arrow to the better side; one that is not known here, by its own name."""
+    if metric.startswith(_KIND):
+        return f"fidelity of {metric.removeprefix(_KIND)} ↑"
+    return LABELS.get(metric, metric)
 
 
 def family_of(method: str) -> tuple[str, str]:
@@ -64,6 +72,14 @@ class _Row:
     published: float
     full_precision: bool
 
+    @property
+    def is_scored(self) -> bool:
+        return not math.isnan(self.size + self.value)
+
+    @property
+    def is_published(self) -> bool:
+        return not math.isnan(self.published_size + self.published)
+
 
 def _number(value) -> float:
     return math.nan if value is None else float(value)
@@ -81,6 +97,12 @@ def _rows(frame, metric: str, size: str) -> list[_Row]:
     return found
 
 
+def has_points(frame, metric: str, *, size: str = "bits_per_weight") -> bool:
+    """Whether `pareto` would show more than full precision."""
+    rows = [row for row in _rows(frame, metric, size) if not row.full_precision]
+    return any(row.is_scored or row.is_published for row in rows)
+
+
 @styled
 def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | None = None):
     """A Figure of `metric` against `size` ("bits_per_weight", "bits_quantized" or "mib") for the rows of a table.
@@ -94,11 +116,11 @@ def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | No
     axes = figure.add_subplot()
     points = [row for row in rows if not row.full_precision]
     handles = _draw_full_precision(axes, [row for row in rows if row.full_precision]) + _draw_lines(axes, points)
-    if any(not math.isnan(row.published) and not math.isnan(row.published_size) for row in points):
+    if any(row.is_published for row in points):
         handles.append(line_handle("hollow: published", color=GREY, marker="o", markerfacecolor="white", linestyle=""))
     _scale(axes, metric, rows)
     axes.set_xlabel(SIZES[size])
-    axes.set_ylabel(label or LABELS.get(metric, metric))
+    axes.set_ylabel(label or label_of(metric))
     legend_below(figure, handles)
     return figure
 
@@ -124,8 +146,8 @@ def _draw_lines(axes, rows: list[_Row]) -> list:
         members.setdefault(family_of(row.method), []).append(row)
     handles = []
     for line, look in _looks(list(members)).items():
-        own = sorted((r for r in members[line] if not math.isnan(r.size + r.value)), key=lambda row: row.size)
-        published = [r for r in members[line] if not math.isnan(r.published_size + r.published)]
+        own = sorted((row for row in members[line] if row.is_scored), key=lambda row: row.size)
+        published = [row for row in members[line] if row.is_published]
         if own:
             errors = [0 if math.isnan(row.error) else row.error for row in own]
             axes.errorbar([row.size for row in own], [row.value for row in own], errors, elinewidth=0.8, **look)
