@@ -38,8 +38,8 @@ FRAME = frame(
         ("GPTQ 3 bit", 3.9, 1.7, 2.5, 0.05),
         ("Q-Diffusion 4 bit", NAN, NAN, NAN, NAN),
     ],
-    published_bits_per_weight=[32.0, 4.15, 2.15, NAN, NAN, 4.0],
-    published_fid=[1.9, 2.3, 3.3, NAN, NAN, 2.4],
+    bits_published=[32.0, 4.15, 2.15, NAN, NAN, 4.0],
+    fid_published=[1.9, 2.3, 3.3, NAN, NAN, 2.4],
 )
 
 
@@ -121,6 +121,13 @@ def test_many_variants_have_their_familys_colour_and_markers_of_their_own():
     assert len(set(found)) == 10
     assert len({colour for colour, _ in found[:5]}) == len({colour for colour, _ in found[5:]}) == 1
     assert [marker for _, marker in found[:5]] == [marker for _, marker in found[5:]]
+
+
+@pytest.mark.parametrize("what", ["method{} 3 bit", "VQ 3 bit, {}"])
+def test_no_two_lines_look_alike(what):
+    data = frame([(what.format(i), 3.0, 1.0, 2.0, 0.1) for i in range(20)])
+    containers = pareto(data, "fid").axes[0].containers
+    assert len({(c.lines[0].get_color(), c.lines[0].get_marker()) for c in containers}) == 20
 
 
 @pytest.mark.parametrize(
@@ -434,6 +441,30 @@ def test_a_run_on_another_model_keeps_the_figures_of_the_first(tmp_path):
     records = [run_record(tmp_path, "vq3", files=QUANTIZE, model="tiny_outlier")]
     made = figures_of("demo-tiny_outlier", FRAME, records, tmp_path)
     assert [path.name for _, path in made] == ["demo-tiny_outlier-pareto-fid", "vq3-tiny_outlier-layers"]
+
+
+def test_a_row_that_was_not_run_is_hollow_alone_and_full_precision_by_its_published_bits():
+    data = pd.DataFrame(
+        {
+            "method": ["table1_fp", "VQDM 3 bit"],
+            "bits_per_weight": [None, None],
+            "bits_published": [32, 3.15],
+            "fid": [None, None],
+            "fid_se": [None, None],
+            "fid_published": [18.99, 19.18],
+        }
+    )
+    figure = pareto(data, "fid")
+    (axes,) = figure.axes
+    assert [points(line) for line in hollow(axes)] == [[(3.15, 19.18)]]
+    assert list(legend_entries(figure)) == ["table1_fp, published", "VQDM", "hollow: published"]
+    assert not axes.containers and not axes.patches
+
+
+def test_what_was_removed_or_has_no_bits_is_left_out(tmp_path):
+    gone = run_record(tmp_path, "vq3", shared={"quantize": "stages/quantize/gone", "finetune": "stages/finetune/gone"})
+    votes = pd.DataFrame({"left": ["VQDM 3 bit"], "wins": [0.5], "wins_se": [0.1]})
+    assert figures_of("human_preference", votes, [gone], tmp_path) == []
 
 
 def test_full_precision_alone_gives_no_figure(tmp_path):

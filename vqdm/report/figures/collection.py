@@ -34,6 +34,8 @@ def figures_of(table_name: str, frame, records: list[dict], results: Path) -> li
 
 def _paretos(table_name: str, frame) -> list[tuple]:
     metrics = [name for name in frame.columns if f"{name}_se" in frame.columns]
+    if "bits_per_weight" not in frame.columns:  # a table of votes
+        return []
     return [
         (f"Size against {label_of(metric).rstrip(' ↑↓')}", f"{table_name}-pareto-{metric}", pareto(frame, metric))
         for metric in metrics
@@ -42,9 +44,9 @@ def _paretos(table_name: str, frame) -> list[tuple]:
 
 
 def _read(record: dict, stage: str, file: str, results: Path):
-    """The JSON of a stage of a run; None where the run has no such stage."""
-    directory = record["directories"].get(stage)
-    return None if directory is None else json.loads((results / directory / file).read_text())
+    """The JSON of a stage of a run; None where the run has no such stage, or it was removed since."""
+    path = results / record["directories"].get(stage, "") / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _layers(named: list[tuple[dict, str]], results: Path) -> list[tuple]:
@@ -73,9 +75,9 @@ def _timesteps(table_name: str, records: list[dict], results: Path) -> list[tupl
     """From the validations of distilled runs; only those of one set of samples and one loss stand in one figure."""
     comparable: dict[tuple, dict] = {}
     for record in records:
-        history = _read(record, "finetune", "history.json", results)
+        history, settings = (_read(record, "finetune", file, results) for file in ("history.json", "config.json"))
         if history is not None:
-            config = _read(record, "finetune", "config.json", results)["config"]
+            config = settings["config"]
             key = (record["directories"]["trajectories"], config["loss"], config["validation_samples"])
             comparable.setdefault(key, {})[record["method"]] = history["validations"]
     drawn = []

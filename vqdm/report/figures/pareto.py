@@ -88,12 +88,12 @@ def _number(value) -> float:
 def _rows(frame, metric: str, size: str) -> list[_Row]:
     found = []
     for row in frame.to_dict("records"):
-        own = _number(row.get(size))
-        published_size = _number(row.get(f"published_{size}"))
-        numbers = [_number(row.get(name)) for name in (metric, f"{metric}_se", f"published_{metric}")]
-        full = row["method"].startswith("full precision") or _number(row["bits_per_weight"]) >= FULL_PRECISION_BITS
-        place = own if math.isnan(published_size) else published_size
-        found.append(_Row(row["method"], own, numbers[0], numbers[1], place, numbers[2], full))
+        names = (size, metric, f"{metric}_se", f"{metric}_published", "bits_published", "bits_per_weight")
+        own, value, error, published, published_bits, bits = (_number(row.get(name)) for name in names)
+        full = row["method"].startswith("full precision") or bits >= FULL_PRECISION_BITS
+        full |= published_bits >= FULL_PRECISION_BITS
+        place = own if size == "mib" or math.isnan(published_bits) else published_bits
+        found.append(_Row(row["method"], own, value, error, place, published, full))
     return found
 
 
@@ -108,8 +108,9 @@ def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | No
     """A Figure of `metric` against `size` ("bits_per_weight", "bits_quantized" or "mib") for the rows of a table.
 
     frame: pandas, with columns method, bits_per_weight, `size`, `metric`, <metric>_se, and, where there are published
-    values, published_<metric> and published_<size>. A row of 16 bits or more is a dashed line with its band.
-    label: of the metric's axis. Lines join the points of a family (`family_of`) that agree in what follows the count.
+    values, <metric>_published and bits_published: these stand at the bits that their authors count. A row of 16 bits or
+    more is a dashed line with its band. label: of the metric's axis.
+    Lines join the points of a family (`family_of`) that agree in what follows the count.
     """
     rows = _rows(frame, metric, size)
     figure = new_figure(COLUMN, 2.2)
@@ -126,17 +127,14 @@ def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | No
 
 
 def _looks(lines: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
-    """Colour and marker of each line: its own, or, where they are many, the family's and what follows it."""
-    if len(lines) <= len(COLOURS):
-        return {line: {"color": COLOURS[i], "marker": MARKERS[i]} for i, line in enumerate(lines)}
+    """Colour and marker of each line: both its own, or, of many lines of few families, the family's colour."""
     families, variants = (list(dict.fromkeys(line[part] for line in lines)) for part in (0, 1))
-    return {
-        line: {
-            "color": COLOURS[families.index(line[0]) % len(COLOURS)],
-            "marker": MARKERS[variants.index(line[1]) % len(MARKERS)],
-        }
-        for line in lines
-    }
+    if len(lines) > len(COLOURS) and 1 < len(families) <= len(COLOURS) and len(variants) <= len(MARKERS):
+        numbers = [(families.index(family), variants.index(variant)) for family, variant in lines]
+    else:
+        numbers = [(i % len(COLOURS), i % len(MARKERS)) for i in range(len(lines))]
+    looks = [{"color": COLOURS[colour], "marker": MARKERS[marker]} for colour, marker in numbers]
+    return dict(zip(lines, looks, strict=True))
 
 
 def _draw_lines(axes, rows: list[_Row]) -> list:
