@@ -17,7 +17,7 @@ from PIL import Image
 from vqdm.report.figures import figures_of, layer_map, loss_curves, pareto, save, timestep_errors
 from vqdm.report.figures.collection import validated
 from vqdm.report.figures.layers import execution_place, is_convolution
-from vqdm.report.figures.pareto import family_of
+from vqdm.report.figures.pareto import LABELS, family_of
 from vqdm.report.figures.style import COLOURS
 
 NAN = float("nan")
@@ -156,6 +156,23 @@ def test_distances_over_orders_of_magnitude_are_logarithmic_and_scores_are_not()
     assert pareto(far.assign(fid=[2.0, 2.1]), "fid").axes[0].get_yscale() == "linear"
     scores = far.rename(columns={"fid": "psnr_to_fp", "fid_se": "psnr_to_fp_se"})
     assert pareto(scores, "psnr_to_fp").axes[0].get_yscale() == "linear"
+
+
+def test_ticks_near_zero_keep_their_distance():
+    rows = [("RTN 2 bit", 2.9, 1.0, 11.0, 0.3), ("RTN 4 bit", 4.8, 2.0, 0.05, 0.097)]
+    (axes,) = pareto(frame(rows), "fid").axes
+    ticks = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+    assert sorted(ticks) == pytest.approx([0, 0.1, 0.2, 0.5, 1, 2, 5, 10])
+    heights = [axes.transData.transform((0, tick))[1] for tick in sorted(ticks)]
+    assert min(np.diff(heights)) > 7 * axes.figure.dpi / 72, "7 points, the height of their labels"
+
+
+@pytest.mark.parametrize("metric", sorted(LABELS, key=lambda metric: len(LABELS[metric]))[-4:])
+def test_the_longest_labels_are_not_cut(metric):
+    data = FRAME.rename(columns={"fid": metric, "fid_se": f"{metric}_se"})
+    figure = pareto(data, metric)
+    label = figure.axes[0].yaxis.label.get_window_extent()
+    assert label.y0 >= 0 and label.y1 <= figure.bbox.height and label.x0 >= 0
 
 
 def layer(name, bits, weight_error, output_error=None):

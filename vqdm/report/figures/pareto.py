@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 
 from vqdm.report.figures.style import COLOURS, COLUMN, GREY, MARKERS, legend_below, line_handle, new_figure, styled
@@ -38,8 +39,10 @@ LABELS = {
     "pickscore_scaled": "PickScore ↑",
     "hpsv2": "HPSv2 ↑",
 }
+LABEL_WIDTH = 26  # characters along the height of a figure
 _KIND = "fidelity_"  # of the tiny world's attributes, each by itself
 _DISTANCES = ("fid", "kid", "cmmd", "distance", "lpips")  # from 0 up, over orders of magnitude
+_STEPS = (1, 2, 5)  # of logarithmic axes, in each decade
 _DASHES = ((0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 _BITS = re.compile(r"[ -]\d+(?:\.\d+)?(?:[ -]?bits?\b|$)")
 
@@ -121,7 +124,7 @@ def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | No
         handles.append(line_handle("hollow: published", color=GREY, marker="o", markerfacecolor="white", linestyle=""))
     _scale(axes, metric, rows)
     axes.set_xlabel(SIZES[size])
-    axes.set_ylabel(label or label_of(metric))
+    axes.set_ylabel(textwrap.fill(label or label_of(metric), LABEL_WIDTH))
     legend_below(figure, handles)
     return figure
 
@@ -176,20 +179,32 @@ def _draw_full_precision(axes, rows: list[_Row]) -> list:
 
 def _scale(axes, metric: str, rows: list[_Row]) -> None:
     """Logarithmic for a distance that spans a factor of 3 or more; linear below its errors where these reach 0."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     values = [v for row in rows for v in (row.value, row.published) if not math.isnan(v)]
-    errors = [row.error for row in rows if not math.isnan(row.value + row.error) and row.error > 0]
-    lowest = min(values + [row.value - row.error for row in rows if not math.isnan(row.value + row.error)])
+    scored = [row for row in rows if not math.isnan(row.value + row.error)]
+    errors = [row.error for row in scored if row.error > 0]
+    lowest = min(values + [row.value - row.error for row in scored])
+    highest = max(values + [row.value + row.error for row in scored])
     if not metric.startswith(_DISTANCES) or max(values) < 3 * min(values):
         return
     if lowest > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=_STEPS))
     elif errors and max(values) > 10 * min(errors):
-        axes.set_yscale("symlog", linthresh=min(errors))
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=min(errors), subs=(1, 2, 5)))
+        linear, *others = _round_numbers(min(errors), highest)
+        axes.set_yscale("symlog", linthresh=linear)
+        ticks = [0, linear, *others]
+        axes.yaxis.set_major_locator(FixedLocator(ticks + [-tick for tick in ticks[1:] if -tick >= lowest]))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         return
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from the first that is not below `low`, which always is there, up to `high`."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    first, *others = (n for n in (step * 10.0**decade for decade in decades for step in _STEPS) if n >= low)
+    return [first, *(number for number in others if number <= high)]
