@@ -1,9 +1,9 @@
 """A page for blind votes between two or more runs of the same captions and noise, and the key to it.
 
     python scripts/make_votes.py tiny_trellis3 tiny_rtn4 --n 32
-    python scripts/make_votes.py a b c --pairs a:b a:c --model sdxl --images-per-prompt 4 --size 768 --quality 95 --pages 8
+    python scripts/make_votes.py a b c --pairs a:b a:c --model sdxl --size 768 --quality 95 --pages 8
 
-Writes results/votes/<study>/votes-<id>.html, which raters get, and key.json, which they do not: docs/human-preference.md.
+Writes results/votes/<study>/votes-<id>.html for raters and key.json, which they must not see: docs/human-preference.md.
 """
 
 import argparse

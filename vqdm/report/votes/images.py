@@ -88,8 +88,8 @@ def _check_image(own: ImageSet, first: ImageSet, prompt: str, copy: int) -> None
     if made is None or expected is None:
         name = own.system if made is None else first.system
         raise UserError(
-            f"{name} has no image {copy} of the prompt {prompt}; run every system with the same evaluate.prompts, or give "
-            "a smaller --n or --images-per-prompt"
+            f"{name} has no image {copy} of the prompt {prompt}; run every system with the same evaluate.prompts, "
+            "or give a smaller --n or --images-per-prompt"
         )
     if made.caption != expected.caption:
         raise UserError(
@@ -98,8 +98,8 @@ def _check_image(own: ImageSet, first: ImageSet, prompt: str, copy: int) -> None
         )
     if made.seed != expected.seed:
         raise UserError(
-            f"{own.system} and {first.system} made {prompt} from other noise (seeds {made.seed} and {expected.seed}); run "
-            "both with the same evaluate.seed"
+            f"{own.system} and {first.system} made {prompt} from other noise (seeds {made.seed} and {expected.seed}); "
+            "run both with the same evaluate.seed"
         )
     if not own.path(prompt, copy).is_file():
         raise UserError(f"{own.path(prompt, copy)} is missing; run the experiment {own.system} again")

@@ -1,4 +1,4 @@
-"""The page a rater opens: one HTML file that needs no server and names no method, and the key that the organiser keeps."""
+"""The page a rater opens, one HTML file that needs no server and names no method; and the key the organiser keeps."""
 
 import base64
 import hashlib
@@ -53,8 +53,8 @@ def write_study(
         html = page_html(content | _payload(shown, images, "png" if quality is None else "jpeg"))
         if len(html) > LARGEST_PAGE:
             raise UserError(
-                f"{file.name} would have {len(html) >> 20} MiB, more than a browser takes; give more --pages, a smaller "
-                "--size, or --quality 95"
+                f"{file.name} would have {len(html) >> 20} MiB, more than a browser takes; give more --pages, "
+                "a smaller --size, or --quality 95"
             )
         atomic_write(file, html)
     systems = {name: _about(own) for name, own in sets.items()}

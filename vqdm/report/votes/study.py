@@ -17,7 +17,7 @@ QUESTION = "Which of the two images do you prefer for this caption?"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is settled before the first vote, and kept in the key: when a rater is left out, and how sure intervals are."""
+    """What is settled before the first vote and kept in the key: when a rater is left out, how sure intervals are."""
 
     max_failed_checks: float = 0.25  # a rater who fails a larger part of the attention checks is left out
     min_median_seconds: float = 1.0  # so is one whose median time per pair is shorter
@@ -71,8 +71,8 @@ def draw_trials(
 ) -> list[Trial]:
     """All trials in the order they are shown, page after page.
 
-    images: (prompt id, caption, copy) of every image that is compared. Each comparison has its first system on the left in
-    half of its pairs. `checks`: attention checks of either kind on each page, on the first system of the study.
+    images: (prompt id, caption, copy) of every image that is compared. Each comparison has its first system on the left
+    in half of its pairs. `checks`: attention checks of either kind on each page, on the first system of all.
     """
     generator = numpy_generator(seed, "votes", "order")
     drawn = [trial for pair in comparisons for trial in _balanced(pair, images, generator)]
