@@ -32,6 +32,12 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _names(result: dict) -> dict[str, str]:
+    """Of every system its method, and its run's name too where two have the same method."""
+    methods = list(result["systems"].values())
+    return {run: m if methods.count(m) == 1 else f"{m} ({run})" for run, m in result["systems"].items()}
+
+
 def _comparison(row: dict, names: dict[str, str]) -> list[str]:
     title = f"{names[row['left']]} over {names[row['right']]}"
     counts = [f"{row['wins']} / {row['ties']} / {row['losses']}", row["raters"], row["prompts"]]
@@ -55,19 +61,20 @@ def _comparisons(result: dict) -> str:
         "preferred", "%, ties split [over prompts]", "[Wilson]", "%, without ties [Wilson]", "wins / ties / losses",
         "raters", "prompts", "p, prompts", "p, votes", "α", "% of all raters",
     ]  # fmt: skip
-    rows = [_comparison(row, result["systems"]) for row in result["comparisons"]]
+    rows = [_comparison(row, _names(result)) for row in result["comparisons"]]
     level = f"{100 * result['confidence']:g} %"
     return (
-        f"{_table(rows, headers)}\n\nIntervals are of {level}. The one over prompts resamples whole prompts and is the one "
-        "to quote; Wilson's takes all votes for independent, and so does “p, votes”. “p, prompts” is the two-sided sign "
-        "test over prompts, by the mean vote on each. α is Krippendorff's (ordinal). The last column leaves nobody out."
+        f"{_table(rows, headers)}\n\nIntervals are of {level}. The one over prompts resamples whole prompts and is "
+        "the one to quote; Wilson's takes all votes for independent, and so does “p, votes”. “p, prompts” is the "
+        "two-sided sign test over prompts, by the mean vote on each. α is Krippendorff's (ordinal). The last column "
+        "leaves nobody out."
     )
 
 
 def _strengths(result: dict) -> str:
     rows = [
         [
-            result["systems"][row["system"]],
+            _names(result)[row["system"]],
             _number(row["strength"], 3),
             f"[{_number(row['low'])}, {_number(row['high'])}]",
         ]
@@ -99,6 +106,6 @@ def _raters(result: dict) -> str:
 def _agreement(result: dict) -> str:
     found = result["agreement"]
     return (
-        f"Krippendorff's α over all pairs: {_number(found['ordinal'])} (ordinal), {_number(found['nominal'])} (nominal); 1 "
-        "is full agreement, 0 what chance gives."
+        f"Krippendorff's α over all pairs: {_number(found['ordinal'])} (ordinal), {_number(found['nominal'])} "
+        "(nominal); 1 is full agreement, 0 what chance gives."
     )
