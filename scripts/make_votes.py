@@ -20,7 +20,11 @@ from vqdm.report.votes.study import Protocol, comparisons_of, draw_trials
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="names of runs, as in results/runs; attention checks show the first")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="names of runs, as in results/runs; attention checks show the first, such as full precision",
+    )
     parser.add_argument("--pairs", nargs="+", metavar="ONE:OTHER", help="what is compared (default: every two runs)")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--n", type=int, help="prompts, from the first (default: all)")
@@ -52,7 +56,9 @@ def make(options: argparse.Namespace) -> list[Path]:
     comparisons = comparisons_of(options.runs, options.pairs)
     sets = [image_set(options.results, name, options.model) for name in options.runs]
     images = chosen_images(sets, n=options.n, per_prompt=options.images_per_prompt)
-    trials = draw_trials(comparisons, images, seed=options.seed, pages=options.pages, checks=options.checks)
+    trials = draw_trials(
+        comparisons, images, seed=options.seed, pages=options.pages, checks=options.checks, original=options.runs[0]
+    )
     directory = options.results / "votes" / (options.study or "-".join([*options.runs, options.model]))
     return write_study(
         directory, trials, {own.system: own for own in sets}, protocol=Protocol(), size=options.size,

@@ -12,7 +12,7 @@ from vqdm.report.votes.ballots import Key, read_ballot, read_ballots, read_key
 from vqdm.report.votes.study import Protocol, draw_trials
 
 IMAGES = [(f"prompt-{i}", f"caption {i}", 0) for i in range(8)]
-TRIALS = draw_trials([("a", "b")], IMAGES, seed=0, pages=2, checks=1)
+TRIALS = draw_trials([("a", "b")], IMAGES, seed=0, pages=2, checks=1, original="a")
 KEY = Key("0123abcd", (("a", "b"),), {name: {"method": name} for name in "ab"}, Protocol(), {t.pair: t for t in TRIALS})
 
 

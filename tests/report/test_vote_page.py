@@ -27,7 +27,7 @@ def make(folder, *, captions=CAPTIONS, seed=0, checks=1, pages=1, quality=None, 
     sets = [image_set(folder, name, "tiny") for name in systems]
     images = chosen_images(sets, n=None, per_prompt=None)
     comparisons = comparisons_of(list(systems), None)
-    trials = draw_trials(comparisons, images, seed=seed, pages=pages, checks=checks)
+    trials = draw_trials(comparisons, images, seed=seed, pages=pages, checks=checks, original=next(iter(systems)))
     files = write_study(
         folder / "votes" / "clean-against-grainy", trials, {own.system: own for own in sets},
         protocol=protocol or Protocol(), size=None, quality=quality, seed=seed, about={"comparisons": comparisons},

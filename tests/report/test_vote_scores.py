@@ -22,7 +22,7 @@ IMAGES = [(f"prompt-{i:02d}", f"caption {i}", 0) for i in range(20)]
 
 
 def key_of(*comparisons, checks=2):
-    trials = draw_trials(list(comparisons), IMAGES, seed=0, pages=1, checks=checks)
+    trials = draw_trials(list(comparisons), IMAGES, seed=0, pages=1, checks=checks, original=comparisons[0][0])
     systems = {name: {"method": f"method {name}"} for pair in comparisons for name in pair}
     return Key("0123abcd", comparisons, systems, Protocol(), {trial.pair: trial for trial in trials})
 

@@ -12,7 +12,7 @@ COMPARISONS = [("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def draw(**changes):
-    return draw_trials(COMPARISONS, IMAGES, **{"seed": 0, "pages": 3, "checks": 2} | changes)
+    return draw_trials(COMPARISONS, IMAGES, **{"seed": 0, "pages": 3, "checks": 2, "original": "c"} | changes)
 
 
 def test_every_pair_is_drawn_once_with_either_system_left_in_half():
@@ -29,9 +29,9 @@ def test_pages_share_the_pairs_and_have_their_own_checks():
         own = [trial for trial in trials if trial.page == page]
         assert Counter(t.check for t in own) == {None: 32, IDENTICAL: 2, DESTROYED: 2}
         assert own[0].check is None
-        assert all(t.expected == "tie" and t.left == t.right == "a" for t in own if t.check == IDENTICAL)
+        assert all(t.expected == "tie" and t.left == t.right == "c" for t in own if t.check == IDENTICAL)
         destroyed = [t for t in own if t.check == DESTROYED]
-        assert all(getattr(t, t.expected) == "a" for t in destroyed)
+        assert all(getattr(t, t.expected) == "c" for t in destroyed)
         assert Counter(t.expected for t in destroyed) == {"left": 1, "right": 1}
     assert [t.pair for t in trials] == [f"p{i:03d}" for i in range(len(trials))]
 

@@ -57,9 +57,9 @@ def image_set(results: Path, name: str, model: str) -> ImageSet:
     copies: dict[str, int] = {}
     for item in sorted((directory / "items").glob("*.json")):
         made = json.loads(item.read_text())["record"]
-        for prompt, text in made["prompts"]:
+        for index, (prompt, text) in enumerate(made["prompts"], start=int(item.stem)):  # an item is named by its first
             copy = copies.get(prompt, 0)  # images of one prompt follow each other
-            images[prompt, copy], copies[prompt] = Made(len(images), text, made["seed"]), copy + 1
+            images[prompt, copy], copies[prompt] = Made(index, text, made["seed"]), copy + 1
     if not images:
         raise UserError(f"{directory}: the images of the run {name} are not here; run its experiment again")
     return ImageSet(name, record, directory, images)

@@ -67,12 +67,18 @@ def comparisons_of(systems: list[str], pairs: list[str] | None) -> list[tuple[st
 
 
 def draw_trials(
-    comparisons: list[tuple[str, str]], images: list[tuple[str, str, int]], *, seed: int, pages: int, checks: int
+    comparisons: list[tuple[str, str]],
+    images: list[tuple[str, str, int]],
+    *,
+    seed: int,
+    pages: int,
+    checks: int,
+    original: str,
 ) -> list[Trial]:
     """All trials in the order they are shown, page after page.
 
     images: (prompt id, caption, copy) of every image that is compared. Each comparison has its first system on the left
-    in half of its pairs. `checks`: attention checks of either kind on each page, on the first system of all.
+    in half of its pairs. `checks`: attention checks of either kind on each page, of the images of `original`.
     """
     generator = numpy_generator(seed, "votes", "order")
     drawn = [trial for pair in comparisons for trial in _balanced(pair, images, generator)]
@@ -82,7 +88,7 @@ def draw_trials(
     trials: list[Trial] = []
     for page, part in enumerate(np.array_split(np.arange(len(drawn)), pages), start=1):
         shown = [drawn[i] for i in part]
-        for check in _checks(comparisons[0][0], images, checks, generator):
+        for check in _checks(original, images, checks, generator):
             shown.insert(int(generator.integers(1, len(shown) + 1)), check)
         trials += [Trial(pair="", page=page, **fields) for fields in shown]
     width = len(str(len(trials)))
