@@ -2,8 +2,8 @@
 
     write_page(Path("results/reports/demo.html"), PageContent("Demo", …), max_mib=64)
 
-The page opens from `file://` without a network. Text of prompts and methods reaches it as escaped HTML or as JSON that a
-script puts into text nodes; a Content-Security-Policy allows the page's own script and style by their hash, nothing else.
+The page opens from `file://` without a network. Text of prompts and methods reaches it as escaped HTML or as JSON that
+a script puts into text nodes; a Content-Security-Policy allows its own script and style by their hash, nothing else.
 """
 
 import base64
@@ -23,15 +23,15 @@ from vqdm.report.gallery import LARGEST, WEBP_QUALITY, Gallery, PageMethod, empt
 
 FILES = Path(__file__).with_name("page_files")
 SLACK = 512  # bytes for what is said of the gallery, known only when it is filled
-LAYER_COLUMNS = (
-    ("layer", "layer"),
-    ("shape", "shape"),
-    ("scheme", "scheme"),
-    ("bits", "bits per weight"),
-    ("relative_output_error", "relative output error"),
-    ("relative_weight_error", "relative weight error"),
-    ("seconds", "seconds"),
-)
+LAYER_COLUMNS = {  # of a record in layers.json: the page's name, and whether it is a number
+    "name": ("layer", False),
+    "shape": ("shape", False),
+    "bits": ("bits per weight", True),
+    "relative_output_error": ("relative output error", True),
+    "relative_weight_error": ("relative weight error", True),
+    "seconds": ("seconds", True),
+    "scheme": ("scheme", False),
+}
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,18 @@ def write_page(path: Path, content: PageContent, *, max_mib: float = 64) -> None
 def _render(content: PageContent, gallery: Gallery) -> str:
     style, script = ((FILES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     layers = [_layers(method) for method in content.methods if method.layers is not None]
+    names = gallery.scores.names
     data = {
         "methods": [{"name": method.name, "size": method.size} for method in gallery.methods],
         "scores": [
             {"name": name, "label": content.score_labels.get(name, name), "lower": name in content.lower_is_better}
-            for name in gallery.scores.names
+            for name in names
         ],
+        "score": names.index(content.worst_by) if content.worst_by in names else 0,
         "copies": content.images_per_prompt,
-        "total": gallery.total,
         "shown": gallery.shown,
         "layers": layers,
-        "layerColumns": [label for _, label in LAYER_COLUMNS],
+        "layerColumns": [{"label": label, "numeric": numeric} for label, numeric in LAYER_COLUMNS.values()],
     }
     sections = {
         "results": ("Results", _table(content) + _notes(content)),
@@ -98,7 +99,8 @@ def _render(content: PageContent, gallery: Gallery) -> str:
         summary=_paragraph("summary", content.summary),
         navigation="".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in there.items()),
         sections="".join(
-            f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>\n{html}</section>\n'
+            f'<section id="{name}" aria-labelledby="{name}-title">\n'
+            f'<h2 id="{name}-title">{title}</h2>\n{html}</section>\n'
             for name, (title, html) in there.items()
         ),
         style=style,
@@ -181,7 +183,7 @@ def _about(content: PageContent, gallery: Gallery) -> str:
     return _paragraph(
         "about",
         text + f"They were made at {width} × {height} and are shown at {gallery.shown[0]} × {gallery.shown[1]} pixels "
-        f"(at most {LARGEST}) as WebP of quality {WEBP_QUALITY}: differences below are of these copies, scores of the files.",
+        f"(at most {LARGEST}) as WebP of quality {WEBP_QUALITY}: differences are of these copies, scores of the files.",
     )
 
 
@@ -193,16 +195,17 @@ def _scheme(scheme: dict) -> str:
     return f"{scheme['codec']} {scheme['bits']:.4g} bit{group}"
 
 
+def _with_shape_in_words(record: dict) -> dict:
+    return record | {"shape": " × ".join(map(str, record["shape"]))}
+
+
 def _layers(method: PageMethod) -> dict:
     """The rows of one method's table, in the order of `LAYER_COLUMNS`; layers left in 16 bit say why."""
     stored = json.loads(method.layers.read_text(encoding="utf-8"))
     try:
         records = [record | {"scheme": _scheme(record["scheme"])} for record in stored["quantized"]]
         left = [record | {"scheme": f"16 bit: {record['reason']}", "bits": 16} for record in stored["left_in_16_bit"]]
-        rows = [
-            [record["name"], " × ".join(map(str, record["shape"])), *(record.get(key) for key, _ in LAYER_COLUMNS[2:])]
-            for record in records + left
-        ]
+        rows = [[record.get(key) for key in LAYER_COLUMNS] for record in map(_with_shape_in_words, records + left)]
         weights = sum(prod(record["shape"]) for record in records)
     except (KeyError, TypeError) as error:
         raise UserError(f"{method.layers} is no list of layers ({error!r}); run its quantize stage again") from error

@@ -116,26 +116,24 @@ function gallery() {
   }
 
   function arrange() {
-    const score = Number($("order").value);
-    const method = Number($("of").value);
+    const score = Number($("score").value);
+    const worstOf = Number($("order").value); // a method, any (-1), or as listed (-2)
     const words = $("filter").value.toLocaleLowerCase().split(/\s+/).filter(Boolean);
     const order = [...rows];
-    if (score >= 0) {
+    if (worstOf >= -1) {
       order.sort((a, b) => {
-        const [x, y] = [badness(a, score, method), badness(b, score, method)];
+        const [x, y] = [badness(a, score, worstOf), badness(b, score, worstOf)];
         return x === y ? a.index - b.index : x - y;
       });
     }
     for (const row of rows) {
       row.element.hidden = !words.every((word) => row.words.includes(word));
       row.labels.forEach((label, column) => {
-        const shown = score >= 0 ? score : 0;
-        label.textContent = data.scores.length ? number(row.scores[shown][column]) : "";
+        label.textContent = data.scores.length ? number(row.scores[score][column]) : "";
       });
     }
     grid.replaceChildren(...order.map((row) => row.element));
     shownRows = order.filter((row) => !row.element.hidden);
-    $("of-label").hidden = score < 0;
     $("none").hidden = shownRows.length > 0;
     $("count").textContent = `${shownRows.length} of ${rows.length} shown`;
     if (!current || !current.isConnected || current.closest("[hidden]")) {
@@ -162,12 +160,16 @@ function gallery() {
     shownRows[to]?.buttons[column]?.focus();
   }
 
-  fill($("order"), [[-1, "of the prompts"], ...data.scores.map((score, i) => [i, `worst ${score.label} first`])]);
-  fill($("of"), [[-1, "any method"], ...data.methods.map((method, i) => [i, method.name])]);
+  const worst = data.methods.map(({ name }, i) => [i, `worst of ${name} first`]);
+  fill($("order"), [[-2, "as listed"], [-1, "worst of any method first"], ...worst]);
+  fill($("score"), data.scores.map(({ label }, i) => [i, label]));
+  $("score").value = data.score;
+  for (const id of ["score-label", "order-label"]) $(id).hidden = !data.scores.length;
   grid.style.setProperty("--columns", Math.min(data.methods.length, 8));
+  grid.style.setProperty("--narrow", [2, 4].includes(data.methods.length) ? 2 : 3);
   rows.forEach(build);
   arrange();
-  for (const id of ["order", "of"]) $(id).addEventListener("change", arrange);
+  for (const id of ["order", "score"]) $(id).addEventListener("change", arrange);
   $("filter").addEventListener("input", arrange);
   grid.addEventListener("keydown", move);
   grid.addEventListener("focusin", (event) => makeCurrent(event.target));
@@ -219,7 +221,8 @@ function zoomDialog() {
     const scores = data.scores.map((score, i) => `${score.label} ${number(row.scores[i][method])}`).join(" · ");
     const size = data.methods[method].size;
     const title = two ? `${otherName} and ${name}` : size ? `${name} (${size})` : name;
-    $("zoom-method").textContent = two || !scores ? title : `${title} · ${scores}`;
+    $("zoom-method").textContent = title;
+    $("zoom-scores").textContent = two && scores ? `${name}: ${scores}` : scores;
     if (there && mode === "difference") subtract(title);
   }
 
@@ -329,7 +332,7 @@ function zoomDialog() {
       const other = state.other === method ? (method === 0 && data.methods.length > 1 ? 1 : 0) : state.other;
       update({ row, method, other });
       dialog.showModal();
-      stage.focus();
+      dialog.focus(); // not the first button: arrows belong to the dialog
     },
   };
 }
@@ -349,23 +352,23 @@ function layersTable() {
     return sorting.down ? -order : order;
   }
 
-  function header(label, column) {
+  function header({ label, numeric }, column) {
     const button = make("button", { type: "button", textContent: label });
     button.addEventListener("click", () => {
       const again = sorting.column === column;
-      Object.assign(sorting, { column, down: again ? !sorting.down : column >= 3 });
+      Object.assign(sorting, { column, down: again ? !sorting.down : numeric });
       show();
       table.querySelectorAll("th button")[column].focus();
     });
-    const head = make("th", { scope: "col", className: column >= 3 ? "number" : "text" }, button);
+    const head = make("th", { scope: "col", className: numeric ? "number" : "text" }, button);
     if (sorting.column === column) head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending");
     return head;
   }
 
   function line(row) {
     const cells = row.slice(1).map((value, i) => {
-      const isNumber = i >= 2;
-      return make("td", { className: isNumber ? "number" : "text", textContent: isNumber ? number(value) : value });
+      const { numeric } = data.layerColumns[i + 1];
+      return make("td", { className: numeric ? "number" : "text", textContent: numeric ? number(value) : value });
     });
     return make("tr", {}, make("th", { scope: "row", textContent: row[0] }), ...cells);
   }
