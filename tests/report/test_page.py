@@ -405,7 +405,7 @@ def test_what_a_screen_reader_finds(page):
     page.locator("#grid button").first.click()
     assert page.get_by_role("dialog", name="full precision").count() == 1
     page.keyboard.press("3")
-    assert page.get_by_role("img", name="Difference of").count() == 1
+    expect(page.get_by_role("img", name="Difference of")).to_have_count(1)
 
 
 def test_layers_sort(page):

@@ -370,7 +370,8 @@ function layersTable() {
       const { numeric } = data.layerColumns[i + 1];
       return make("td", { className: numeric ? "number" : "text", textContent: numeric ? number(value) : value });
     });
-    return make("tr", {}, make("th", { scope: "row", textContent: row[0] }), ...cells);
+    const parts = row[0].split(".").flatMap((part, i) => (i ? [".", make("wbr"), part] : [part])); // where it may break
+    return make("tr", {}, make("th", { scope: "row" }, ...parts), ...cells);
   }
 
   function show() {
