@@ -477,13 +477,19 @@ def test_several_images_of_a_prompt_are_rows_of_their_own(tmp_path, browser_page
     write_page(tmp_path / "p.html", replace(made, methods=methods, prompts=["first", "second"], images_per_prompt=3))
     browser_page.goto((tmp_path / "p.html").as_uri())
     assert shown_prompts(browser_page) == ["first"] * 3 + ["second"] * 3
-    assert browser_page.locator(".head .hint").nth(4).inner_text() == "prompt 2, image 2"
+    assert browser_page.locator(".head .hint").nth(4).text_content() == "prompt 2, image 2"
     assert choice(browser_page, "Score").inner_text() == "clip_score", "copy is no score"
 
 
 def test_a_page_without_images_or_layers(tmp_path, browser_page):
-    write_page(tmp_path / "p.html", PageContent("Plan", table_header=("a",), table_rows=[("not run",)]))
+    rows = [("VQDM", "not run", "3x8g8 codes"), ("RTN", "−0.02 ± 0.1", "–")]
+    write_page(tmp_path / "p.html", PageContent("Plan", table_header=("a", "b", "c"), table_rows=rows))
     browser_page.goto((tmp_path / "p.html").as_uri())
+    assert browser_page.locator("thead th").evaluate_all("cells => cells.map(c => c.className)") == [
+        "text",
+        "number",
+        "text",
+    ]
     assert browser_page.locator("h2").all_inner_texts() == ["Results"]
     browser_page.get_by_role("button", name="Dark").click()
 

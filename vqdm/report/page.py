@@ -70,10 +70,41 @@ def write_page(path: Path, content: PageContent, *, max_mib: float = 64) -> None
 
 
 def _render(content: PageContent, gallery: Gallery) -> str:
-    style, script = ((FILES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script, page = (_file(name) for name in ("page.css", "page.js", "page.html"))
     layers = [_layers(method) for method in content.methods if method.layers is not None]
+    sections = {
+        "results": ("Results", _table(content) + _notes(content)),
+        "figures": ("Figures", "".join(_figure(title, path) for title, path in content.figures)),
+        "gallery": ("Images", _gallery_html(content, gallery) if gallery.methods else ""),
+        "layers": ("Layers", _file("layers.html") if layers else ""),
+        "made": ("How it was made", _commands(content) + _versions(content)),
+    }
+    there = [(name, title, html) for name, (title, html) in sections.items() if html]
+    return Template(page).substitute(
+        policy=_policy(style, script),
+        title=escape(content.title),
+        summary=_paragraph("summary", content.summary),
+        navigation="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in there),
+        sections="".join(_section(*section) for section in there),
+        style=style,
+        script=script,
+        data=script_json(_data(content, gallery) | {"layers": layers}),
+        rows=",\n".join(gallery.rows),
+        images="\n".join(
+            f'<script type="application/json" id="images-{row}">{images}</script>'
+            for row, images in enumerate(gallery.images)
+        ),
+    )
+
+
+def _file(name: str) -> str:
+    return (FILES / name).read_text(encoding="utf-8")
+
+
+def _data(content: PageContent, gallery: Gallery) -> dict:
+    """What the page's script has to know beside rows, images and layers."""
     names = gallery.scores.names
-    data = {
+    return {
         "methods": [{"name": method.name, "size": method.size} for method in gallery.methods],
         "scores": [
             {"name": name, "label": content.score_labels.get(name, name), "lower": name in content.lower_is_better}
@@ -82,35 +113,13 @@ def _render(content: PageContent, gallery: Gallery) -> str:
         "score": names.index(content.worst_by) if content.worst_by in names else 0,
         "copies": content.images_per_prompt,
         "shown": gallery.shown,
-        "layers": layers,
         "layerColumns": [{"label": label, "numeric": numeric} for label, numeric in LAYER_COLUMNS.values()],
     }
-    sections = {
-        "results": ("Results", _table(content) + _notes(content)),
-        "figures": ("Figures", "".join(_figure(title, path) for title, path in content.figures)),
-        "gallery": ("Images", _gallery_html(content, gallery) if gallery.methods else ""),
-        "layers": ("Layers", (FILES / "layers.html").read_text(encoding="utf-8") if layers else ""),
-        "made": ("How it was made", _commands(content) + _versions(content)),
-    }
-    there = {name: section for name, section in sections.items() if section[1]}
-    return Template((FILES / "page.html").read_text(encoding="utf-8")).substitute(
-        policy=_policy(style, script),
-        title=escape(content.title),
-        summary=_paragraph("summary", content.summary),
-        navigation="".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in there.items()),
-        sections="".join(
-            f'<section id="{name}" aria-labelledby="{name}-title">\n'
-            f'<h2 id="{name}-title">{title}</h2>\n{html}</section>\n'
-            for name, (title, html) in there.items()
-        ),
-        style=style,
-        script=script,
-        data=script_json(data),
-        rows=",\n".join(gallery.rows),
-        images="\n".join(
-            f'<script type="application/json" id="images-{row}">{images}</script>'
-            for row, images in enumerate(gallery.images)
-        ),
+
+
+def _section(name: str, title: str, html: str) -> str:
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n{html}</section>\n'
     )
 
 
@@ -128,7 +137,8 @@ def _paragraph(kind: str, text: str) -> str:
 
 
 def _is_numeric(text: str) -> bool:
-    return re.match(r"[-−+]?[\d.]+|[–—]?$", text) is not None
+    """A number with what may follow it (± its error, a note), or what stands where there is none."""
+    return re.match(r"[-−+]?\d[\d.,]*($|[^\w.,])|(–|—|not run.*)?$", text) is not None
 
 
 def _table(content: PageContent) -> str:
@@ -136,7 +146,7 @@ def _table(content: PageContent) -> str:
     if not content.table_rows:
         return ""
     columns = range(len(content.table_header))
-    kinds = ["number" if all(_is_numeric(row[c]) for row in content.table_rows) else "text" for c in columns]
+    kinds = ["number" if c and all(_is_numeric(row[c]) for row in content.table_rows) else "text" for c in columns]
     head = "".join(f'<th scope="col" class="{kinds[c]}">{escape(content.table_header[c])}</th>' for c in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -165,7 +175,7 @@ def _figure(title: str, path: Path) -> str:
 
 
 def _gallery_html(content: PageContent, gallery: Gallery) -> str:
-    return Template((FILES / "gallery.html").read_text(encoding="utf-8")).substitute(about=_about(content, gallery))
+    return Template(_file("gallery.html")).substitute(about=_about(content, gallery))
 
 
 def _about(content: PageContent, gallery: Gallery) -> str:
