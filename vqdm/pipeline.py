@@ -28,9 +28,7 @@ def run(config: Config) -> dict | None:
     return _run(config, store, _ready(config, store))
 
 
-def run_table(
-    table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False
-) -> None:
+def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:
     """Every run of every row of a table, or of one row, and the table anew after each; rows share stages.
 
     row: its name; the other rows are then shown as far as the same configurations were run before, so that each row can

@@ -8,15 +8,15 @@ from vqdm.report.records import protocols_of, scores_of
 from vqdm.report.tables import Table
 
 
-def sentences(table: Table, data, *, of_runs: int) -> list[str]:
+def sentences(table: Table, data, *, of_runs: int, model: str) -> list[str]:
     """About the table as a whole; of_runs: the rows that were run."""
     found = []
     if of_runs < len(data):
-        found.append(f"{of_runs} of {len(data)} rows were run; `{table.command}` goes on with the others.")
+        found.append(f"{of_runs} of {len(data)} rows were run; `{table.command(model)}` goes on with the others.")
     found.append("± is one standard error over images.")
     if (data["calibration_seeds"] > 1).any():
         found.append("In brackets, where a row is the mean of several calibration seeds, their standard deviation.")
-    return found + about_published(table) + about_making(table)
+    return found + about_published(table) + about_making(table, model)
 
 
 def about_published(table: Table) -> list[str]:
@@ -32,19 +32,19 @@ def about_published(table: Table) -> list[str]:
     return found
 
 
-def about_making(table: Table) -> list[str]:
-    found = [f"Deviations: {'; '.join(table.deviations)}."] if table.deviations else []
-    found += [f"GPU-hours: {table.gpu_hours}."] if table.gpu_hours else []
-    return [*found, f"Made by `{table.command}`."]
+def about_making(table: Table, model: str) -> list[str]:
+    hours = [f"GPU-hours: {table.gpu_hours}."] if table.gpu_hours else []
+    return [*hours, f"To make it: `{table.command(model)}`."]
 
 
 def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[str]:
-    """One line per part of the protocol, then per metric: its own protocol, what it warns of, why it was not run."""
+    """Deviations; one line per part of the protocol; per metric its own protocol, warnings, why it was not run."""
+    first = [*(f"deviation: {deviation}" for deviation in table.deviations), f"model: {model}"]
     if not runs:
-        return [f"model: {model}"]
+        return first
     named = [(run["method"], *protocols_of(run, results, table.metrics)) for run in runs]
     common = _grouped(_merged([(method, shared) for method, shared, _ in named]))
-    lines = [f"model: {model}", *(f"{key}: {value}" for key, value in common.items())]
+    lines = [*first, *(f"{key}: {value}" for key, value in common.items())]
     for metric in table.metrics:
         own = _grouped(_merged([(method, parts[metric]) for method, _, parts in named if metric in parts]))
         if own:

@@ -74,15 +74,15 @@ def _delta(row: dict) -> str:
     return "–" if delta is None else f"{delta:+.1f}" + {True: " ✓", False: " ✗"}.get(near, "")
 
 
-def preference_sentences(table: Table, data) -> list[str]:
+def preference_sentences(table: Table, data, *, model: str) -> list[str]:
     voted = int(data[METRIC].notna().sum())
     found = []
     if voted < len(data):
         found.append(
-            f"{voted} of {len(data)} pairs were voted on; `{table.command}` makes the images, scripts/make_votes.py the "
-            "page for raters, scripts/score_votes.py the result."
+            f"{voted} of {len(data)} pairs were voted on; `{table.command(model)}` makes the images, "
+            "scripts/make_votes.py the page for raters, scripts/score_votes.py the result."
         )
     found.append("Votes for the left one, a tie as half a vote; in brackets the interval over prompts.")
     studies = ", ".join(data["study"].dropna().unique())
     found += [f"Studies: {studies}."] if studies else []
-    return found + about_published(table) + about_making(table)
+    return found + about_published(table) + about_making(table, model)

@@ -1,5 +1,6 @@
 """The files of experiments/: one per table, its rows naming experiments, its columns metrics or votes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -66,9 +67,8 @@ class Table:
     gpu_hours: str | None = None  # an estimate, and where it is from
     pairs: tuple[Pair, ...] = ()
 
-    @property
-    def command(self) -> str:
-        return f"python run.py table={self.name}"
+    def command(self, model: str) -> str:
+        return f"python run.py table={self.name}" + ("" if model == self.model else f" model={model}")
 
     def row(self, name: str) -> Row:
         found = next((row for row in self.rows if row.name == name), None)
@@ -92,7 +92,8 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"title", "model", "rows", "metrics"} <= set(content):
         raise UserError(f"{path} must give title, model, rows and metrics")
-    rows = tuple(_read_row(row, path) for row in content.pop("rows"))
+    common = content.pop("overrides", ())
+    rows = tuple(_read_row(row, path, common) for row in content.pop("rows"))
     pairs = tuple(_made(Pair, pair, path) for pair in content.pop("pairs", ()))
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     table = _made(Table, lists | {"name": path.stem, "rows": rows, "pairs": pairs}, path)
@@ -100,12 +101,15 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def _read_row(row, path: Path) -> Row:
-    """The name of an experiment, or a mapping of Row's fields; the method's name may be the experiment's."""
+def _read_row(row, path: Path, common: Iterable[str]) -> Row:
+    """The name of an experiment, or a mapping of Row's fields; the method's name may be the experiment's.
+
+    common: overrides of every row, before its own.
+    """
     if isinstance(row, str):
         row = {"name": row, "experiment": row}
     if isinstance(row, dict):
-        row = row | {"overrides": tuple(row.get("overrides", ()))}
+        row = row | {"overrides": (*common, *row.get("overrides", ()))}
     made = _made(Row, row, path)
     return made if made.method is not None else replace(made, method=_method_of(made.experiment, path))
 
@@ -136,4 +140,3 @@ def _check(table: Table, path: Path) -> None:
         raise UserError(f"{path} has published values and no source: say where they are from")
     for pair in table.pairs:
         table.row(pair.left), table.row(pair.right)
-

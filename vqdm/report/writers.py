@@ -15,6 +15,7 @@ DIGITS = {
     "mib": 2, "kid": 4, "psnr_to_fp": 2, "fid_paper": 2, "fid_standard": 2, "fid_paper_to_fp": 2, "kid_standard": 5,
     "inception_score": 2, "clip_h14": 4, "clip_l14": 2, "pickscore": 4, "pickscore_scaled": 2, "hpsv2": 4,
 }  # fmt: skip
+TEXT_COLUMNS = ("method", "left", "right")
 NOT_RUN, NOTHING = "not run", "–"
 LATEX = {
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
@@ -32,12 +33,11 @@ def write_table(
     is written, where a column would mix protocols and neither the table nor `mixed` asks for it.
     """
     if model != table.model:  # what was published was not of this model
-        rows_without = tuple(dataclasses.replace(row, published={}) for row in table.rows)
-        table = dataclasses.replace(table, rows=rows_without, source=None, tolerances={}, published_protocol={})
+        table = _unpublished(table)
     runs = [run for of_row in rows for run in of_row]
     check_protocols(table, runs, results, mixed=mixed)
     name = table.name if model == table.model else f"{table.name}-{model}"
-    data, cells, below = _content(table, rows, results)
+    data, cells, below = _content(table, rows, results, model=model)
     lines = notes(table, runs, results, model=model)
     markdown = to_markdown(table.title, cells, below, lines)
     texts = {
@@ -51,13 +51,20 @@ def write_table(
     return markdown, files + _picture(results / "figures" / f"{name}.png", rows, results)
 
 
-def _content(table: Table, rows: list[list[dict]], results: Path):
+def _unpublished(table: Table) -> Table:
+    rows = tuple(dataclasses.replace(row, published={}) for row in table.rows)
+    pairs = tuple(dataclasses.replace(pair, published=None) for pair in table.pairs)
+    return dataclasses.replace(table, rows=rows, pairs=pairs, source=None, tolerances={}, published_protocol={})
+
+
+def _content(table: Table, rows: list[list[dict]], results: Path, *, model: str):
     """The frame of numbers, the same as text, and what to say below it."""
     if table.pairs:
         data = preference_frame(table, results)
-        return data, preference_cells(data), preference_sentences(table, data)
+        return data, preference_cells(data), preference_sentences(table, data, model=model)
     data = frame(table, rows, results)
-    return data, to_cells(table, data), sentences(table, data, of_runs=sum(bool(runs) for runs in rows))
+    run = sum(bool(runs) for runs in rows)
+    return data, to_cells(table, data), sentences(table, data, of_runs=run, model=model)
 
 
 def _picture(path: Path, rows: list[list[dict]], results: Path) -> list[Path]:
@@ -128,11 +135,12 @@ def to_markdown(title: str, cells, below: list[str], lines: list[str]) -> str:
 
 
 def to_latex(title: str, cells, below: list[str], lines: list[str], *, label: str) -> str:
-    r"""A table environment for \usepackage{booktabs,amssymb}; what stands below is comments, a paper has its own words."""
+    r"""A table environment for \usepackage{booktabs,amssymb}; the notes are comments: papers have their own words."""
     escaped = cells.map(escape_latex).rename(columns=escape_latex)
+    columns = "".join("l" if name in TEXT_COLUMNS else "r" for name in cells.columns)
     table = escaped.style.hide(axis="index").to_latex(
-        hrules=True, column_format="l" + "r" * (len(cells.columns) - 1), caption=escape_latex(title),
-        label=f"tab:{label}", position="tb", position_float="centering",
+        hrules=True, column_format=columns, caption=escape_latex(title), label=f"tab:{label}", position="tb",
+        position_float="centering",
     )  # fmt: skip
     comments = "".join(f"% {line}\n" for line in [*below, *lines])
     return f"% needs \\usepackage{{booktabs,amssymb}}\n{table}{comments}"
