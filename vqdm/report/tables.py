@@ -92,6 +92,8 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"title", "model", "rows", "metrics"} <= set(content):
         raise UserError(f"{path} must give title, model, rows and metrics")
+    if not isinstance(content["rows"], list) or not isinstance(content["metrics"], list):
+        raise UserError(f"{path}: rows and metrics must be lists")
     common = content.pop("overrides", ())
     rows = tuple(_read_row(row, path, common) for row in content.pop("rows"))
     pairs = tuple(_made(Pair, pair, path) for pair in content.pop("pairs", ()))
