@@ -9,7 +9,7 @@ PROTOCOL = {
 }  # fmt: skip
 
 
-def score(value: float, se: float | None = None, **more) -> dict:
+def score(value: float | None, se: float | None = None, **more) -> dict:
     return {"value": value, "se": se, "protocol": {}} | more
 
 

@@ -146,6 +146,23 @@ def test_protocols_of_metrics_that_share_no_column_may_differ(tmp_path):
     check_protocols(of, [one, other], tmp_path)
 
 
+def test_the_metric_s_own_device_does_not_hide_that_of_the_images(tmp_path):
+    of = table(Row("one", "sdxl_vq3"), Row("other", "sdxl_vq3"))
+    one = write_run(tmp_path, "one", {"fid": score(1.0, protocol={"device": "cpu"})})
+    other = write_run(
+        tmp_path, "other", {"fid": score(1.0, protocol={"device": "cpu"})}, protocol={**PROTOCOL, "device": "cpu"}
+    )
+    with pytest.raises(UserError, match="device is cuda and cpu"):
+        check_protocols(of, [one, other], tmp_path)
+
+
+def test_a_value_that_is_not_known_is_a_dash(tmp_path):
+    of = table(Row("one", "sdxl_vq3"))
+    write_run(tmp_path, "one", {"fid": score(None, None), "psnr_to_fp": score(30.0, None)})
+    cells = to_cells(of, frame(of, newest_records(of, tmp_path), tmp_path))
+    assert (cells["fid"][0], cells["psnr_to_fp"][0]) == ("–", "30.00")
+
+
 def test_what_may_differ_is_a_whole_key(tmp_path):
     of = table(Row("one", "sdxl_vq3"), Row("other", "sdxl_vq3"), mixed=("samp", "sampler.step"))
     one = write_run(tmp_path, "one", {"fid": score(1.0)})

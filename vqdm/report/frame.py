@@ -46,7 +46,8 @@ def _sizes(row: Row, runs: list[dict], *, paper_bits: bool) -> dict:
 
 def _scored(metric: str, scores: list[dict]) -> dict:
     """Means over the runs of a row; their spread (standard deviation) beside each, where there are several."""
-    values = [score[metric]["value"] for score in scores if metric in score]
+    found = [score[metric]["value"] for score in scores if metric in score]
+    values = [value for value in found if value is not None]  # of too few images there may be none
     return {
         metric: statistics.fmean(values) if values else None,
         f"{metric}_se": next((score[metric]["se"] for score in scores if metric in score), None),

@@ -11,8 +11,7 @@ from vqdm.store import Stage, Store
 
 def scores_of(record: dict, results: Path) -> dict:
     """{metrics: {name: {value, se, protocol, …}}, protocol, not_run: {name: reason}} of a run record."""
-    content = json.loads(_scores_file(record, results).read_text(encoding="utf-8"))
-    return {"not_run": {}} | content
+    return json.loads(_scores_file(record, results).read_text(encoding="utf-8"))
 
 
 def _scores_file(record: dict, results: Path) -> Path:
@@ -58,7 +57,7 @@ def protocols_of(record: dict, results: Path, metrics: Iterable[str]) -> tuple[d
     """What all metrics of a run share, flat, and each metric's own part: {metric: protocol}."""
     scores = scores_of(record, results)
     made = [metric for metric in metrics if metric in scores["metrics"]]
-    return flat(scores["protocol"]), {m: flat(scores["metrics"][m].get("protocol", {})) for m in made}
+    return flat(scores["protocol"]), {m: flat(scores["metrics"][m]["protocol"]) for m in made}
 
 
 def check_protocols(table: Table, records: list[dict], results: Path, *, mixed: bool = False) -> None:
@@ -66,14 +65,15 @@ def check_protocols(table: Table, records: list[dict], results: Path, *, mixed: 
 
     What table.mixed lists may differ, and with `mixed` everything: footnotes then say who has what.
     """
-    first: dict[str, tuple[str, dict]] = {}
+    first: dict[str, tuple[str, dict, dict]] = {}
     for record in [] if mixed else records:
         common, own = protocols_of(record, results, table.metrics)
         for metric, protocol in own.items():
-            name, expected = first.setdefault(metric, (record["experiment"], common | protocol))
-            key = next((k for k in differing(expected, common | protocol) if not _may_differ(k, table.mixed)), None)
+            name, *expected = first.setdefault(metric, (record["experiment"], common, protocol))
+            found = differing(expected[0], common) | differing(expected[1], protocol)
+            key = next((key for key in found if not _may_differ(key, table.mixed)), None)
             if key is not None:
-                one, other = expected.get(key, "not stated"), (common | protocol).get(key, "not stated")
+                one, other = found[key]
                 raise UserError(
                     f"table {table.name}: {metric} of {name} and of {record['experiment']} have different protocols: "
                     f"{key} is {one} and {other}; run both alike, or ask for one table of both with mixed=true "
@@ -81,8 +81,10 @@ def check_protocols(table: Table, records: list[dict], results: Path, *, mixed: 
                 )
 
 
-def differing(one: dict, other: dict) -> list[str]:
-    return [key for key in (one | other) if key not in one or key not in other or one[key] != other[key]]
+def differing(one: dict, other: dict) -> dict[str, tuple]:
+    """{key: both values} where two flat protocols differ."""
+    pairs = {key: (one.get(key, "not stated"), other.get(key, "not stated")) for key in one | other}
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
 
 
 def _may_differ(key: str, mixed: tuple[str, ...]) -> bool:
