@@ -2,6 +2,8 @@
 
 python run.py +experiment=demo              # the table of the README
 python run.py +experiment=tiny_vq3          # one row of it
+python run.py table=table1_tiny             # a table of experiments/: what is missing is run
+python run.py table=table1_tiny row=table1_tiny_fp   # one row of it, as a job of its own
 python run.py +experiment=sdxl_vq3 plan=true
 """
 
@@ -53,7 +55,8 @@ def _run(composed: DictConfig) -> None:
         pipeline.run(config)
         return
     table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
-    pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task), config.seeds))
+    rows = _rows(table, list(HydraConfig.get().overrides.task), config.seeds)
+    pipeline.run_table(table, rows, row=config.row, mixed=config.mixed)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

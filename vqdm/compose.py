@@ -39,5 +39,5 @@ def to_config(composed: DictConfig) -> schema.Config:
 
 
 def overrides_for_rows(task_overrides: list[str]) -> list[str]:
-    """The user's overrides that hold for every row of a table: all but the choice of experiment and table."""
-    return [o for o in task_overrides if not re.match(r"\+*(experiment|table|name|method)=", o)]
+    """The user's overrides that hold for every row of a table: all but the choice of experiment, table and row."""
+    return [o for o in task_overrides if not re.match(r"\+*(experiment|table|row|name|method)=", o)]

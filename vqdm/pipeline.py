@@ -11,6 +11,7 @@ from vqdm import processes
 from vqdm.config import Config
 from vqdm.errors import UserError
 from vqdm.plan.command import print_plan
+from vqdm.report.tables import Table
 from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
 from vqdm.store import Store
 
@@ -27,28 +28,43 @@ def run(config: Config) -> dict | None:
     return _run(config, store, _ready(config, store))
 
 
-def run_table(table, rows: list[list[Config]]) -> None:
-    """Every run of every row of a table, which is written anew after each row; rows share stages through the store."""
-    from vqdm.report.tables import write_table
+def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:
+    """Every run of every row of a table, or of one row, and the table anew after each; rows share stages.
 
-    configs = [config for row in rows for config in row]
-    if configs[0].plan:
-        for config in configs:
+    row: its name; the other rows are then shown as far as the same configurations were run before, so that each row can
+    be a job of its own. mixed: runs of different protocols may share a column.
+    """
+    from vqdm.report.writers import write_table
+
+    chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
+    if rows[0][0].plan:
+        for config in (config for i in chosen for config in rows[i]):
             print(f"— {config.name}, {config.method or ''}")
             print_plan(config, Store(Path(config.results_dir)), every_layer=False)
         return
-    store = Store(Path(configs[0].results_dir))  # one command, so one folder
-    graphs = iter([_ready(config, store) for config in configs])  # all checks before any work
-    made: list[list[dict]] = []
-    for row in rows:
-        made.append([])
-        for config in row:
+    store = Store(Path(rows[0][0].results_dir))  # one command, so one folder
+    graphs = {(i, config.name): _ready(config, store) for i in chosen for config in rows[i]}  # before any work
+    made = [[] if i in chosen else _finished(configs, store) for i, configs in enumerate(rows)]
+    for i in chosen:
+        for config in rows[i]:
             log.info("— %s", config.name)
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-            made[-1].append(_run(config, store, next(graphs)))
-        text, files = write_table(table, made, of=len(rows), model=config.model.name, results=store.root)
+            made[i].append(_run(config, store, graphs[i, config.name]))
+        text, files = write_table(table, made, model=config.model.name, results=store.root, mixed=mixed)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
+
+
+def _finished(configs: list[Config], store: Store) -> list[dict]:
+    """The records of a row's runs in just these configurations, as far as they are there."""
+    from vqdm.report.records import is_finished, read_record
+
+    try:
+        last = [build_stages(config, cache=store.hashes).stages()[-1] for config in configs]
+    except UserError:  # what this row needs is not here, so it was not run here either
+        return []
+    found = [read_record(store, config.name, stage) for config, stage in zip(configs, last, strict=True)]
+    return [record for record in found if record is not None and is_finished(record, store.root)]
 
 
 def _ready(config: Config, store: Store) -> Graph | Quantization:
