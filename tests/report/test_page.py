@@ -24,7 +24,7 @@ HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
     "\"quotes\" & 'more' <b>bold</b> <!-- <script>alert(2)</script>",
     "line\u2028separator\u2029 ${document.title} \\u003c",
-    "]]></style><script>alert(3)</script>",
+    "]]></style></script x><script>alert(3)</script>",
 )
 NOISE = {"full precision": 0, "RTN 4 bit": 9, 'VQ <3> & "bit"': 30, "trellis": 4}
 
