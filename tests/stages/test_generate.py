@@ -1,4 +1,4 @@
-"""Images depend on their own noise alone: not on the batch, not on how many there are, not on how often it is stopped."""
+"""Images hang on their own noise alone: not on the batch, nor on how many there are, nor on how often it stops."""
 
 import hashlib
 
