@@ -37,7 +37,10 @@ def write_run(
 
 def write_made_up(results: Path) -> None:
     """The runs of tests/golden/tables/made_up.yaml: all but one row."""
-    fid = {"protocol": {"resize": {"filter": "lanczos", "size": 256}, "reference_sha256": "ab12"}}
+    fid = {
+        "protocol": {"resize": {"filter": "lanczos", "size": 256}, "reference_sha256": "ab12", "computed_in": "float32"}
+    }
+    clip = {"protocol": {"resize": {"filter": "bicubic", "size": 224}, "computed_in": "float32"}}
     hps = {"hpsv2": "needs hpsv2.safetensors at metrics/, or a network"}
     small = {"note": "half of the images were black", "bias": 0.25}
     write_run(
@@ -51,7 +54,7 @@ def write_made_up(results: Path) -> None:
         write_run(
             results, name, far | {"psnr_to_fp": score(10.0 + seed, 0.125)}, method="VQ_2 far", bits=2.0, not_run=hps
         )
-    other = {"pickscore": score(0.22), "hpsv2": score(0.28, 0.001), "psnr_to_fp": score(30.0, 0.5)}
+    other = {"pickscore": score(0.22), "hpsv2": score(0.28, 0.001, **clip), "psnr_to_fp": score(30.0, 0.5)}
     write_run(results, "made_other", other, method="without a published value", bits=4.0)
 
 

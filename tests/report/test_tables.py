@@ -190,6 +190,19 @@ def test_footnotes_say_each_protocol_once_and_each_reason_with_its_methods(tmp_p
     ]
 
 
+def test_what_metrics_share_in_their_protocols_is_said_once(tmp_path):
+    of = table(Row("one", "sdxl_vq3"), metrics=("fid", "kid", "psnr_to_fp"))
+    inception = {"weights": "6726825d", "device": "cpu"}
+    scores = {
+        "fid": score(1.0, protocol={"is": "a distance"} | inception),
+        "kid": score(1.0, protocol=inception),
+        "psnr_to_fp": score(1.0, protocol={"device": "cpu", "peak": 1}),
+    }
+    lines = notes(of, [write_run(tmp_path, "one", scores)], tmp_path, model="sdxl")
+    expected = ["every metric: device: cpu", "fid, kid: weights: 6726825d", "fid: a distance", "psnr_to_fp: peak: 1"]
+    assert lines[-4:] == expected
+
+
 def test_votes_count_either_way_round_and_the_newest_study(tmp_path):
     rows = (Row("a", "sdxl_fp", method="A"), Row("b", "sdxl_vq3", method="B"))
     of = table(*rows, pairs=(Pair("a", "b", 60.0), Pair("b", "a")), source="made up", tolerances={"preference": 5})

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
 from made_up_runs import score, write_made_up, write_run, write_votes
 
+from vqdm.compose import register_schemas, to_config
+from vqdm.metrics.families import FAMILIES
 from vqdm.report.records import newest_records
 from vqdm.report.tables import read_table
 from vqdm.report.writers import write_table
@@ -147,3 +150,39 @@ def test_a_twin_has_the_same_rows_on_a_tiny_model(name):
     ]
     assert sides[0] == sides[1]
     assert twin.deviations and not any(row.published for row in twin.rows)
+
+
+NAMES = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_columns_of_a_table_are_metrics_that_its_rows_are_scored_by(name):
+    table = read_table(ROOT / "experiments" / f"{name}.yaml")
+    register_schemas()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        configs = [
+            to_config(hydra.compose("config", of_run)) for row in table.rows for of_run in row.overrides_of_runs()
+        ]
+    for config in configs:
+        scored = {metric for family in config.evaluate.metrics for metric in FAMILIES[family].metrics}
+        assert set(table.metrics) <= scored, config.name
+    assert all(config.method is not None for config in configs)
+
+
+def test_the_published_values_are_the_paper_s():
+    """Against the table as it was copied by hand from the project page."""
+    page = """
+        full precision | 32 | 0.226 | 0.357 | 18.99
+        VQDM 4 bit | 4.15 | 0.226 | 0.356 | 19.11
+        VQDM 3 bit | 3.15 | 0.225 | 0.355 | 19.18
+        VQDM 2 bit | 2.15 | 0.219 | 0.341 | 22.14
+        Q-Diffusion 4 bit | 4 | 0.225 | 0.355 | 19.30
+        PTQ4DM 4 bit | 4 | 0.224 | 0.353 | 19.78
+    """
+    table = read_table(ROOT / "experiments" / "table1_sdxl.yaml")
+    found = {row.method: row.published for row in table.rows if row.published}
+    for line in page.strip().splitlines():
+        method, *values = (cell.strip() for cell in line.split("|"))
+        expected = dict(zip(("bits", "pickscore", "clip_h14", "fid_paper"), map(float, values), strict=True))
+        assert found.pop(method) == expected
+    assert not found

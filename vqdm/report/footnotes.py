@@ -38,18 +38,36 @@ def about_making(table: Table, model: str) -> list[str]:
 
 
 def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[str]:
-    """Deviations; one line per part of the protocol; per metric its own protocol, warnings, why it was not run."""
+    """Deviations; one line per part of the protocol; per metric its own, then warnings, and why it was not run."""
     first = [*(f"deviation: {deviation}" for deviation in table.deviations), f"model: {model}"]
     if not runs:
         return first
     named = [(run["method"], *protocols_of(run, results, table.metrics)) for run in runs]
     common = _grouped(_merged([(method, shared) for method, shared, _ in named]))
     lines = [*first, *(f"{key}: {value}" for key, value in common.items())]
+    own = {}
     for metric in table.metrics:
-        own = _grouped(_merged([(method, parts[metric]) for method, _, parts in named if metric in parts]))
-        if own:
-            lines.append(f"{metric}: " + "; ".join(f"{key}: {value}" for key, value in own.items()))
+        protocols = [(method, parts[metric]) for method, _, parts in named if metric in parts]
+        own |= {metric: _grouped(_merged(protocols))} if protocols else {}
+    lines += _shared_once(own)
     return lines + _remarks(table, runs, results)
+
+
+def _shared_once(own: dict[str, dict[str, str]]) -> list[str]:
+    """{metric: {key: value}} as lines: what several metrics share stands once, before what is one's own."""
+    sharing: dict[tuple[str, str], list[str]] = {}
+    for metric, protocol in own.items():
+        for item in protocol.items():
+            sharing.setdefault(item, []).append(metric)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for (key, value), metrics in sharing.items():
+        groups.setdefault(tuple(metrics), []).append(value if key == "is" else f"{key}: {value}")
+    first = sorted(groups, key=len, reverse=True)  # stable: groups of one stay in the order of the columns
+    return [f"{_names(metrics, of=len(own))}: {'; '.join(groups[metrics])}" for metrics in first]
+
+
+def _names(metrics: tuple[str, ...], *, of: int) -> str:
+    return "every metric" if len(metrics) == of > 1 else ", ".join(metrics)
 
 
 def _remarks(table: Table, runs: list[dict], results: Path) -> list[str]:
