@@ -3,10 +3,12 @@
 python run.py +experiment=demo              # the table of the README
 python run.py +experiment=tiny_vq3          # one row of it
 python run.py +experiment=sdxl_vq3 plan=true
+python run.py --multirun +experiment=tiny_codec quantize=gptq quantize.bits=2,3,4   # jobs: conf/hydra/launcher
 """
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,8 +29,8 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
     os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
-from vqdm import processes
-from vqdm.compose import overrides_for_rows, register_schemas, to_config
+from vqdm import processes, sweeps
+from vqdm.compose import NamedSweep, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
@@ -50,7 +52,7 @@ def _run(composed: DictConfig) -> None:
 
     config = to_config(composed)
     if config.table is None:
-        pipeline.run(config)
+        sweeps.say_run(pipeline.run(config))
         return
     table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
     pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task), config.seeds))
@@ -60,11 +62,12 @@ def _run(composed: DictConfig) -> None:
 def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vqdm").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        run_as_job(Path(__file__).resolve())
+        return
     try:
         _run(composed)
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # the other jobs go on
         sys.exit(_line(error))  # past Hydra, which would add lines of its own
     except BrokenPipeError:  # of `… plan=true | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,11 +77,28 @@ def _line(error: BaseException) -> str:
     return f"error: {' '.join(str(error).split())}"
 
 
+def _stop(*_) -> None:
+    """A cluster's SIGTERM is a Ctrl-C: the tracker finishes; once, so that it can."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _say_launcher_failed(error: Exception) -> None:
+    """Jobs fail in processes of their own; what comes through is the launcher's: a job's worker killed, no cluster."""
+    print(*sweeps.failures(NamedSweep.directory), sep="\n", file=sys.stderr)
+    sys.exit(f"error: the sweep's launcher stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     try:
         main()
-        processes.leave()  # not before: of several jobs all need the others
+        processes.leave()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_line(error))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+    except Exception as error:
+        if NamedSweep.directory is None:
+            raise
+        _say_launcher_failed(error)
