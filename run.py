@@ -35,6 +35,7 @@ from vqdm.errors import UserError
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
 register_schemas()
+CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # USR2 is submitit's before a job's time is up
 
 
 def _rows(table, task_overrides: list[str], seeds: int | None):
@@ -78,19 +79,22 @@ def _line(error: BaseException) -> str:
 
 
 def _stop(*_) -> None:
-    """A cluster's SIGTERM is a Ctrl-C: the tracker finishes; once, so that it can."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """The tracker finishes; only a second Ctrl-C can keep it from that."""
+    for number in CLUSTER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise KeyboardInterrupt
 
 
 def _say_launcher_failed(error: Exception) -> None:
-    """Jobs fail in processes of their own; what comes through is the launcher's: a job's worker killed, no cluster."""
+    """Jobs fail in processes of their own; what comes up to here is the launcher's: a worker killed, no cluster."""
     print(*sweeps.failures(NamedSweep.directory), sep="\n", file=sys.stderr)
     sys.exit(f"error: the sweep's launcher stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, *CLUSTER_SIGNALS):
+        signal.signal(number, _stop)
     try:
         main()
         processes.leave()

@@ -55,7 +55,10 @@ class NamedSweep(Callback):
     directory: Path | None = None  # of the sweep that this process leads
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
-        overrides = [*config.hydra.overrides.task, *(f"{k}={v}" for k, v in (config.hydra.sweeper.params or {}).items())]
+        overrides = [
+            *config.hydra.overrides.task,
+            *(f"{k}={v}" for k, v in (config.hydra.sweeper.params or {}).items()),
+        ]
         parsed = OverridesParser.create().parse_overrides(overrides)
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
         if not any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
@@ -68,8 +71,12 @@ class NamedSweep(Callback):
             sweeps.write_sweep(NamedSweep.directory, overrides=overrides, swept=swept)
         except (OSError, UserError) as error:  # Hydra would turn it into a warning
             sys.exit(f"error: the sweep cannot be written down: {error}; mend that, or set results_dir=…")
+        _say(f"— sweep {NamedSweep.directory}")
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
+        runs = Path(config.results_dir) / "tracker" / "wandb"
+        if next(runs.glob("offline-run-*"), None):
+            _say(f"tracker: offline; upload with `wandb sync {runs}`")
         if lines := sweeps.failures(NamedSweep.directory):
             sys.exit("\n".join(lines))
 
@@ -87,9 +94,7 @@ def run_as_job(script: Path) -> None:
     command = [sys.executable, str(script), *flags, *overrides, *own]
     one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # of several at once, all would be talking
     _say(f"— job {hydra.job.num}: {label}" + ("" if one_by_one else f"; its log: {directory / sweeps.LOG}"))
-    error = sweeps.run_job(
-        command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one
-    )
+    error = sweeps.run_job(command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one)
     _say(f"— job {hydra.job.num}: " + ("done" if error is None else f"failed: {error}"))
 
 

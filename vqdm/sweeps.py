@@ -22,7 +22,7 @@ from vqdm.atomic import canonical_json, write_json
 
 SWEEP, JOB, LOG = "sweep.json", "job.json", "log.txt"
 RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: where it says which run record is its own
-KILLED = "did not end: killed, or its launcher was"
+UNKNOWN = "has not said how it ended: killed with its launcher, or still at work"
 # overrides that change no result: the same sweep goes on under the same name
 UNNAMED = ("results_dir", "threads", "device", "show_layers", "tracker", "tracker.")
 TAIL = 4000  # characters at the end of a job's log, where its error stands
@@ -61,7 +61,7 @@ def run_job(
     sweep, unless told otherwise.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    job = {"number": number, "overrides": overrides, "label": label, "error": KILLED}
+    job = {"number": number, "overrides": overrides, "label": label, "error": UNKNOWN}
     run_file = directory / "run.json"
     run_file.unlink(missing_ok=True)
     write_json(directory / JOB, job)
@@ -101,14 +101,16 @@ def _tee(stream, log: Path) -> None:
 
 @contextlib.contextmanager
 def _stopped_with_us(process: subprocess.Popen):
-    """Ctrl-C reaches a job by itself and it needs a moment to finish its tracker; after that it is told."""
+    """Ctrl-C reaches a job by itself, another signal does not; it gets time to finish its tracker."""
     try:
         yield
     except BaseException:
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.terminate()
+        for seconds, stop in ((2, process.terminate), (20, process.kill)):
+            try:
+                process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                stop()
+        process.wait()  # after a Ctrl-C `with` alone would not
         raise
 
 

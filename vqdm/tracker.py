@@ -12,7 +12,7 @@ from vqdm.errors import UserError
 
 log = logging.getLogger("vqdm")
 MAX_IMAGES = 32
-MAX_NAME = 128  # characters of a group or an artifact
+MAX_NAME = 128  # characters of an artifact
 
 
 class NullTracker:
