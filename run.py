@@ -63,12 +63,15 @@ def _run(composed: DictConfig) -> None:
 def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vqdm").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping and not processes.launched():  # those of torchrun stay together
         run_as_job(Path(__file__).resolve())
         return
     try:
         _run(composed)
     except UserError as error:
+        if sweeping:
+            raise  # the other jobs go on
         sys.exit(_line(error))  # past Hydra, which would add lines of its own
     except BrokenPipeError:  # of `… plan=true | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,6 +106,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     except Exception as error:
-        if NamedSweep.directory is None:
+        if NamedSweep.directory is None or processes.launched():
             raise
         _say_launcher_failed(error)

@@ -162,6 +162,14 @@ def test_every_launcher_composes(name):
     assert composed.hydra.launcher._target_.endswith("Launcher")
 
 
+def test_a_value_with_quotes_and_commas_goes_through_and_names_the_row(tmp_path):
+    layers = r"model.layers='.*conv(1|2)','.*\.to_(q|k)'"
+    done = run("--multirun", "+experiment=tiny_rtn4", layers, "plan=true", f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    first, second = jobs_of_sweep(_sweep(tmp_path))
+    assert (first["label"], second["label"]) == ("model.layers='.*conv(1|2)'", r"model.layers='.*\.to_(q|k)'")
+
+
 SWEPT = ["+experiment=tiny_codec", "quantize=rtn,gptq", "quantize.bits=2,3"]
 
 
@@ -186,7 +194,7 @@ def test_a_job_is_labelled_by_what_varies(tmp_path):
     write_sweep(tmp_path, overrides=SWEPT, swept=["quantize", "experiment"])
     assert job_label(tmp_path, ["+experiment=a", "quantize=rtn", "threads=1"]) == "experiment=a quantize=rtn"
     write_sweep(tmp_path, overrides=["threads=1"], swept=[])
-    assert job_label(tmp_path, ["threads=1"]) == "threads=1"
+    assert job_label(tmp_path, ["threads=1"]) == ""
 
 
 @pytest.mark.parametrize("show", [True, False])

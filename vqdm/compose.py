@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from vqdm import config as schema
-from vqdm import sweeps
+from vqdm import processes, sweeps
 from vqdm.errors import UserError
 
 GROUPS = {
@@ -86,17 +86,27 @@ def run_as_job(script: Path) -> None:
     hydra = HydraConfig.get()
     overrides, directory = list(hydra.overrides.task), Path(hydra.runtime.output_dir)
     label = sweeps.job_label(directory.parent, overrides)
-    own = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
-    if not any(o.startswith("method=") for o in overrides):
-        own.append("method='{}'".format(label.replace("'", r"\'")))
-    paths = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    flags = [f"--config-dir={path.removeprefix('file://')}" for path in paths]
-    command = [sys.executable, str(script), *flags, *overrides, *own]
+    command = [sys.executable, str(script), *_flags(hydra), *overrides, *_method(label, overrides)]
     one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # of several at once, all would be talking
     _say(f"— job {hydra.job.num}: {label}" + ("" if one_by_one else f"; its log: {directory / sweeps.LOG}"))
     error = sweeps.run_job(command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one)
     _say(f"— job {hydra.job.num}: " + ("done" if error is None else f"failed: {error}"))
 
 
+def _method(label: str, overrides: list[str]) -> list[str]:
+    """What tables call the job; an experiment that alone varies says it itself, and the user's word holds."""
+    if not label or re.fullmatch(r"experiment=\S*", label) or any(o.startswith("method=") for o in overrides):
+        return []
+    return ["method='{}'".format(label.replace("'", r"\'"))]
+
+
+def _flags(hydra: DictConfig) -> list[str]:
+    """What the sweep was told of other places of configurations."""
+    paths = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    searched = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+    return [*(f"--config-dir={path.removeprefix('file://')}" for path in paths), *searched]
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ SWEEP, JOB, LOG = "sweep.json", "job.json", "log.txt"
 RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: where it says which run record is its own
 UNKNOWN = "has not said how it ended: killed with its launcher, or still at work"
 # overrides that change no result: the same sweep goes on under the same name
-UNNAMED = ("results_dir", "threads", "device", "show_layers", "tracker", "tracker.")
+UNNAMED = ("results_dir.", "threads.", "device.", "show_layers.", "tracker.")
 TAIL = 4000  # characters at the end of a job's log, where its error stands
 
 
@@ -47,9 +47,9 @@ def write_sweep(directory: Path, *, overrides: list[str], swept: list[str]) -> N
 
 
 def job_label(directory: Path, overrides: list[str]) -> str:
-    """What tells a job from its siblings: its own values of the keys that vary. directory: the sweep's."""
+    """What tells a job from its siblings: its own values of the keys that vary, if any do. directory: the sweep's."""
     swept = json.loads((directory / SWEEP).read_text())["swept"]
-    return " ".join(o.lstrip("+") for o in overrides if _key(o) in swept) or " ".join(overrides)
+    return " ".join(o.lstrip("+") for o in overrides if _key(o) in swept)
 
 
 def run_job(
@@ -115,7 +115,7 @@ def _stopped_with_us(process: subprocess.Popen):
 
 
 def say_run(record: dict | None) -> None:
-    """In a job's process: which run record is its own, for `runs_of_sweep`."""
+    """In a job's process: which run record is its own, for `jobs_of_sweep`."""
     if record is not None and RUN_FILE in os.environ:
         name = f"runs/{record['experiment']}/{record['fingerprint'][:8]}.json"
         write_json(Path(os.environ[RUN_FILE]), {"run": name})
