@@ -151,12 +151,13 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     record, last = _record(config, store, stages), stages.stages()[-1]
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
-        config.tracker, name=f"{config.name}-{last.short}", run_id=last.fingerprint[:16],
+        config.tracker, name=last.directory_name, run_id=last.fingerprint[:16],
         settings=asdict(config), directory=store.root / "tracker",
     )  # fmt: skip
     failed = True
     try:
         record |= _work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
+        _log_stages(tracker, store, stages)
         store.record_run(config.name, record)
         failed = False
     finally:
@@ -173,6 +174,20 @@ def _work(config: Config, store: Store, stages: Graph | Quantization, *, device,
     from vqdm.stages.experiment import run_experiment
 
     return run_experiment(config, store, stages, device=device, tracker=tracker)
+
+
+def _log_stages(tracker, store: Store, stages: Graph | Quantization) -> None:
+    """What each stage's manifest says, in a section of its name; and where the denoisers are, with what made them."""
+    for name, stage in stages.named().items():
+        if store.status(stage) != "done":  # images can always be extended
+            continue
+        summary = store.summary(stage) or {}
+        tracker.log({f"{name}/{key}": value for key, value in summary.items()})
+        directory = store.directory(stage)
+        if (directory / "denoiser").is_dir():
+            upstream = {key: getattr(up, "directory_name", up) for key, up in stage.upstream.items()}
+            made_from = {"stage": stage.name, "fingerprint": stage.fingerprint, "upstream": upstream}
+            tracker.denoiser(f"{stage.name}-{stage.directory_name}", directory, made_from | stage.config | summary)
 
 
 def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:
