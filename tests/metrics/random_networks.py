@@ -112,7 +112,7 @@ def textures(count: int, size: tuple[int, int], *, seed: int = 0) -> list[np.nda
     rows, columns = np.mgrid[: size[0], : size[1]]
     pictures = []
     for _ in range(count):
-        fx, fy, phase = random.uniform(0.02, 0.5, 2).tolist() + [random.uniform(0, 6)]
+        fx, fy, phase = random.uniform((0.02, 0.02, 0), (0.5, 0.5, 6))
         wave = np.sin(fx * columns + fy * rows + phase)[..., None] * random.uniform(10, 90, 3)
         picture = random.uniform(40, 210, 3) + wave + random.normal(0, random.uniform(1, 30), (*size, 3))
         pictures.append(picture.clip(0, 255).astype(np.uint8))
