@@ -1,13 +1,20 @@
-"""Two runs on the same captions and noise, image by image: mean difference and its paired standard error.
+"""Two runs on the same captions and noise, image by image and draw by draw: differences and their standard errors.
 
 python scripts/compare_runs.py codecs_trellis3 codecs_rtn4 [--model tiny_outlier] [--results results]
+python scripts/compare_runs.py sdxl_vq3 sdxl_qdiffusion4 --model sdxl --reference data/reference/coco2014_val_30k
 
-A run is named as in experiments/; its calibration seeds (NAME_seed1, …) are averaged image by image first.
+A run is named as in experiments/; its calibration seeds (NAME_seed1, …) are averaged image by image first. Means over
+images: paired standard error over prompts. Scores of a whole set (FID, KID, CMMD): the same prompts are drawn for both
+runs, --resamples times, from the features that the runs kept; "bias" is how far the draws' mean difference lies from
+the difference of all images, as FID rises when images stand twice.
 """
 
 import argparse
+import functools
+import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,58 +24,215 @@ from vqdm.errors import UserError
 from vqdm.stages.layout import IMAGES_FILE
 from vqdm.store import Store
 
-LOWER_IS_BETTER = ("distance_to_fp",)
+LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
+SAME_IMAGES = ("n", "images_per_prompt", "prompts_sha256", "image_seed")
+SAME_NUMBERS = ("dtype", "device")
 
 
-def image_scores(results: Path, name: str, model: str) -> pd.DataFrame:
-    """Scores of every image, by prompt; the mean over the calibration seeds that there are."""
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its evaluation and where its stages lie."""
+
+    results: Path
+    record: dict
+    protocol: dict
+    metrics: dict[str, dict]
+
+    @property
+    def scores(self) -> Path:
+        return self.results / self.record["directories"]["evaluate"]
+
+    def stages_of(self, kind: str) -> dict[str, Path]:
+        """{family: directory} of the features ("features") or of those of the full-precision images ("originals")."""
+        found = json.loads((self.scores / "config.json").read_text())["upstream"]
+        of_kind = {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{kind}/")}
+        return {family: self._directory(fingerprint) for family, fingerprint in of_kind.items()}
+
+    def _directory(self, fingerprint: str) -> Path:
+        return next(self.results / d for d in self.record["stages"] if d.endswith(f"-{fingerprint[:8]}"))
+
+
+def find_runs(results: Path, name: str, model: str) -> list[Run]:
+    """The newest of every calibration seed that there is."""
     found = [
-        (record["experiment"], file.stat().st_mtime, results / record["directories"]["evaluate"] / IMAGES_FILE)
+        (record["experiment"], file.stat().st_mtime, record)
         for file, record in Store(results).runs()
         if re.fullmatch(rf"{re.escape(name)}(_seed\d+)?", record["experiment"]) and record.get("model") == model
     ]
-    newest = {run: scores for run, _, scores in sorted(found) if scores.is_file()}  # a later one replaces an earlier
+    found = [one for one in found if (results / one[2]["directories"]["evaluate"] / IMAGES_FILE).is_file()]
+    newest = {run: record for run, _, record in sorted(found, key=lambda one: one[:2])}
     if not newest:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
-    frames = [pd.read_csv(scores, index_col="prompt") for scores in newest.values()]
+    return [_read(results, record) for record in newest.values()]
+
+
+def _read(results: Path, record: dict) -> Run:
+    written = json.loads((results / record["directories"]["evaluate"] / "metrics.json").read_text())
+    return Run(results, record, written["protocol"], written["metrics"])
+
+
+def check(runs: list[Run], *, mixed: bool) -> list[str]:
+    """The metrics that all runs have; UserError if they are not of the same images, or of one protocol."""
+    first = runs[0]
+    for run in runs[1:]:
+        if any(run.protocol.get(key) != first.protocol.get(key) for key in SAME_IMAGES):
+            raise UserError("the two runs were scored on other captions or noise; run them with the same evaluate.*")
+    shared = [name for name in first.metrics if all(name in run.metrics for run in runs)]
+    for name, run in ((name, run) for name in shared for run in runs[1:]):
+        differing = [key for key in SAME_NUMBERS if run.protocol.get(key) != first.protocol.get(key)]
+        ours, theirs = (one.metrics[name].get("protocol", {}) for one in (first, run))
+        differing += sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if differing and not mixed:
+            raise UserError(f"{name} has another {', '.join(differing)} in one run than in the other; give --mixed "
+                            "to compare them all the same")  # fmt: skip
+    return shared
+
+
+def image_scores(runs: list[Run]) -> pd.DataFrame:
+    """Scores by prompt and copy; the mean over the calibration seeds."""
+    frames = [pd.read_csv(run.scores / IMAGES_FILE, index_col=["prompt", "copy"]) for run in runs]
     return sum(frames) / len(frames)
 
 
-def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Per metric: both means, mean difference, its paired standard error, and how many of them it is for the better."""
+def compare_images(one: pd.DataFrame, other: pd.DataFrame) -> list[dict]:
+    """Per metric that is a mean over images; its paired standard error is over prompts, whose copies are alike."""
     if list(one.index) != list(other.index):
         raise UserError("the two runs were scored on other captions; run them with the same evaluate.prompts")
     rows = []
     for metric in (name for name in one.columns if name in other.columns):
-        difference = (one[metric] - other[metric]).to_numpy()
+        difference = (one[metric] - other[metric]).groupby(level="prompt", sort=False).mean().to_numpy()
         error = difference.std(ddof=1) / np.sqrt(len(difference))
-        sign = -1 if metric in LOWER_IS_BETTER else 1
-        rows.append(
-            {
-                "metric": metric,
-                "first": one[metric].mean(),
-                "second": other[metric].mean(),
-                "difference": difference.mean(),
-                "paired_se": error,
-                "better_by_se": sign * difference.mean() / error if error else 0.0,
-            }
-        )
-    return pd.DataFrame(rows)
+        low, high = difference.mean() - 1.96 * error, difference.mean() + 1.96 * error
+        rows.append(_row(metric, one[metric].mean(), other[metric].mean(), error, low=low, high=high, bias=0.0))
+    return rows
 
 
-def main() -> None:
+def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple[float, np.ndarray]]:
+    """Per metric of a whole set: of all images, and of every draw [count]; means over the calibration seeds."""
+    from vqdm.metrics.scores import set_statistics
+
+    found: dict[str, list] = {}
+    for run in runs:
+        originals = run.stages_of("originals")
+        for family, directory in run.stages_of("features").items():
+            reference = load_reference(family, run)
+            if family == "tiny" and reference is None:
+                continue
+            columns = [_columns(run, place) for place in (directory, originals.get(family))]
+            for metric, statistic in set_statistics(family, *columns, reference=reference).items():
+                found.setdefault(metric, []).append(statistic(resamples))
+    return {
+        metric: (float(np.mean([value for value, _ in seeds])), np.mean([draws.numpy() for _, draws in seeds], axis=0))
+        for metric, seeds in found.items()
+        if len(seeds) == len(runs)
+    }
+
+
+def _columns(run: Run, directory: Path | None) -> dict | None:
+    from vqdm.stages.features import load_columns
+
+    if directory is None:
+        return None
+    batch_size = json.loads((directory / "config.json").read_text())["config"]["batch_size"]
+    return load_columns(directory, run.protocol["n"] * run.protocol["images_per_prompt"], batch_size)
+
+
+def compare_sets(one: dict, other: dict) -> list[dict]:
+    rows = []
+    for metric in (name for name in one if name in other):
+        (first, draws), (second, other_draws) = one[metric], other[metric]
+        differences = draws - other_draws
+        bias = differences.mean() - (first - second)
+        low, high = np.quantile(differences - bias, [0.025, 0.975])
+        rows.append(_row(metric, first, second, differences.std(ddof=1), low=low, high=high, bias=bias))
+    return rows
+
+
+def _row(metric: str, first: float, second: float, error: float, *, low: float, high: float, bias: float) -> dict:
+    sign = -1 if LOWER_IS_BETTER.fullmatch(metric) else 1
+    return {
+        "metric": metric, "first": first, "second": second, "difference": first - second, "paired_se": error,
+        "low95": low, "high95": high, "bias": bias, "better_by_se": sign * (first - second) / error if error else 0.0,
+    }  # fmt: skip
+
+
+@functools.cache
+def _reference(path: str | None, cache: Path):
+    from vqdm.metrics.reference import find_reference
+
+    return find_reference(path, cache=cache)
+
+
+def reference_loader(options: argparse.Namespace):
+    """(family, run) -> the tensors that the run was scored against; UserError if the given ones are others."""
+    from vqdm.identity import files_identity
+    from vqdm.metrics.tiny_world import load_reference
+    from vqdm.models.location import evaluators_directory
+
+    cache = Store(options.results).hashes
+
+    def load(family: str, run: Run) -> dict | None:
+        if family == "tiny":
+            directory = evaluators_directory(options.evaluators)
+            if [files_identity(directory, cache)] != run.metrics["clip_score"]["protocol"]["weights_sha256"]:
+                raise UserError(f"{run.record['experiment']} was scored with other evaluators; give --evaluators DIR")
+            return load_reference(directory)
+        used = next((entry["protocol"]["reference_sha256"] for name, entry in run.metrics.items()
+                     if name in _metrics_of(family) and "reference_sha256" in entry["protocol"]), None)  # fmt: skip
+        if used is None:
+            return None
+        reference = _reference(options.reference, cache)
+        if reference is None or reference.sha256 != used:
+            raise UserError(
+                f"{run.record['experiment']} was scored against a reference of sha256 {used[:16]}…; give it as "
+                "--reference PATH, or --images-only to leave FID, KID and CMMD out"
+            )
+        return reference.load(family)
+
+    return load
+
+
+def _metrics_of(family: str) -> tuple[str, ...]:
+    from vqdm.metrics.families import FAMILIES
+
+    return FAMILIES[family].metrics
+
+
+def compare(both: list[list[Run]], options: argparse.Namespace) -> pd.DataFrame:
+    shared = check([run for runs in both for run in runs], mixed=options.mixed)
+    rows = compare_images(*map(image_scores, both))
+    if not options.images_only:
+        from vqdm.metrics.resampling import Resamples
+
+        protocol = both[0][0].protocol
+        resamples = Resamples(protocol["n"], protocol["images_per_prompt"], count=options.resamples)
+        load = reference_loader(options)
+        rows += compare_sets(*(set_scores(runs, load, resamples=resamples) for runs in both))
+    return pd.DataFrame([row for row in rows if row["metric"] in shared])
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first")
     parser.add_argument("second")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    parser.add_argument("--resamples", type=int, default=100, help="draws of prompts")
+    parser.add_argument("--reference", help="evaluate.reference of the runs")
+    parser.add_argument("--evaluators", help="evaluate.evaluators of the runs")
+    parser.add_argument("--images-only", action="store_true", help="only what is a mean over images")
+    parser.add_argument("--mixed", action="store_true", help="also where protocols, dtypes or devices differ")
+    options = parser.parse_args(arguments)
     try:
-        both = [image_scores(options.results, name, options.model) for name in (options.first, options.second)]
-        table = compare(*both)
+        if options.resamples < 2:
+            raise UserError("--resamples must be 2 at least: their spread is the standard error")
+        both = [find_runs(options.results, name, options.model) for name in (options.first, options.second)]
+        table = compare(both, options)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{options.first} against {options.second} on {options.model}, n = {len(both[0])}")
+    protocol = both[0][0].protocol
+    copies = f" × {protocol['images_per_prompt']}" if protocol["images_per_prompt"] > 1 else ""
+    print(f"{options.first} against {options.second} on {options.model}, n = {protocol['n']}{copies}")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.5g}"))
 
 

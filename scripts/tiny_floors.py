@@ -11,14 +11,17 @@ import numpy as np
 import torch
 
 from vqdm.config import ModelConfig
-from vqdm.metrics.attributes import as_seen, look
-from vqdm.metrics.tiny_world import Evaluators, features_of, fidelity_scores, mean_and_error, set_scores, to_tensor
+from vqdm.metrics.attributes import as_seen, seen_by
+from vqdm.metrics.extractors import make_extractor
+from vqdm.metrics.resampling import Resamples, mean_and_error
+from vqdm.metrics.scores import score
+from vqdm.metrics.tiny_world import fidelity_scores, load_reference, to_tensor
 from vqdm.models.loader import load_pipeline
 from vqdm.seeds import numpy_generator
 from vqdm.tiny.data import SceneSet
 from vqdm.tiny.vae import reconstruction_psnr
 
-SHOWN = ("fid", "kid", "clip_score", "fidelity", "all_right")
+SHOWN = ("fid", "kid", "cmmd", "clip_score", "fidelity", "all_right")
 
 
 def reconstruct(vae, images: np.ndarray) -> np.ndarray:
@@ -28,10 +31,19 @@ def reconstruct(vae, images: np.ndarray) -> np.ndarray:
     return pixels.round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def score(evaluators: Evaluators, images: np.ndarray, captions: list[str]) -> dict:
-    columns = features_of(evaluators, images, captions)
-    scores = set_scores(evaluators, columns, captions, resamples=20, seed=0)
-    return scores | {"clip_score": mean_and_error(columns["cosines"].numpy())}
+def look(extractor, images: np.ndarray, captions: list[str]) -> dict[str, torch.Tensor]:
+    """Columns of all images, looked at 100 at a time."""
+    parts = [
+        extractor.columns(list(images[start : start + 100]), captions[start : start + 100])
+        for start in range(0, len(images), 100)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def scores_of(columns: dict[str, torch.Tensor], captions: list[str], reference: dict) -> dict[str, dict]:
+    resamples = Resamples(len(captions), count=20)
+    found = score("tiny", columns, None, captions=captions, reference=reference, resamples=resamples)
+    return {name: mean_and_error(values) for name, values in found.images.items()} | found.sets
 
 
 @torch.no_grad()
@@ -43,21 +55,24 @@ def main() -> None:
     parser.add_argument("--evaluators", type=Path, default=package / "tiny_evaluators")
     options = parser.parse_args()
     scenes = SceneSet(seed=0, split="test", n=options.n)
-    evaluators = Evaluators.load(options.evaluators)
+    extractor = make_extractor("tiny", [options.evaluators], device="cpu")
+    reference = load_reference(options.evaluators)
     vae = load_pipeline(ModelConfig(path=str(options.model)), device="cpu").vae
     order = numpy_generator(0, "shuffled captions").permutation(options.n)
     shuffled = [scenes.captions[i] for i in order]
+    rendered = look(extractor, scenes.pixels, scenes.captions)
+    reconstructed = look(extractor, reconstruct(vae, scenes.pixels), scenes.captions)
     rows = {
-        "real renders": score(evaluators, scenes.pixels, scenes.captions),
-        "VAE reconstructions": score(evaluators, reconstruct(vae, scenes.pixels), scenes.captions),
-        "real renders, captions shuffled": score(evaluators, scenes.pixels, shuffled),
+        "real renders": scores_of(rendered, scenes.captions, reference),
+        "VAE reconstructions": scores_of(reconstructed, scenes.captions, reference),
+        "real renders, captions shuffled": scores_of(look(extractor, scenes.pixels, shuffled), shuffled, reference),
         "perfect attribute network": fidelity_scores(scenes.captions, [as_seen(s) for s in scenes.scenes]),
     }
     print("| images |" + "".join(f" {name} |" for name in SHOWN) + "\n|---" + "|---" * len(SHOWN) + "|")
     for name, scores in rows.items():
         cells = (f"{scores[m]['value']:.4f} ± {scores[m]['se']:.4f}" if m in scores else "–" for m in SHOWN)
         print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
-    seen = look(evaluators.net, features_of(evaluators, scenes.pixels, scenes.captions)["features"])
+    seen = seen_by(rendered["labels"])
     exact = np.mean([one == as_seen(scene) for one, scene in zip(seen, scenes.scenes, strict=True)])
     about = {"n": options.n, "attribute_net_exact": round(float(exact), 4)}
     about["vae_psnr_db"] = round(reconstruction_psnr(vae, scenes.images(torch.arange(options.n))), 2)

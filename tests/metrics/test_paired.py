@@ -1,23 +1,14 @@
+"""PSNR, SSIM and LPIPS against torchmetrics, scipy and the lpips package."""
+
 import numpy as np
 import pytest
-import scipy.stats
 import torch
+from random_networks import photographs, random_alexnet, textures
+from scipy.ndimage import gaussian_filter
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from vqdm.metrics.attributes import KINDS, AttributeNet, Seen, as_seen
-from vqdm.metrics.paired import feature_distance, psnr
-from vqdm.metrics.tiny_world import (
-    Evaluators,
-    _agreement,
-    _ratio,
-    fidelity_scores,
-    image_scores,
-    mean_and_error,
-    set_scores,
-    to_tensor,
-)
-from vqdm.tiny.captions import caption_of
-from vqdm.tiny.scenes import draw_scene, render
+from vqdm.metrics.extractors import make_extractor, pair_columns
+from vqdm.metrics.paired import feature_distance, psnr, ssim
 
 
 def noise(shape, *, seed=0):
@@ -53,109 +44,85 @@ def test_identical_images_get_the_cap_and_no_others_get_more():
     assert round(cap, 1) == 58.9
 
 
+def slow_ssim(image, original):
+    """Wang et al. 2004, eq. 13, with scipy's Gaussian of 11 pixels; images are mirrored at their edges."""
+    x, y = image / 255.0, original / 255.0
+
+    def blurred(channel):
+        return gaussian_filter(channel, 1.5, radius=5, mode="mirror")
+
+    maps = []
+    for c in range(3):
+        first, second = x[..., c], y[..., c]
+        mean_x, mean_y = blurred(first), blurred(second)
+        var_x, var_y = blurred(first**2) - mean_x**2, blurred(second**2) - mean_y**2
+        covariance = blurred(first * second) - mean_x * mean_y
+        light = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        maps.append(light * (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2))
+    return np.mean(maps)
+
+
+def blurred_pair(count, size):
+    originals = np.stack(textures(count, size))
+    images = np.stack([gaussian_filter(o, (0.3 + i, 0.3 + i, 0)) for i, o in enumerate(originals)])
+    return images, originals
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 61)])
+def test_ssim_is_the_formula(size):
+    images, originals = blurred_pair(3, size)
+    expected = [slow_ssim(*pair) for pair in zip(images, originals, strict=True)]
+    assert ssim(images, originals) == pytest.approx(expected, rel=1e-6)
+    assert min(expected) < 0.9
+    assert ssim(images[:1], originals[:1]) == pytest.approx(expected[:1], rel=1e-6)
+    assert ssim(originals, originals) == pytest.approx([1, 1, 1])
+
+
+def test_pairs_are_looked_at_side_by_side():
+    images, originals = blurred_pair(3, (32, 40))
+    found = pair_columns(make_extractor("paired", [], device="cpu"), list(images), list(originals))
+    assert found["psnr"].tolist() == pytest.approx(psnr(images, originals).tolist())
+    assert found["ssim"].tolist() == pytest.approx(ssim(images, originals).tolist())
+
+
 def test_feature_distance_is_euclidean_row_by_row():
     first, second = torch.from_numpy(noise((6, 4))).double(), torch.from_numpy(noise((6, 4), seed=2)).double()
     expected = [np.sqrt(((a - b) ** 2).sum()) for a, b in zip(first.numpy(), second.numpy(), strict=True)]
     assert feature_distance(first, second).tolist() == pytest.approx(expected)
 
 
-def resampled(statistic, n, *, times=4000):
-    rng = np.random.default_rng(0)
-    return np.std([statistic(rng.integers(0, n, n)) for _ in range(times)])
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory):
+    return random_alexnet(tmp_path_factory.mktemp("alexnet"))
 
 
-def test_ratio_has_the_error_of_a_bootstrap():
-    rng = np.random.default_rng(1)
-    asked = rng.integers(2, 9, 300).astype(float)
-    found = rng.binomial(asked.astype(int), rng.beta(4, 2, 300)).astype(float)  # right or wrong together, in an image
-    score = _ratio(found, asked)
-    assert score["value"] == found.sum() / asked.sum()
-    assert score["se"] == pytest.approx(resampled(lambda i: found[i].sum() / asked[i].sum(), 300), rel=0.06)
+@pytest.mark.parametrize("size", [(64, 64), (96, 131)])
+def test_lpips_is_that_of_its_package(alexnet, size):
+    """Which loads AlexNet's weights into torchvision's network, and takes its slices from there."""
+    import lpips
+    from lpips import pretrained_networks
+    from torchvision.models import alexnet as network
+
+    images, originals = blurred_pair(3, size)
+    found = pair_columns(make_extractor("lpips", [alexnet], device="cpu"), list(images), list(originals))["lpips"]
+    direct = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    whole = network(weights=None)
+    whole.load_state_dict(torch.load(alexnet, weights_only=True))
+    direct.net = pretrained_networks.alexnet(pretrained=False, requires_grad=False)
+    for piece in ("slice1", "slice2", "slice3", "slice4", "slice5"):
+        for place, layer in getattr(direct.net, piece).named_children():
+            layer.load_state_dict(whole.features[int(place)].state_dict())
+    for index, (image, original) in enumerate(zip(images, originals, strict=True)):
+        pair = [lpips.im2tensor(pixels) for pixels in (image, original)]  # the package's own way to [-1, 1]
+        assert float(found[index]) == pytest.approx(float(direct(*pair).detach()), rel=1e-3)
+    assert found.max() > 10 * found.min() > 1e-4
 
 
-def test_ratio_where_many_images_ask_for_nothing():
-    rng = np.random.default_rng(2)
-    asked = rng.integers(0, 2, 400).astype(float)
-    found = asked * (rng.random(400) < 0.7)
-    score = _ratio(found, asked)
-    assert score["se"] == pytest.approx(resampled(lambda i: found[i].sum() / asked[i].sum(), 400), rel=0.06)
-    share, n = found.sum() / asked.sum(), asked.sum()
-    assert score["se"] == pytest.approx(np.sqrt(share * (1 - share) / n), rel=0.02)  # binomial
-
-
-def test_ratio_of_nothing_is_no_number():
-    assert all(np.isnan(value) for value in _ratio(np.zeros(5), np.zeros(5)).values())
-
-
-def test_mean_has_the_error_of_scipy_and_of_a_bootstrap():
-    values = np.random.default_rng(3).gamma(2.0, size=250)
-    score = mean_and_error(values)
-    assert score["value"] == pytest.approx(values.mean())
-    assert score["se"] == pytest.approx(scipy.stats.sem(values))
-    assert score["se"] == pytest.approx(resampled(lambda i: values[i].mean(), 250), rel=0.06)
-    assert mean_and_error(np.float32([0.1, 0.3]))["value"] == pytest.approx(0.2)
-    assert np.isnan(mean_and_error([4.0])["se"])
-
-
-def test_fidelity_scores_of_the_truth_and_of_one_mistake():
-    scenes = [draw_scene(0, "test", i) for i in range(50)]
-    captions = [caption_of(s, seed=0, split="test", index=i) for i, s in enumerate(scenes)]
-    truth = [as_seen(scene) for scene in scenes]
-    scores = fidelity_scores(captions, truth)
-    assert scores.keys() == {"fidelity", "all_right", *(f"fidelity_{kind}" for kind in KINDS)}
-    assert {score["value"] for score in scores.values()} == {1.0}
-    shape, colour, size = truth[0].things[0]
-    wrong = (shape, "red" if colour != "red" else "blue", size)
-    mistaken = Seen(truth[0].layout, (wrong, *truth[0].things[1:]), truth[0].background, truth[0].pattern)
-    worse = fidelity_scores(captions, [mistaken, *truth[1:]])
-    things = sum(len(scene.things) for scene in scenes)
-    assert worse["fidelity_colour"]["value"] == pytest.approx(1 - 1 / things)
-    assert worse["all_right"]["value"] == pytest.approx(0.98)
-    assert worse["fidelity_shape"]["value"] == 1.0
-    assert 1 - 1 / (3 * things) < worse["fidelity"]["value"] < 1
-
-
-def test_agreement_counts_equal_attributes_slot_by_slot():
-    red, blue = ("circle", "red", "small"), ("square", "blue", "large")
-    two = Seen("left", (red, blue), "gray", "plain")
-    assert _agreement(two, two) == 1
-    assert _agreement(two, Seen("left", (blue, red), "gray", "plain")) == pytest.approx(3 / 9)
-    assert _agreement(two, Seen("left", (red, ("ring", "blue", "large")), "pink", "plain")) == pytest.approx(7 / 9)
-    one = Seen("single", (red,), "gray", "plain")
-    assert _agreement(two, one) == _agreement(one, two) == pytest.approx(5 / 9)
-
-
-def test_paired_scores_of_the_same_images_and_of_others():
-    net = AttributeNet().eval().requires_grad_(False)
-    reference = net(to_tensor(render([draw_scene(0, "reference", i) for i in range(40)])))
-    evaluators = Evaluators(net, torch.nn.Identity(), None, reference)
-    images = render([draw_scene(0, "test", i) for i in range(40)])
-    scenes = [draw_scene(0, "test", i) for i in range(40)]
-    captions = [caption_of(s, seed=0, split="test", index=i) for i, s in enumerate(scenes)]
-    original, cosines = net(to_tensor(images)), torch.linspace(-1, 1, 40)
-    columns = {"features": original, "original_features": original, "cosines": cosines}
-    same = image_scores(evaluators, columns, captions)
-    assert np.all(same["distance_to_fp"] == 0) and np.all(same["agreement_with_fp"] == 1)
-    assert np.array_equal(same["clip_score"], cosines.numpy())
-    same_set = set_scores(evaluators, columns, captions, resamples=3, seed=0)
-    assert same_set["fid_to_fp"]["value"] == pytest.approx(0, abs=1e-4)
-    others = columns | {"features": net(to_tensor(255 - images))}
-    spread = reference.numpy().std(axis=0, ddof=1)  # distances are in units of the reference's spread
-    distances = np.linalg.norm((others["features"] - original).numpy() / spread, axis=1)
-    assert image_scores(evaluators, others, captions)["distance_to_fp"] == pytest.approx(distances, rel=1e-5)
-    away = set_scores(evaluators, others, captions, resamples=3, seed=0)
-    assert away["fid_to_fp"]["value"] > 10 * abs(same_set["fid_to_fp"]["value"])
-    assert "fid_to_fp" not in set_scores(
-        evaluators, {"features": original, "cosines": cosines}, captions, resamples=3, seed=0
-    )
-    asked = image_scores(evaluators, columns, captions)
-    assert set(np.unique(asked["all_right"])) <= {0.0, 1.0}
-    assert np.array_equal(asked["fidelity"] == 1, asked["all_right"] == 1)
-
-
-def test_tensors_keep_pixels_in_place():
-    images = noise((2, 4, 5, 3))
-    tensor = to_tensor(images)
-    assert tensor.shape == (2, 3, 4, 5)
-    assert float(tensor[1, 2, 3, 4]) == pytest.approx(images[1, 3, 4, 2] / 127.5 - 1)
-    assert to_tensor(np.array([[[[0, 255, 0]]]], np.uint8)).flatten().tolist() == [-1, 1, -1]
+def test_lpips_of_photographs_and_themselves_is_0(alexnet):
+    pictures = photographs(2)
+    if not pictures:
+        pytest.skip("no photographs in ../shared/data/coco/mini")
+    extractor = make_extractor("lpips", [alexnet], device="cpu")
+    for picture in pictures:
+        assert float(pair_columns(extractor, [picture], [picture])["lpips"]) == 0
+        assert float(pair_columns(extractor, [picture], [255 - picture])["lpips"]) > 0.01

@@ -45,7 +45,7 @@ DETAILS = {
     "distance_to_fp": "Euclidean distance of the standardised features to those of the full-precision image",
     "agreement_with_fp": "share of equal attributes with the full-precision image",
     "psnr_to_fp": "dB, mean over images, peak 1, squared error at least that of rounding to 8 bits (58.9 dB)",
-    "ssim_to_fp": "Gaussian window of 11 pixels, σ 1.5",
+    "ssim_to_fp": "Gaussian window of 11 pixels, σ 1.5, over all pixels: images are mirrored at their edges",
     "fid_paper_to_fp": "to the full-precision images of the same captions and noise",
     "kid_standard": "unbiased MMD², cubic kernel, mean over 100 subsets of at most 1,000",
     "inception_score": "mean over 10 parts",

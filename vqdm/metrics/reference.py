@@ -14,6 +14,7 @@ from vqdm.identity import file_identity, files_identity
 from vqdm.metrics.families import FAMILIES
 
 ABOUT = "reference.json"
+SHAPES = {"mean": [2048], "covariance": [2048, 2048]}  # of Inception's pool features
 KEYS = {"mu": "mean", "sigma": "covariance"}  # of a .npz, as pytorch-fid and the published statistics name them
 
 
@@ -58,18 +59,21 @@ class Reference:
     def load(self, family: str) -> dict:
         """{"mean" [d], "covariance" [d, d], "features" [n, d] (not of a .npz)} as tensors."""
         if self.about is None:
-            return _load_npz(self.path)
+            import torch
+
+            return {name: torch.from_numpy(array) for name, array in _read_npz(self.path).items()}
         from safetensors.torch import load_file
 
         return load_file(self.path / f"{family}.safetensors")
 
 
 def find_reference(path: str | None, *, cache: Path) -> Reference | None:
-    """The reference of `evaluate.reference`; UserError if it is given and is none. Reads no statistics."""
+    """The reference of `evaluate.reference`; UserError if it is given and is none, before images are made for it."""
     if path is None:
         return None
     place = Path(path)
     if place.is_file() and place.suffix == ".npz":
+        _read_npz(place)
         return Reference(place, file_identity(place, cache), None)
     try:
         about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
@@ -81,22 +85,28 @@ def find_reference(path: str | None, *, cache: Path) -> Reference | None:
             f"evaluate.reference={path} is neither a directory of scripts/make_reference_stats.py nor a .npz "
             "file with mu and sigma; make one, or leave it out"
         )
+    if absent := [family for family in about["families"] if not (place / f"{family}.safetensors").is_file()]:
+        raise UserError(f"{place}: {absent[0]}.safetensors is missing; copy or make the reference again")
     return Reference(place, files_identity(place, cache), about)
 
 
-def _load_npz(path: Path) -> dict:
-    """Arrays only: a file that would have to be unpickled is refused."""
+def _read_npz(path: Path) -> dict:
+    """{"mean", "covariance"} in float64. Arrays only: a file that would have to be unpickled is refused."""
     import numpy as np
-    import torch
 
+    cure = "give statistics with mu [2048] and sigma [2048, 2048]"
     try:
         with np.load(path, allow_pickle=False) as content:
-            found = {ours: torch.from_numpy(content[theirs].astype(np.float64)) for theirs, ours in KEYS.items()}
-    except KeyError as error:
-        raise UserError(f"{path} has no array {error.args[0]!r}; give statistics with mu and sigma") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is no .npz of plain arrays ({error}); give statistics with mu and sigma") from error
-    dimension = len(found["mean"])
-    if found["mean"].ndim != 1 or found["covariance"].shape != (dimension, dimension):
-        raise UserError(f"{path}: mu and sigma are not [d] and [d, d]; give statistics of one set of features")
+            if absent := sorted(set(KEYS) - set(content.files)):
+                raise UserError(f"{path} has no array {absent[0]}, but {', '.join(content.files)}; {cure}")
+            found = {ours: content[theirs].astype(np.float64) for theirs, ours in KEYS.items()}
+    except UserError:
+        raise
+    except Exception as error:  # of numpy, zipfile or zlib: many kinds
+        raise UserError(f"{path} is no .npz of plain arrays ({type(error).__name__}); {cure}") from error
+    shapes = {ours: list(array.shape) for ours, array in found.items()}
+    if shapes != SHAPES:
+        raise UserError(f"{path}: mu is {shapes['mean']} and sigma {shapes['covariance']}; {cure}")
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise UserError(f"{path}: mu or sigma has values that are no numbers; {cure}")
     return found

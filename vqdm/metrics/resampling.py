@@ -46,6 +46,25 @@ def bootstrap(statistic: Callable[[torch.Tensor], float], features: torch.Tensor
     return torch.tensor([statistic(features[rows]) for rows in resamples.rows()], dtype=torch.float64)
 
 
+SetStatistic = Callable[[Resamples], tuple[float, torch.Tensor]]  # of all images, and of every draw: float64 [count]
+
+
+def of_rows(statistic: Callable[[torch.Tensor], float], features: torch.Tensor) -> SetStatistic:
+    """Of what is computed anew from the rows of every draw, as FID is."""
+    return lambda resamples: (statistic(features), bootstrap(statistic, features, resamples))
+
+
+def of_weights(statistic: Callable[[torch.Tensor], torch.Tensor]) -> SetStatistic:
+    """Of what takes all draws at once as weights of rows, [count, n] -> [count], as KID does."""
+
+    def all_and_draws(resamples: Resamples) -> tuple[float, torch.Tensor]:
+        weights = resamples.weights()
+        found = statistic(torch.cat([torch.ones_like(weights[:1]), weights]))
+        return float(found[0]), found[1:]
+
+    return all_and_draws
+
+
 def with_error(value: float, draws: torch.Tensor) -> dict[str, float]:
     """A score with its standard error and, as FID rises when rows stand twice, how far its draws lie above it."""
     return {"value": float(value), "se": float(draws.std()), "bias": float(draws.mean() - value)}

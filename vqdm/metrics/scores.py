@@ -1,14 +1,15 @@
 """From columns of features to scores: a number for every image, and numbers for the whole set. No network runs here."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from vqdm.metrics import tiny_world
+from vqdm.metrics.attributes import seen_by
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
-from vqdm.metrics.resampling import Resamples, with_error
-from vqdm.metrics.tiny_world import frechet_score
+from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
 
 SMALLEST_FID = 2048  # images; with fewer, Inception's covariance has not full rank
 SUBSETS, SUBSET_SIZE, SPLITS = 100, 1000, 10  # of KID and of the Inception score, as is the convention
@@ -30,12 +31,34 @@ def score(
     own, originals: columns {name: [n, …]} of the images and, where there are such, of the full-precision ones.
     reference: {"mean", "covariance", "features"}, what there is of it; of family tiny, its own reference.
     """
+    images = _image_scores(family, own, originals, captions=captions, reference=reference)
+    statistics = set_statistics(family, own, originals, reference=reference)
+    sets = {name: with_error(*statistic(resamples)) for name, statistic in statistics.items()}
     if family == "tiny":
-        images = tiny_world.image_scores(own, originals, captions=captions, reference=reference)
-        sets = tiny_world.set_scores(own, originals, captions=captions, reference=reference, resamples=resamples)
-        return _noted(Scores(images, sets), resamples)
-    found = _SCORES[family](own, originals, reference=reference, resamples=resamples)
-    return _noted(found, resamples)
+        sets |= tiny_world.fidelity_scores(captions, seen_by(own["labels"]), copies=resamples.copies)
+    if family == "fid_standard":
+        sets["inception_score"] = inception_score(own["logits"])
+        if reference is not None and "features" in reference:
+            sets["kid_standard"] = kid_of_subsets(reference["features"], own["features"])
+    return _noted(Scores(images, sets), resamples)
+
+
+def set_statistics(
+    family: str, own: dict, originals: dict | None, *, reference: dict | None
+) -> dict[str, SetStatistic]:
+    """The scores of a whole set that a bootstrap gives errors of; arguments as of `score`."""
+    if family == "tiny":
+        return tiny_world.set_statistics(own, originals, reference=reference)
+    found = {}
+    if family in ("fid_paper", "fid_standard") and reference is not None:
+        real = Gaussian(reference["mean"].double(), reference["covariance"].double())
+        found[family] = of_rows(FrechetDistance(real), own["features"])
+    if family == "fid_paper" and originals is not None:
+        original = FrechetDistance(Gaussian.of(originals["features"]))
+        found["fid_paper_to_fp"] = of_rows(original, own["features"])
+    if family == "cmmd" and reference is not None and "features" in reference:
+        found["cmmd_l14_336"] = of_weights(partial(cmmd, reference["features"], own["image"]))
+    return found
 
 
 def _noted(scores: Scores, resamples: Resamples) -> Scores:
@@ -47,40 +70,13 @@ def _noted(scores: Scores, resamples: Resamples) -> Scores:
     return scores
 
 
-def _paired(own: dict, originals, *, reference, resamples) -> Scores:
-    return Scores({f"{name}_to_fp": column.numpy() for name, column in own.items()}, {})
-
-
-def _fid_paper(own: dict, originals, *, reference, resamples) -> Scores:
-    sets = {}
-    if reference is not None:
-        sets["fid_paper"] = _fid(reference, own, resamples)
-    if originals is not None:
-        distance = FrechetDistance(Gaussian.of(originals["features"]))
-        sets["fid_paper_to_fp"] = frechet_score(distance, own["features"], resamples)
-    return Scores({}, sets)
-
-
-def _fid(reference: dict, own: dict, resamples: Resamples) -> dict:
-    distance = FrechetDistance(Gaussian(reference["mean"].double(), reference["covariance"].double()))
-    return frechet_score(distance, own["features"], resamples)
-
-
-def _fid_standard(own: dict, originals, *, reference, resamples) -> Scores:
-    sets = {"inception_score": inception_score(own["logits"])}
-    if reference is not None:
-        sets["fid_standard"] = _fid(reference, own, resamples)
-    if reference is not None and "features" in reference:
-        sets["kid_standard"] = kid_of_subsets(reference["features"], own["features"])
-    return Scores({}, sets)
-
-
 def kid_of_subsets(real: torch.Tensor, fake: torch.Tensor) -> dict:
     """Mean and standard deviation over 100 subsets of 1,000 (or of all, if there are fewer), by torch-fidelity."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(SUBSET_SIZE, len(real), len(fake))
-    found = kid_features_to_metric(real, fake, kid_subsets=SUBSETS, kid_subset_size=size, verbose=False)
+    pair = real.double(), fake.double()  # a small difference of large sums
+    found = kid_features_to_metric(*pair, kid_subsets=SUBSETS, kid_subset_size=size, verbose=False)
     note = f"± is the standard deviation over {SUBSETS} subsets of {size}"
     return {"value": found[KEY_METRIC_KID_MEAN], "se": found[KEY_METRIC_KID_STD], "note": note}
 
@@ -89,45 +85,26 @@ def inception_score(logits: torch.Tensor) -> dict:
     """Mean and standard deviation over 10 parts (Salimans et al. 2016), by torch-fidelity."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    found = isc_features_to_metric(logits, splits=min(SPLITS, len(logits)))
-    note = f"± is the standard deviation over {SPLITS} parts"
+    parts = min(SPLITS, len(logits))
+    found = isc_features_to_metric(logits, splits=parts)
+    note = f"± is the standard deviation over {parts} parts"
     return {"value": found[KEY_METRIC_ISC_MEAN], "se": found[KEY_METRIC_ISC_STD], "note": note}
 
 
-def _cmmd(own: dict, originals, *, reference, resamples) -> Scores:
-    if reference is None or "features" not in reference:
-        return Scores({}, {})
-    pair = (reference["features"], own["image"])
-    return Scores({}, {"cmmd_l14_336": with_error(cmmd(*pair), cmmd(*pair, resamples.weights()))})
-
-
-def _clip_h14(own: dict, originals, *, reference, resamples) -> Scores:
-    images = {"clip_h14": own["cosine"].numpy()}
-    if originals is not None:
-        images["clip_h14_similarity_to_fp"] = (own["image"] * originals["image"]).sum(-1).numpy()
-    return Scores(images, {})
-
-
-def _clip_l14(own: dict, originals, *, reference, resamples) -> Scores:
-    return Scores({"clip_l14": 100 * own["cosine"].clamp(min=0).numpy()}, {})
-
-
-def _pickscore(own: dict, originals, *, reference, resamples) -> Scores:
-    return Scores({"pickscore": own["cosine"].numpy(), "pickscore_scaled": own["scaled"].numpy()}, {})
-
-
-def _hpsv2(own: dict, originals, *, reference, resamples) -> Scores:
-    return Scores({"hpsv2": own["cosine"].numpy()}, {})
-
-
-_SCORES = {
-    "paired": _paired,
-    "lpips": _paired,
-    "fid_paper": _fid_paper,
-    "fid_standard": _fid_standard,
-    "cmmd": _cmmd,
-    "clip_h14": _clip_h14,
-    "clip_l14": _clip_l14,
-    "pickscore": _pickscore,
-    "hpsv2": _hpsv2,
-}
+def _image_scores(
+    family: str, own: dict, originals: dict | None, *, captions: list[str], reference: dict | None
+) -> dict[str, np.ndarray]:
+    if family == "tiny":
+        return tiny_world.image_scores(own, originals, captions=captions, reference=reference)
+    if family in ("paired", "lpips"):
+        return {f"{name}_to_fp": column.numpy() for name, column in own.items()}
+    cosine = own["cosine"].numpy() if "cosine" in own else None
+    if family == "clip_h14":
+        if originals is None:
+            return {family: cosine}
+        return {family: cosine, "clip_h14_similarity_to_fp": (own["image"] * originals["image"]).sum(-1).numpy()}
+    if family == "clip_l14":
+        return {family: 100 * np.maximum(cosine, 0)}
+    if family == "pickscore":
+        return {family: cosine, "pickscore_scaled": own["scaled"].numpy()}
+    return {family: cosine} if family == "hpsv2" else {}

@@ -41,10 +41,9 @@ def fetch(weights: Weights, folder: Path) -> Path | None:
     log.info("fetching %s for metrics", weights.name)
     try:
         return _from_hub(weights.hub) if weights.hub else _from_url(weights, folder)
-    except UserError:
-        raise
-    except Exception as error:  # of requests, httpx or urllib, by library and version
-        log.warning("%s cannot be fetched (%s); its metrics are not run", weights.name, type(error).__name__)
+    except Exception as error:  # of requests, httpx or urllib, by library and version; or another hash than published
+        why = next(iter(str(error).splitlines()), "")[:200]
+        log.warning("%s cannot be fetched (%s: %s); its metrics are not run", weights.name, type(error).__name__, why)
         return None
 
 
@@ -75,15 +74,18 @@ def load_tensors(path: Path) -> dict:
     import torch
     from safetensors.torch import load_file
 
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = content.get("state_dict", content)
+        if not all(isinstance(value, torch.Tensor) for value in content.values()):
+            raise TypeError("not all of it is tensors")
+    except Exception as error:  # of either reader: many kinds
         raise UserError(
             f"{path} holds more than tensors, or is damaged ({type(error).__name__}); fetch it again"
         ) from error
-    return content.get("state_dict", content)
+    return content
 
 
 def identity(weights: Weights, path: Path, *, cache: Path) -> str:

@@ -1,5 +1,6 @@
 """The tiny world's evaluators as a family of metrics: its attribute network, its open_clip model, its reference."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from vqdm.metrics.attributes import KINDS, AttributeNet, Seen, fidelity, labels, seen_by
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd, kid
 from vqdm.metrics.paired import feature_distance
-from vqdm.metrics.resampling import Resamples, bootstrap, ratio_and_error, with_error
+from vqdm.metrics.resampling import SetStatistic, of_rows, of_weights, ratio_and_error
 from vqdm.metrics.tiny_clip import clip_tokens, load_clip
 from vqdm.tiny.captions import requested
 
@@ -71,27 +72,20 @@ def image_scores(own: dict, originals: dict | None, *, captions: list[str], refe
     return scores
 
 
-def set_scores(
-    own: dict, originals: dict | None, *, captions: list[str], reference: dict, resamples: Resamples
-) -> dict[str, dict]:
-    """FID, KID and CMMD to the reference, FID to the full-precision images, and fidelity of one set of images."""
+def set_statistics(own: dict, originals: dict | None, *, reference: dict) -> dict[str, SetStatistic]:
+    """FID, KID and CMMD to the reference, and FID to the full-precision images, of one set of images."""
     real = standardised(reference["features"], reference["features"])
     fake = standardised(own["features"], reference["features"])
-    scores = {
-        "fid": frechet_score(FrechetDistance(Gaussian.of(real)), fake, resamples),
-        "kid": with_error(kid(real, fake), kid(real, fake, resamples.weights())),
+    statistics = {
+        "fid": of_rows(FrechetDistance(Gaussian.of(real)), fake),
+        "kid": of_weights(partial(kid, real, fake)),
     }
     if "image" in reference:
-        pair = (reference["image"], own["image"])
-        scores["cmmd"] = with_error(cmmd(*pair), cmmd(*pair, resamples.weights()))
+        statistics["cmmd"] = of_weights(partial(cmmd, reference["image"], own["image"]))
     if originals is not None:
         original = Gaussian.of(standardised(originals["features"], reference["features"]))
-        scores["fid_to_fp"] = frechet_score(FrechetDistance(original), fake, resamples)
-    return scores | fidelity_scores(captions, seen_by(own["labels"]), copies=resamples.copies)
-
-
-def frechet_score(distance: FrechetDistance, features: torch.Tensor, resamples: Resamples) -> dict[str, float]:
-    return with_error(distance(features), bootstrap(distance, features, resamples))
+        statistics["fid_to_fp"] = of_rows(FrechetDistance(original), fake)
+    return statistics
 
 
 def tally(captions: list[str], seen: list[Seen]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,100 @@
+"""Image files of folders and of .zip archives, read in place, by one name wherever they lie. Imports no torch."""
+
+import hashlib
+import io
+import posixpath
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vqdm.errors import UserError
+from vqdm.prompts import PromptList
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # of 8 bits a channel
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """name: below the deepest folder that all images of its source lie in, so that a folder and its .zip agree."""
+
+    name: str
+    source: Path
+    read: Callable[[], bytes]
+
+
+def list_images(sources: list[Path]) -> list[ImageFile]:
+    """All images of all sources by name; UserError for a source that is none, or for a name that two have."""
+    found = [image for source in sources for image in _in_source(source)]
+    name, times = Counter(image.name for image in found).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{times} images are called {name}; give sources whose images have names of their own")
+    return sorted(found, key=lambda image: image.name)
+
+
+def _in_source(source: Path) -> list[ImageFile]:
+    if source.is_dir():
+        files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+        readers = {name: path.read_bytes for name, path in files.items()}
+    else:
+        try:
+            archive = zipfile.ZipFile(source)  # stays open: its images are read from it one by one
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{source} is no folder of images and no .zip archive; correct the path") from error
+        names = (info.filename for info in archive.infolist() if not info.is_dir())
+        readers = {name: lambda name=name: archive.read(name) for name in names}
+    images = {name: read for name, read in readers.items() if _is_image(PurePosixPath(name))}
+    if not images:
+        raise UserError(f"{source} holds no images ({', '.join(SUFFIXES)}); give a folder or a .zip archive that does")
+    common = posixpath.commonpath([posixpath.dirname(name) for name in images])
+    return [ImageFile(posixpath.relpath(name, common or "."), source, read) for name, read in images.items()]
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def images_of(prompts: PromptList, images: list[ImageFile]) -> list[ImageFile]:
+    """The distinct images that the captions belong to, in order of names; folders in a name need not agree."""
+    wanted = {prompt.image for prompt in prompts.prompts}
+    if None in wanted:
+        raise UserError(f"{prompts.origin}: not all captions name their image; give a list with a file_name column")
+    known = {PurePosixPath(image.name).name: image for image in images} | {image.name: image for image in images}
+    found = {name: known.get(name) or known.get(PurePosixPath(name).name) for name in wanted}
+    if absent := sorted(name for name, image in found.items() if image is None):
+        raise UserError(f"{len(absent)} of {len(found)} images of the captions are in no source, first {absent[0]}")
+    return sorted({image.name: image for image in found.values()}.values(), key=lambda image: image.name)
+
+
+def check_images(images: list[ImageFile]) -> list[tuple[str, str]]:
+    """(name, sha256 of its file) of every image; UserError that names the files that cannot be decoded."""
+    with ThreadPoolExecutor() as threads:
+        hashes = list(tqdm(threads.map(_checked, images), desc="reading", total=len(images), unit="image"))
+    if broken := [f"{image.source}: {image.name}" for image, one in zip(images, hashes, strict=True) if one is None]:
+        shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise UserError(f"unreadable images of 8 bits: {shown}; fetch them again or take them out")
+    return [(image.name, one) for image, one in zip(images, hashes, strict=True)]
+
+
+def _checked(image: ImageFile) -> str | None:
+    try:
+        data = image.read()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            return hashlib.sha256(data).hexdigest() if picture.mode in MODES else None
+    except Exception:  # of Pillow's many readers, of a damaged archive, of a picture too large to be one
+        return None
+
+
+def load_image(image: ImageFile) -> np.ndarray:
+    """uint8 [height, width, 3]; grey, CMYK and others turned into RGB as Pillow does it, no rotation by metadata."""
+    with Image.open(io.BytesIO(image.read())) as picture:
+        return np.asarray(picture.convert("RGB"))
