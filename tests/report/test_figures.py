@@ -15,7 +15,6 @@ from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
 from vqdm.report.figures import figures_of, layer_map, loss_curves, pareto, save, timestep_errors
-from vqdm.report.figures.collection import validated
 from vqdm.report.figures.layers import execution_place, is_convolution
 from vqdm.report.figures.pareto import LABELS, family_of
 from vqdm.report.figures.style import COLOURS
@@ -298,16 +297,6 @@ def test_tuned_blocks_are_ratios_and_those_that_stayed_are_crosses_at_one():
     assert len(loss_curves(blocks=BLOCKS).axes) == 1
 
 
-def test_validations_become_errors_by_timestep():
-    few_steps = [{"step": 0, "loss": 0.2, "t200-399": 0.2}]
-    data = validated({"VQ": VALIDATIONS, "few": few_steps})
-    assert data == {
-        "timesteps": [100, 300],
-        "errors": {"VQ": [0.15, 0.05], "few": [None, 0.2]},
-        "before": {"VQ": [0.5, 0.3], "few": [None, 0.2]},
-    }
-
-
 LONG = "a method with a long name that tells everything about itself"
 FIGURES = {
     "pareto": lambda: pareto(FRAME, "fid"),
@@ -420,23 +409,20 @@ def run_record(results: Path, name: str, *, method="VQ 3 bit", model="tiny", fil
     return {"experiment": name, "method": method, "model": model, "directories": directories}
 
 
-QUANTIZE = {"quantize": {"layers.json": {"quantized": LAYERS, "left_in_16_bit": []}}}
-
-
-def finetuned(loss="guided"):
-    config = {"config": {"loss": loss, "validation_samples": 256}}
-    return {"finetune": {"history.json": HISTORY, "config.json": config}, "tune_blocks": {"blocks.json": BLOCKS}}
+ERRORS = {"timesteps": [101.0, 851.0], "relative_output_errors": [0.4, 0.02]}
+QUANTIZE = {"quantize": {"layers.json": {"quantized": LAYERS, "left_in_16_bit": []}, "errors.json": ERRORS}}
+FINETUNED = {"finetune": {"history.json": HISTORY, "errors.json": ERRORS}, "tune_blocks": {"blocks.json": BLOCKS}}
 
 
 def test_all_that_the_records_allow_is_drawn(tmp_path):
-    captions = {"trajectories": "stages/trajectories/one"}
-    quantized = run_record(tmp_path, "vq3", files=QUANTIZE)
-    same_layers = captions | {"quantize": quantized["directories"]["quantize"]}
+    quantized = run_record(tmp_path, "vq3", files=QUANTIZE, shared={"calibrate": "stages/calibrate/one"})
+    same_layers = {"quantize": quantized["directories"]["quantize"], "calibrate": "stages/calibrate/one"}
+    other_calls = same_layers | {"calibrate": "stages/calibrate/other"}
     records = [
         run_record(tmp_path, "fp", method="full precision"),
         quantized,
-        run_record(tmp_path, "vq3_both", method="VQ 3 bit, both", files=finetuned(), shared=same_layers),
-        run_record(tmp_path, "vq3_halves", method="VQ 3 bit, halves", files=finetuned("halves"), shared=same_layers),
+        run_record(tmp_path, "vq3_both", method="VQ 3 bit, both", files=FINETUNED, shared=same_layers),
+        run_record(tmp_path, "vq3_halves", method="VQ 3 bit, halves", files=FINETUNED, shared=other_calls),
     ]
     data = FRAME.assign(psnr_to_fp=[NAN, 1, 2, 3, 4, NAN], psnr_to_fp_se=0.1, kid=NAN, kid_se=NAN)
     made = figures_of("demo", data, records, tmp_path)
@@ -449,13 +435,14 @@ def test_all_that_the_records_allow_is_drawn(tmp_path):
         "figures/vq3_both-losses",
         "figures/vq3_halves-losses",
     ]
-    assert len({title for title, _ in made}) == 6, "two sets of samples share a title, nothing else does"
+    assert len({title for title, _ in made}) == 6, "two sets of calls share a title, nothing else does"
     drawn = {file.name for file in (tmp_path / "figures").iterdir()}
     assert drawn == {f"{path.name}.{kind}" for _, path in made for kind in ("svg", "png")}
 
 
 def test_a_run_on_another_model_keeps_the_figures_of_the_first(tmp_path):
-    records = [run_record(tmp_path, "vq3", files=QUANTIZE, model="tiny_outlier")]
+    layers = {"quantize": {"layers.json": QUANTIZE["quantize"]["layers.json"]}}
+    records = [run_record(tmp_path, "vq3", files=layers, model="tiny_outlier")]
     made = figures_of("demo-tiny_outlier", FRAME, records, tmp_path)
     assert [path.name for _, path in made] == ["demo-tiny_outlier-pareto-fid", "vq3-tiny_outlier-layers"]
 

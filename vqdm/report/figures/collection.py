@@ -1,7 +1,6 @@
 """All figures that the run records of a table allow, drawn into results/figures/."""
 
 import json
-import re
 from pathlib import Path
 
 from vqdm.report.figures.layers import layer_map
@@ -9,8 +8,7 @@ from vqdm.report.figures.losses import loss_curves
 from vqdm.report.figures.pareto import has_points, label_of, pareto
 from vqdm.report.figures.style import save
 from vqdm.report.figures.timesteps import timestep_errors
-
-_TIMESTEPS = re.compile(r"t(\d+)-(\d+)")  # how a validation calls the error over a range of timesteps
+from vqdm.stages.layout import ERRORS_FILE
 
 
 def figures_of(table_name: str, frame, records: list[dict], results: Path) -> list[tuple[str, Path]]:
@@ -72,36 +70,18 @@ def _losses(named: list[tuple[dict, str]], results: Path) -> list[tuple]:
 
 
 def _timesteps(table_name: str, records: list[dict], results: Path) -> list[tuple]:
-    """From the validations of distilled runs; only those of one set of samples and one loss stand in one figure."""
-    comparable: dict[tuple, dict] = {}
+    """By what the stages of the denoisers measured on the calibration's calls, which are the same in one figure."""
+    comparable: dict[str, dict] = {}
     for record in records:
-        history, settings = (_read(record, "finetune", file, results) for file in ("history.json", "config.json"))
-        if history is not None:
-            config = settings["config"]
-            key = (record["directories"]["trajectories"], config["loss"], config["validation_samples"])
-            comparable.setdefault(key, {})[record["method"]] = history["validations"]
+        stages = ("finetune", "tune_blocks", "quantize")
+        found = next((f for stage in stages if (f := _read(record, stage, ERRORS_FILE, results)) is not None), None)
+        if found is not None:
+            errors = dict(zip(found["timesteps"], found["relative_output_errors"], strict=True))
+            comparable.setdefault(record["directories"]["calibrate"], {})[record["method"]] = errors
     drawn = []
     for number, by_method in enumerate(comparable.values(), 1):
+        timesteps = sorted({timestep for errors in by_method.values() for timestep in errors})
+        data = {"timesteps": timesteps, "errors": {m: [e.get(t) for t in timesteps] for m, e in by_method.items()}}
         name = f"{table_name}-timesteps" + ("" if number == 1 else f"-{number}")
-        drawn.append(("Error by timestep, distilled", name, timestep_errors(validated(by_method))))
+        drawn.append(("Error by timestep", name, timestep_errors(data, label="relative output error")))
     return drawn
-
-
-def validated(validations: dict[str, list[dict]]) -> dict:
-    """What `timestep_errors` takes: the errors of each method's best validation, and of its first as those before.
-
-    A validation holds the error over ranges of timesteps, as "t0-199"; the middle of each stands for it.
-    """
-    best = {method: min(found, key=lambda v: (v["loss"], v["step"])) for method, found in validations.items()}
-    first = {method: found[0] for method, found in validations.items()}
-    ranges = sorted({key for found in best.values() for key in found if _TIMESTEPS.fullmatch(key)}, key=_middle)
-
-    def by_range(chosen: dict[str, dict]) -> dict:
-        return {method: [found.get(key) for key in ranges] for method, found in chosen.items()}
-
-    return {"timesteps": [_middle(key) for key in ranges], "errors": by_range(best), "before": by_range(first)}
-
-
-def _middle(key: str) -> float:
-    first, last = map(int, _TIMESTEPS.fullmatch(key).groups())
-    return (first + last + 1) / 2
