@@ -13,7 +13,8 @@ from pathlib import Path
 from vqdm.errors import UserError
 from vqdm.report.records import newest_records
 from vqdm.report.tables import read_table
-from vqdm.report.writers import write_table
+from vqdm.report.report import write_report
+from vqdm.report.writers import table_content, write_table
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -38,7 +39,10 @@ def main() -> None:
 def _make(table, options: argparse.Namespace) -> str:
     model = options.model or table.model
     rows = newest_records(table, options.results, model=model)
-    _, files = write_table(table, rows, model=model, results=options.results, mixed=options.mixed)
+    content = table_content(table, rows, model=model, results=options.results, mixed=options.mixed)
+    _, files = write_table(content, rows, results=options.results)
+    commands = [table.command(model), f"python scripts/make_tables.py {table.name}"]
+    files += write_report(content, rows, commands=commands, results=options.results)
     return f"{sum(map(bool, rows))} of {len(rows)} rows: wrote {', '.join(map(str, files))}"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import time
 from dataclasses import asdict
@@ -34,7 +35,8 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     row: its name; the other rows are then shown as far as the same configurations were run before, so that each row can
     be a job of its own. mixed: runs of different protocols may share a column.
     """
-    from vqdm.report.writers import write_table
+    from vqdm.report.report import write_report
+    from vqdm.report.writers import table_content, write_table
 
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
     if rows[0][0].plan:
@@ -50,9 +52,25 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
             log.info("— %s", config.name)
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
             made[i].append(_run(config, store, graphs[i, config.name]))
-        text, files = write_table(table, made, model=config.model.name, results=store.root, mixed=mixed)
+        content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
+        text, files = write_table(content, made, results=store.root)
+    if processes.is_main():
+        files += write_report(content, made, commands=[table.command(config.model.name)], results=store.root)
+        _track_table(content.name, config, files, store)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
+
+
+def _track_table(name: str, config: Config, files: list[Path], store: Store) -> None:
+    """A run of the table's own beside those of its rows, with its figures."""
+    from vqdm.tracker import start_tracker
+
+    tracker = start_tracker(
+        config.tracker, name=name, run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        settings={"table": name, "model": config.model.name}, directory=store.root / "tracker",
+    )  # fmt: skip
+    tracker.figures([file.with_suffix(".png") for file in files if file.parent.name == "figures"])
+    tracker.finish(failed=False)
 
 
 def _finished(configs: list[Config], store: Store) -> list[dict]:

@@ -15,7 +15,12 @@ from vqdm.report.frame import compared, frame
 from vqdm.report.preference import preference_frame
 from vqdm.report.records import check_protocols, newest_records
 from vqdm.report.tables import Pair, Row, Table, read_table
-from vqdm.report.writers import to_cells, write_table
+from vqdm.report.writers import table_content, to_cells, write_table
+
+
+def write(table, rows, *, results, **options):
+    return write_table(table_content(table, rows, results=results, **options), rows, results=results)
+
 
 METRICS = ("psnr_to_fp", "fid")
 
@@ -87,7 +92,7 @@ def test_another_model_is_not_compared_with_what_was_published(tmp_path):
     of = table(Row("r", "sdxl_vq3", published={"fid": 19.0}), source="made up", tolerances={"fid": 0.3})
     write_run(tmp_path, "r", {"fid": score(1.0)}, model="tiny")
     rows = newest_records(of, tmp_path, model="tiny")
-    text, files = write_table(of, rows, model="tiny", results=tmp_path)
+    text, files = write(of, rows, model="tiny", results=tmp_path)
     assert "published" not in text.lower() and "table=t model=tiny" in text
     assert [file.name for file in files] == ["t-tiny.md", "t-tiny.tex", "t-tiny.csv"]
 
@@ -127,16 +132,16 @@ def test_two_protocols_never_share_a_column_unless_asked_to(case, tmp_path):
     write_run(tmp_path, "other", {"fid": other}, protocol=PROTOCOL | common)
     rows = newest_records(of, tmp_path)
     with pytest.raises(UserError) as error:
-        write_table(of, rows, model="sdxl", results=tmp_path)
+        write(of, rows, model="sdxl", results=tmp_path)
     assert "fid of one and of other" in str(error.value) and said in str(error.value)
     assert "mixed=true" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "tables").exists(), "refused before anything is written"
-    text, _ = write_table(of, rows, model="sdxl", results=tmp_path, mixed=True)
+    text, _ = write(of, rows, model="sdxl", results=tmp_path, mixed=True)
     key, values = said.split(" is ")
     first, second = values.split(" and ")
     assert f"{key.split('.')[-1]}" in text and f"{first} (one), {second.replace('True', 'true')} (other)" in text
     key = said.split(" is ")[0].split(".")[0]
-    assert write_table(dataclasses.replace(of, mixed=(key,)), rows, model="sdxl", results=tmp_path)
+    assert write(dataclasses.replace(of, mixed=(key,)), rows, model="sdxl", results=tmp_path)
 
 
 def test_protocols_of_metrics_that_share_no_column_may_differ(tmp_path):

@@ -17,7 +17,7 @@ from vqdm.compose import register_schemas, to_config
 from vqdm.metrics.families import FAMILIES
 from vqdm.report.records import newest_records
 from vqdm.report.tables import read_table
-from vqdm.report.writers import write_table
+from vqdm.report.writers import table_content, write_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "tables"
@@ -39,7 +39,8 @@ def results(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["made_up", "made_up_votes"])
 def test_made_up_runs_give_the_golden_table(name, results):
     table = read_table(GOLDEN / f"{name}.yaml")
-    text, files = write_table(table, newest_records(table, results), model="sdxl", results=results)
+    rows = newest_records(table, results)
+    text, files = write_table(table_content(table, rows, model="sdxl", results=results), rows, results=results)
     assert [file.suffix for file in files] == [".md", ".tex", ".csv"] and files[0].read_text() == text
     for file in files:
         if os.environ.get("VQDM_WRITE_GOLDEN"):

@@ -24,13 +24,26 @@ LATEX = {
 }  # fmt: skip
 
 
-def write_table(
-    table: Table, rows: list[list[dict]], *, model: str, results: Path, mixed: bool = False
-) -> tuple[str, list[Path]]:
-    """Write tables/<name>.md, .tex and .csv, and figures/<name>.png; returns the Markdown and the files.
+@dataclasses.dataclass(frozen=True)
+class TableContent:
+    """All that is written of a table. name: of its files; data: the frame of numbers; cells: the same as text;
+    below: sentences about the table; notes: the protocol.
+    """
 
-    rows: the run records of each row of the table, one per calibration seed; none = not run. UserError, before anything
-    is written, where a column would mix protocols and neither the table nor `mixed` asks for it.
+    name: str
+    title: str
+    data: object
+    cells: object
+    below: list[str]
+    notes: list[str]
+
+
+def table_content(
+    table: Table, rows: list[list[dict]], *, model: str, results: Path, mixed: bool = False
+) -> TableContent:
+    """rows: the run records of each row of the table, one per calibration seed; none = not run.
+
+    UserError where a column would mix protocols and neither the table nor `mixed` asks for it.
     """
     if model != table.model:  # what was published was not of this model
         table = _unpublished(table)
@@ -38,17 +51,22 @@ def write_table(
     check_protocols(table, runs, results, mixed=mixed)
     name = table.name if model == table.model else f"{table.name}-{model}"
     data, cells, below = _content(table, rows, results, model=model)
-    lines = notes(table, runs, results, model=model)
-    markdown = to_markdown(table.title, cells, below, lines)
+    return TableContent(name, table.title, data, cells, below, notes(table, runs, results, model=model))
+
+
+def write_table(content: TableContent, rows: list[list[dict]], *, results: Path) -> tuple[str, list[Path]]:
+    """Write tables/<name>.md, .tex and .csv, and figures/<name>.png; returns the Markdown and the files."""
+    parts = (content.title, content.cells, content.below, content.notes)
+    markdown = to_markdown(*parts)
     texts = {
         "md": markdown,
-        "tex": to_latex(table.title, cells, below, lines, label=name),
-        "csv": data.to_csv(index=False, float_format="%.6g"),
+        "tex": to_latex(*parts, label=content.name),
+        "csv": content.data.to_csv(index=False, float_format="%.6g"),
     }
-    files = [results / "tables" / f"{name}.{end}" for end in texts]
+    files = [results / "tables" / f"{content.name}.{end}" for end in texts]
     for file, text in zip(files, texts.values(), strict=True):
         atomic_write(file, text.encode())
-    return markdown, files + _picture(results / "figures" / f"{name}.png", rows, results)
+    return markdown, files + _picture(results / "figures" / f"{content.name}.png", rows, results)
 
 
 def _unpublished(table: Table) -> Table:
