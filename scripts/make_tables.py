@@ -12,8 +12,8 @@ from pathlib import Path
 
 from vqdm.errors import UserError
 from vqdm.report.records import newest_records
-from vqdm.report.tables import read_table
 from vqdm.report.report import write_report
+from vqdm.report.tables import read_table
 from vqdm.report.writers import table_content, write_table
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"

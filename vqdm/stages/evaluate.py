@@ -31,7 +31,8 @@ class Columns:
 
 def evaluate(
     directory: Path, families: dict[str, Columns], not_run: dict[str, str], prompts: PromptList, *,
-    config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, sampler: SamplerConfig, images: list[dict],
+    config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, sampler: SamplerConfig,
+    images: list[dict],
 ) -> None:  # fmt: skip
     """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}}.
 

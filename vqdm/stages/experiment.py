@@ -91,7 +91,8 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
         evaluate(
             directory, families, scoring.not_run, graph.prompts, config=config.evaluate, reference=scoring.reference,
             tiny_reference=load_reference(*scoring.weights["tiny"]) if "tiny" in families else None,
-            sampler=image_sampler(config), images=environments(store.directory(graph.images), count, config.evaluate.batch_size),
+            sampler=image_sampler(config),
+            images=environments(store.directory(graph.images), count, config.evaluate.batch_size),
         )  # fmt: skip
 
     directory = processes.by_main(store, graph.evaluate, make, environment=environment)
