@@ -44,7 +44,8 @@ def test_the_demo_writes_its_table(finished):
     assert rows[0]["psnr_to_fp"] == ""
     assert all(0 <= float(row["fidelity"]) <= 1 for row in rows)
     assert (finished / "tables" / "demo.md").is_file()
-    assert (finished / "figures" / "demo.png").is_file()
+    assert (finished / "figures" / "demo.png").is_file() and (finished / "figures" / "demo-pareto-fid.svg").is_file()
+    assert "trellis 3 bit" in (finished / "reports" / "demo.html").read_text(encoding="utf-8")
 
 
 @demo

@@ -29,8 +29,8 @@ def _page(content: TableContent, runs: list[dict], figures, *, commands: list[st
     protocol = scores_of(shown[0], results)["protocol"] if shown else {"images_per_prompt": 1}
     return PageContent(
         title=content.title,
-        summary=" ".join(content.below),
-        table_header=[LABELS.get(name, name) for name in content.cells.columns],
+        summary=" ".join(content.below).replace("`", ""),
+        table_header=[LABELS.get(name, name.replace("_", " ")) for name in content.cells.columns],
         table_rows=content.cells.values.tolist(),
         notes=content.notes,
         figures=[(title, path.with_name(f"{path.name}.svg")) for title, path in figures],
