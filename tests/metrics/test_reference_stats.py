@@ -188,7 +188,6 @@ def test_an_image_of_two_captions_counts_once(folder, weights, unpublished, tmp_
     (tmp_path / "twins" / "val").mkdir(parents=True)
     (tmp_path / "twins" / "999.png").write_bytes((folder / "a" / "001.png").read_bytes())
     (tmp_path / "twins" / "val" / "999.png").write_bytes((folder / "a" / "002.png").read_bytes())
-    refused("999.png", [tmp_path / "twins" / "val"], tmp_path / "other", weights, *more)
     (tmp_path / "list.csv").write_text("file_name,caption\ntrain/999.png,one\n999.png,two")
     refused("several images", [tmp_path / "twins"], tmp_path / "other", weights, *more)
     (tmp_path / "list.csv").write_text("caption\none\ntwo")
