@@ -2,11 +2,15 @@
 
 python run.py +experiment=demo              # the table of the README
 python run.py +experiment=tiny_vq3          # one row of it
+python run.py table=table1_tiny             # a table of experiments/: what is missing is run
+python run.py table=table1_tiny row=table1_tiny_fp   # one row of it, as a job of its own
 python run.py +experiment=sdxl_vq3 plan=true
+python run.py --multirun +experiment=tiny_codec quantize=gptq quantize.bits=2,3,4   # jobs: conf/hydra/launcher
 """
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,12 +31,13 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
     os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
-from vqdm import processes
-from vqdm.compose import overrides_for_rows, register_schemas, to_config
+from vqdm import processes, sweeps
+from vqdm.compose import NamedSweep, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
 register_schemas()
+CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # USR2 is submitit's before a job's time is up
 
 
 def _rows(table, task_overrides: list[str], seeds: int | None):
@@ -50,20 +55,25 @@ def _run(composed: DictConfig) -> None:
 
     config = to_config(composed)
     if config.table is None:
-        pipeline.run(config)
+        sweeps.say_run(pipeline.run(config))
         return
     table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
-    pipeline.run_table(table, _rows(table, list(HydraConfig.get().overrides.task), config.seeds))
+    rows = _rows(table, list(HydraConfig.get().overrides.task), config.seeds)
+    pipeline.run_table(table, rows, row=config.row, mixed=config.mixed)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vqdm").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping and not processes.launched():  # those of torchrun stay together
+        run_as_job(Path(__file__).resolve())
+        return
     try:
         _run(composed)
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if sweeping:
             raise  # the other jobs go on
         sys.exit(_line(error))  # past Hydra, which would add lines of its own
     except BrokenPipeError:  # of `… plan=true | head`
@@ -74,11 +84,31 @@ def _line(error: BaseException) -> str:
     return f"error: {' '.join(str(error).split())}"
 
 
+def _stop(*_) -> None:
+    """The tracker finishes; only a second Ctrl-C can keep it from that."""
+    for number in CLUSTER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise KeyboardInterrupt
+
+
+def _say_launcher_failed(error: Exception) -> None:
+    """Jobs fail in processes of their own; what comes up to here is the launcher's: a worker killed, no cluster."""
+    print(*sweeps.failures(NamedSweep.directory), sep="\n", file=sys.stderr)
+    sys.exit(f"error: the sweep's launcher stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, *CLUSTER_SIGNALS):
+        signal.signal(number, _stop)
     try:
         main()
-        processes.leave()  # not before: of several jobs all need the others
+        processes.leave()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_line(error))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+    except Exception as error:
+        if NamedSweep.directory is None or processes.launched():
+            raise
+        _say_launcher_failed(error)

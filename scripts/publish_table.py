@@ -1,4 +1,4 @@
-"""Keep a table and its picture: copy them from results/ into the tracked results/published/, with where they come from.
+"""Keep a table and its figures: copy them from results/ into the tracked results/published/, with where they come from.
 
 python scripts/publish_table.py demo --command "python run.py +experiment=demo" [--table-only]
 """
@@ -9,31 +9,53 @@ import shutil
 import sys
 from pathlib import Path
 
+from vqdm.errors import UserError
 from vqdm.provenance import git_state, versions
 from vqdm.store import write_json
 
-SUFFIXES = {"tables": (".csv", ".md"), "figures": (".png",)}
+TABLE, FIGURES = (".md", ".tex", ".csv"), (".svg", ".png")
+
+
+def files_of(name: str, results: Path) -> list[Path]:
+    """The table's three files, and its figures as far as there are any; UserError without the table."""
+    tables = [results / "tables" / f"{name}{end}" for end in TABLE]
+    missing = next((file for file in tables if not file.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{missing} is not there; run python run.py table=NAME, or scripts/make_tables.py NAME, first")
+    names = {file.stem for file in (results / "tables").glob("*.md")}
+    figures = sorted(file for file in (results / "figures").glob(f"{name}*") if file.suffix in FIGURES)
+    return tables + [file for file in figures if _table_of(file.stem, names) == name]
+
+
+def _table_of(figure: str, names: set[str]) -> str:
+    """The longest name that a figure's begins with: turbo_tiny-pareto is not of the table turbo."""
+    return max((name for name in names if figure.startswith(name)), key=len)
+
+
+def publish(name: str, results: Path, *, command: str, table_only: bool = False) -> Path:
+    """Returns the folder with the copies and <name>.json: command, commit, versions."""
+    published = results / "published"
+    files = [file for file in files_of(name, results) if not table_only or file.suffix in TABLE]
+    published.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, published / file.name)
+    about = {"command": command, **git_state(), "versions": versions(), "machine": platform.machine()}
+    write_json(published / f"{name}.json", about | {"files": [file.name for file in files]})
+    return published
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the table, such as demo")
     parser.add_argument("--command", required=True, help="the command that made it")
-    parser.add_argument("--table-only", action="store_true", help="leave the picture, which is large for many rows")
+    parser.add_argument("--table-only", action="store_true", help="leave figures, which are large for many rows")
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
-    published = options.results / "published"
-    published.mkdir(parents=True, exist_ok=True)
-    kinds = ("tables",) if options.table_only else tuple(SUFFIXES)
-    files = [options.results / kind / f"{options.name}{end}" for kind in kinds for end in SUFFIXES[kind]]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        sys.exit(f"error: {missing[0]} is not there; run {options.command} first")
-    for file in files:
-        shutil.copyfile(file, published / file.name)
-    about = {"command": options.command, **git_state(), "versions": versions(), "machine": platform.machine()}
-    write_json(published / f"{options.name}.json", about)
-    print(f"published {options.name} to {published}")
+    try:
+        folder = publish(options.name, options.results, command=options.command, table_only=options.table_only)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"published {options.name} to {folder}")
 
 
 if __name__ == "__main__":

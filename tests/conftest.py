@@ -5,3 +5,5 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
+
+pytest_plugins = ["browser"]  # the fixture browser_page

@@ -1,4 +1,4 @@
-"""Distillation in several real processes, and killed ones: the same losses and weights as in one that runs through."""
+"""Several real processes, and killed ones, make what one makes that runs through: losses, weights, images, scores."""
 
 import contextlib
 import json
@@ -81,8 +81,8 @@ def launched(launcher: list[str], *arguments: str) -> subprocess.CompletedProces
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
-def torchrun() -> list[str]:
-    return ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+def torchrun(count: int = 2) -> list[str]:
+    return ["torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(free_port())]
 
 
 def test_two_processes_make_what_one_makes(whole, tmp_path):
@@ -114,6 +114,30 @@ def test_accelerate_launches_it_too(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     losses = outcome(results)[0]["losses"]  # here all parameters train
     assert len(losses) == 2 and losses[0] == pytest.approx(outcome(whole)[0]["losses"][0], rel=1e-4)
+
+
+def files_of(results: Path, *patterns: str) -> dict[str, bytes]:
+    found = {str(f.relative_to(results)): f.read_bytes() for pattern in patterns for f in results.glob(pattern)}
+    assert found
+    return found
+
+
+def test_three_processes_share_images_and_features_and_make_the_same_files(tmp_path):
+    """22 images in batches of 4: each process makes other batches, and the last is not full."""
+    how = (
+        "+experiment=tiny_rtn4", "evaluate.prompts.n=11", "evaluate.images_per_prompt=2", "evaluate.batch_size=4",
+        "evaluate.bootstrap=3", "model.sampler.steps=2", "model.sampler.scheduler=euler_ancestral", "calibration.n=2",
+        "calibration.batch_size=2", "threads=1", "tracker=none", "device=cpu",
+    )  # fmt: skip
+    done = run(*how, f"results_dir={tmp_path / 'one'}")
+    assert done.returncode == 0, done.stderr
+    done = launched(torchrun(3), *how, f"results_dir={tmp_path / 'three'}")
+    assert done.returncode == 0, done.stderr
+    kinds = ("stages/generate/*/images/*.png", "stages/features/*/features/*", "stages/evaluate/*/metrics.json")
+    one, three = (files_of(tmp_path / name, *kinds) for name in ("one", "three"))
+    assert len([name for name in one if name.endswith(".png")]) == 2 * 22
+    assert one == three
+    assert files_of(tmp_path / "one", "stages/*/*/images.csv") == files_of(tmp_path / "three", "stages/*/*/images.csv")
 
 
 def test_what_two_cannot_share_is_refused_at_once(tmp_path):

@@ -234,6 +234,8 @@ class Config:
     name: str = "custom"  # of the experiment; names the run record
     task: str = "experiment"  # experiment: quantize, distil, generate, evaluate | compress: write it | tiny_train
     table: str | None = None  # a file of experiments/: run its rows and write its table
+    row: str | None = None  # of a table: run only this one, by its name; the others are shown as far as they were run
+    mixed: bool = False  # a table's columns may mix runs of different protocols, dtypes or devices; footnotes say which
     seeds: int | None = None  # of a table's rows at most; None = as many as the table says
     method: str | None = None  # how tables call this row
     plan: bool = False  # only say what is done and what would run
@@ -311,6 +313,8 @@ def check(config: Config) -> None:
             raise UserError(f"evaluate.metrics: {family!r} is not one of {', '.join(METRIC_FAMILIES)}")
     if config.seeds is not None and config.seeds < 1:
         raise UserError(f"seeds={config.seeds} must be at least 1")
+    if config.row is not None and config.table is None:
+        raise UserError(f"row={config.row} is of a table: give table=NAME of experiments/ too")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]
     if config.task != "tiny_train" and len(sources) != 1:
         found = ", ".join(f"model.{k}" for k in sources) or "none of them"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import time
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from vqdm import processes
 from vqdm.config import Config
 from vqdm.errors import UserError
 from vqdm.plan.command import print_plan
+from vqdm.report.tables import Table
 from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
 from vqdm.store import Store
 
@@ -27,28 +29,60 @@ def run(config: Config) -> dict | None:
     return _run(config, store, _ready(config, store))
 
 
-def run_table(table, rows: list[list[Config]]) -> None:
-    """Every run of every row of a table, which is written anew after each row; rows share stages through the store."""
-    from vqdm.report.tables import write_table
+def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:
+    """Every run of every row of a table, or of one row, and the table anew after each; rows share stages.
 
-    configs = [config for row in rows for config in row]
-    if configs[0].plan:
-        for config in configs:
+    row: its name; the other rows are then shown as far as the same configurations were run before, so that each row can
+    be a job of its own. mixed: runs of different protocols may share a column.
+    """
+    from vqdm.report.report import write_report
+    from vqdm.report.writers import table_content, write_table
+
+    chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
+    if rows[0][0].plan:
+        for config in (config for i in chosen for config in rows[i]):
             print(f"— {config.name}, {config.method or ''}")
             print_plan(config, Store(Path(config.results_dir)), every_layer=False)
         return
-    store = Store(Path(configs[0].results_dir))  # one command, so one folder
-    graphs = iter([_ready(config, store) for config in configs])  # all checks before any work
-    made: list[list[dict]] = []
-    for row in rows:
-        made.append([])
-        for config in row:
+    store = Store(Path(rows[0][0].results_dir))  # one command, so one folder
+    graphs = {(i, config.name): _ready(config, store) for i in chosen for config in rows[i]}  # before any work
+    made = [[] if i in chosen else _finished(configs, store) for i, configs in enumerate(rows)]
+    for i in chosen:
+        for config in rows[i]:
             log.info("— %s", config.name)
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-            made[-1].append(_run(config, store, next(graphs)))
-        text, files = write_table(table, made, of=len(rows), model=config.model.name, results=store.root)
+            made[i].append(_run(config, store, graphs[i, config.name]))
+        content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
+        text, files = write_table(content, made, results=store.root)
+    if processes.is_main():
+        files += write_report(content, made, commands=[table.command(config.model.name)], results=store.root)
+        _track_table(content.name, config, files, store)
     print(text)
     print("wrote " + ", ".join(str(file) for file in files))
+
+
+def _track_table(name: str, config: Config, files: list[Path], store: Store) -> None:
+    """A run of the table's own beside those of its rows, with its figures."""
+    from vqdm.tracker import start_tracker
+
+    tracker = start_tracker(
+        config.tracker, name=name, run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        settings={"table": name, "model": config.model.name}, directory=store.root / "tracker",
+    )  # fmt: skip
+    tracker.figures([file.with_suffix(".png") for file in files if file.parent.name == "figures"])
+    tracker.finish(failed=False)
+
+
+def _finished(configs: list[Config], store: Store) -> list[dict]:
+    """The records of a row's runs in just these configurations, as far as they are there."""
+    from vqdm.report.records import is_finished, read_record
+
+    try:
+        last = [build_stages(config, cache=store.hashes).stages()[-1] for config in configs]
+    except UserError:  # what this row needs is not here, so it was not run here either
+        return []
+    found = [read_record(store, config.name, stage) for config, stage in zip(configs, last, strict=True)]
+    return [record for record in found if record is not None and is_finished(record, store.root)]
 
 
 def _ready(config: Config, store: Store) -> Graph | Quantization:
@@ -135,12 +169,13 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     record, last = _record(config, store, stages), stages.stages()[-1]
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
-        config.tracker, name=f"{config.name}-{last.short}", run_id=last.fingerprint[:16],
+        config.tracker, name=last.directory_name, run_id=last.fingerprint[:16],
         settings=asdict(config), directory=store.root / "tracker",
     )  # fmt: skip
     failed = True
     try:
         record |= _work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
+        _log_stages(tracker, store, stages)
         store.record_run(config.name, record)
         failed = False
     finally:
@@ -157,6 +192,20 @@ def _work(config: Config, store: Store, stages: Graph | Quantization, *, device,
     from vqdm.stages.experiment import run_experiment
 
     return run_experiment(config, store, stages, device=device, tracker=tracker)
+
+
+def _log_stages(tracker, store: Store, stages: Graph | Quantization) -> None:
+    """What each stage's manifest says, in a section of its name; and where the denoisers are, with what made them."""
+    for name, stage in stages.named().items():
+        if store.status(stage) != "done":  # images can always be extended
+            continue
+        summary = store.summary(stage) or {}
+        tracker.log({f"{name}/{key}": value for key, value in summary.items()})
+        directory = store.directory(stage)
+        if (directory / "denoiser").is_dir():
+            upstream = {key: getattr(up, "directory_name", up) for key, up in stage.upstream.items()}
+            made_from = {"stage": stage.name, "fingerprint": stage.fingerprint, "upstream": upstream}
+            tracker.denoiser(f"{stage.name}-{stage.directory_name}", directory, made_from | stage.config | summary)
 
 
 def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:

@@ -53,16 +53,19 @@ def leave() -> None:
 
 
 def rank_and_count() -> tuple[int, int]:
+    if not launched():
+        return 0, 1
     import torch.distributed as dist
 
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def wait_for_all() -> None:
-    import torch.distributed as dist
+    if launched():
+        import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
 
 
 def sum_over(tensor):
@@ -76,6 +79,8 @@ def sum_over(tensor):
 
 def _announced(value):
     """What the main process says; the others give None."""
+    if not launched():
+        return value
     import torch.distributed as dist
 
     told = [value]

@@ -1,7 +1,9 @@
 """Experiment tracking: the only file that imports wandb. Without it, a tracker that does nothing."""
 
+import json
 import logging
 import os
+import re
 from pathlib import Path
 
 from vqdm import processes
@@ -10,6 +12,7 @@ from vqdm.errors import UserError
 
 log = logging.getLogger("vqdm")
 MAX_IMAGES = 32
+MAX_NAME = 128  # characters of an artifact
 
 
 class NullTracker:
@@ -19,10 +22,16 @@ class NullTracker:
         """Numbers, by name; slashes make sections."""
 
     def table(self, name: str, rows: list[dict]) -> None:
-        """A table of records with the same keys."""
+        """A table of records; a key that a record lacks is an empty cell."""
 
     def images(self, name: str, paths: list[Path], captions: list[str]) -> None:
         """At most 32 images with captions."""
+
+    def figures(self, paths: list[Path]) -> None:
+        """Pictures of plots, those that are there, by the names of their files."""
+
+    def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
+        """Where a stage left a denoiser, and what it came from. A reference: no weights leave the machine."""
 
     def finish(self, *, failed: bool) -> None:
         """Always called, also when the run fails."""
@@ -39,8 +48,9 @@ class WandbTracker(NullTracker):
         import wandb
 
         if rows:
-            columns = list(rows[0])
-            self.run.log({name: wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])})
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+            self.run.log({name: wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
 
     def images(self, name: str, paths: list[Path], captions: list[str]) -> None:
         import wandb
@@ -48,8 +58,32 @@ class WandbTracker(NullTracker):
         shown = zip(paths[:MAX_IMAGES], captions, strict=False)
         self.run.log({name: [wandb.Image(str(path), caption=caption) for path, caption in shown]})
 
+    def figures(self, paths: list[Path]) -> None:
+        import wandb
+
+        there = [path for path in paths if path.is_file()]
+        if there:
+            self.run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in there})
+
+    def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
+        """Digests are of places, not of bytes: a place names what went into it, and its manifest holds every sha256.
+
+        `use_artifact` would say what a run started from, but wandb refuses it offline: `metadata` says that.
+        """
+        import wandb
+
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", name)[-MAX_NAME:], type="denoiser", metadata=metadata)
+        artifact.add_reference((directory / "denoiser").resolve().as_uri(), name="denoiser", checksum=False)
+        artifact.add_reference((directory / "manifest.json").resolve().as_uri(), checksum=False)
+        self.run.log_artifact(artifact)
+
     def finish(self, *, failed: bool) -> None:
         self.run.finish(exit_code=1 if failed else 0)
+
+
+def _cell(value):
+    """Numbers stay numbers, so that W&B can sort and plot them."""
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
 def _mode(config: TrackerConfig) -> str:

@@ -7,7 +7,7 @@ from random_networks import photographs, random_alexnet, textures
 from scipy.ndimage import gaussian_filter
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from vqdm.metrics.extractors import make_extractor, pair_columns
+from vqdm.metrics.extractors import make_extractor
 from vqdm.metrics.paired import feature_distance, psnr, ssim
 
 
@@ -80,7 +80,7 @@ def test_ssim_is_the_formula(size):
 
 def test_pairs_are_looked_at_side_by_side():
     images, originals = blurred_pair(3, (32, 40))
-    found = pair_columns(make_extractor("paired", [], device="cpu"), list(images), list(originals))
+    found = make_extractor("paired", [], device="cpu").columns(images, originals)
     assert found["psnr"].tolist() == pytest.approx(psnr(images, originals).tolist())
     assert found["ssim"].tolist() == pytest.approx(ssim(images, originals).tolist())
 
@@ -104,7 +104,7 @@ def test_lpips_is_that_of_its_package(alexnet, size):
     from torchvision.models import alexnet as network
 
     images, originals = blurred_pair(3, size)
-    found = pair_columns(make_extractor("lpips", [alexnet], device="cpu"), list(images), list(originals))["lpips"]
+    found = make_extractor("lpips", [alexnet], device="cpu").columns(images, originals)["lpips"]
     direct = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     whole = network(weights=None)
     whole.load_state_dict(torch.load(alexnet, weights_only=True))

@@ -140,6 +140,20 @@ def test_groups_follow_the_order_of_execution(calibration, monkeypatch):
     assert [group[0].name for group in teacher_groups(groups)] == [s.name for group in groups for s in group]
 
 
+def test_the_error_by_timestep_adds_up_to_the_error(calibration, tmp_path):
+    """Each timestep weighs by the power of the original's outputs at it; steps of the sampler are those recorded."""
+    _, summary = run(tmp_path, calibration, kind="rtn", bits=3)
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    power: dict[float, float] = {}
+    for call in recorded_calls(calibration):
+        timestep = float(call["timestep"].flatten()[0])
+        power[timestep] = power.get(timestep, 0.0) + float(call["output"].double().square().sum())
+    assert errors["timesteps"] == sorted(power) and len(power) == 3
+    parts = zip(errors["timesteps"], errors["relative_output_errors"], strict=True)
+    total = sum(error * power[timestep] for timestep, error in parts) / sum(power.values())
+    assert total == pytest.approx(summary["relative_output_error"], rel=1e-9)
+
+
 def test_sensitivity_is_the_output_error_of_one_layer_alone(calibration, tmp_path):
     pipeline = load_pipeline(MODEL, device="cpu")
     denoiser = denoiser_of(pipeline)

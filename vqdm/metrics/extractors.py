@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-
 
 def make_extractor(family: str, weights: list[Path], *, device: str):
     """An object with `columns(images, captions)`, or, for families of pairs, `columns(images, originals)`.
@@ -38,7 +35,3 @@ OPEN_CLIP = {  # OpenAI's were trained with the quick GELU
     "clip_l14": "ViT-L-14-quickgelu",
     "hpsv2": "ViT-H-14",
 }
-
-
-def pair_columns(extractor, images: list[np.ndarray], originals: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    return extractor.columns(np.stack(images), np.stack(originals))

@@ -42,7 +42,11 @@ def read_bytes(path: Path) -> bytes:
         if path.is_dir():
             raise fault(path, "is a directory", "give the file in it that holds the prompts")
         if not path.exists():
-            raise fault(path, "no such file", "correct the path (it is relative to where the command runs)")
+            raise fault(
+                path,
+                "no such file",
+                "correct the path (relative to where the command runs), or fetch COCO by scripts/download_coco.py",
+            )
         if not path.is_file():
             raise fault(path, "is no ordinary file", "give a file of prompts")
         if path.stat().st_size > MAX_FILE_BYTES:

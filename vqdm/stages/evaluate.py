@@ -1,13 +1,13 @@
 """Scores from the features of a set of images; every number with its standard error and its own protocol."""
 
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vqdm.config import EvaluateConfig
+from vqdm.config import EvaluateConfig, SamplerConfig
 from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.reference import Reference
 from vqdm.metrics.resampling import Resamples, mean_and_error
@@ -31,7 +31,7 @@ class Columns:
 
 def evaluate(
     directory: Path, families: dict[str, Columns], not_run: dict[str, str], prompts: PromptList, *,
-    config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, images: list[dict],
+    config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, sampler: SamplerConfig, images: list[dict],
 ) -> None:  # fmt: skip
     """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}}.
 
@@ -57,7 +57,7 @@ def evaluate(
         for name, entry in (means | found.sets).items():
             metrics[name] = entry | {"protocol": _protocol(family, name, place, reference, where=where)}
     atomic_write(directory / IMAGES_FILE, _csv(per_image, prompts, copies))
-    common = _common_protocol(prompts, config, images)
+    common = _common_protocol(prompts, config, sampler, images)
     write_json(directory / "metrics.json", {"protocol": common, "metrics": _finite(metrics), "not_run": not_run})
 
 
@@ -85,7 +85,7 @@ def _csv(scores: dict[str, np.ndarray], prompts: PromptList, copies: int) -> byt
     return frame.to_csv(index=False, float_format="%.7g").encode()
 
 
-def _common_protocol(prompts: PromptList, config: EvaluateConfig, images: list[dict]) -> dict:
+def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: SamplerConfig, images: list[dict]) -> dict:
     """What holds for all metrics of a set of images."""
     return {
         "n": len(prompts),
@@ -93,6 +93,7 @@ def _common_protocol(prompts: PromptList, config: EvaluateConfig, images: list[d
         "prompts": prompts.origin,
         "prompts_sha256": prompts.sha256,
         "image_seed": config.seed,
+        "sampler": {name: value for name, value in asdict(sampler).items() if value is not None},
         "dtype": ", ".join(dict.fromkeys(one["dtype"] for one in images)),
         "device": ", ".join(dict.fromkeys(one["device"] for one in images)),
         "standard_errors": f"over prompts: means in closed form, all else by {config.bootstrap} bootstrap resamples",

@@ -34,8 +34,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     _look(config, store, graph, device=device)
     scores = _evaluate(config, store, graph, environment=environment)
     tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
-    shown = ("value", "se", "protocol")
-    tracker.table("metrics", [{"metric": name, **{k: s[k] for k in shown}} for name, s in scores["metrics"].items()])
+    tracker.table("evaluate/metrics", [_tracked(name, s, scores["protocol"]) for name, s in scores["metrics"].items()])
     _show_images(tracker, store.directory(graph.images), graph)
     return {"bits": _bits(config, store, graph)}
 
@@ -92,7 +91,7 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
         evaluate(
             directory, families, scoring.not_run, graph.prompts, config=config.evaluate, reference=scoring.reference,
             tiny_reference=load_reference(*scoring.weights["tiny"]) if "tiny" in families else None,
-            images=environments(store.directory(graph.images), count, config.evaluate.batch_size),
+            sampler=image_sampler(config), images=environments(store.directory(graph.images), count, config.evaluate.batch_size),
         )  # fmt: skip
 
     directory = processes.by_main(store, graph.evaluate, make, environment=environment)
@@ -111,6 +110,12 @@ def _bits(config: Config, store: Store, graph: Graph) -> dict:
     }
 
 
+def _tracked(name: str, score: dict, protocol: dict) -> dict:
+    """A metric as the tracker's table has it: with all that its number is."""
+    parts = {key: score.get(key) for key in ("value", "se", "bias", "note")}
+    return {"metric": name, **parts, "protocol": protocol | score["protocol"]}
+
+
 def _show_images(tracker, images: Path, graph: Graph) -> None:
     captions = captions_of(images, MAX_IMAGES)
-    tracker.images("images", [image_path(images, i) for i in range(len(captions))], captions)
+    tracker.images("evaluate/images", [image_path(images, i) for i in range(len(captions))], captions)

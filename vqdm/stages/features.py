@@ -8,13 +8,10 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_bytes
+import numpy as np
 from tqdm import tqdm
 
 from vqdm import processes
-from vqdm.metrics.extractors import pair_columns
 from vqdm.stages.generate import load_images
 from vqdm.stages.layout import batches, captions_in
 from vqdm.store import read_item, write_item
@@ -31,21 +28,26 @@ def extract(
     sources = [folder for folder in (images, originals) if folder is not None]
     whole = [(name, rows, _identity(sources, name)) for name, rows in batches(count, batch_size)]
     pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch)])
-    if not pending:
+    if not pending:  # then nothing heavy is imported
         return
+    from safetensors.torch import save as to_bytes
+
     extractor = make_extractor()
     for name, rows, identity in tqdm(pending, desc=f"features {directory.name}", unit="batch"):
         own = load_images(images, rows)
         if originals is None:
             columns = extractor.columns(own, captions_in(images, name)[: len(rows)])
         else:
-            columns = pair_columns(extractor, own, load_images(originals, rows))
+            columns = extractor.columns(np.stack(own), np.stack(load_images(originals, rows)))
         files = {_file(name): to_bytes({key: column.contiguous() for key, column in columns.items()})}
         write_item(directory, name, files, {"images": identity, "rows": len(rows), "environment": environment})
 
 
-def load_columns(directory: Path, count: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """All columns of the first `count` images: {name: [count, …]}."""
+def load_columns(directory: Path, count: int, batch_size: int) -> dict:
+    """All columns of the first `count` images: {name: tensor [count, …]}."""
+    import torch
+    from safetensors import safe_open
+
     parts: dict[str, list[torch.Tensor]] = {}
     for name, rows in batches(count, batch_size):
         with safe_open(directory / _file(name), "pt") as file:

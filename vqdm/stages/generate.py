@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from vqdm import processes
 from vqdm.config import SamplerConfig
-from vqdm.models.loader import sample
 from vqdm.prompts import Prompt, PromptList
 from vqdm.seeds import torch_generator
 from vqdm.stages.layout import batches, image_path, png_bytes
@@ -32,8 +31,10 @@ def generate(
     images = copies_of(prompts, images_per_prompt)
     whole = [(name, images[rows.start : rows.stop], rows) for name, rows in batches(len(images), batch_size)]
     pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch[:2])])
-    if not pending:
+    if not pending:  # then nothing heavy is imported
         return
+    from vqdm.models.loader import sample
+
     pipeline = make_pipeline()
     for name, batch, rows in tqdm(pending, desc=f"generate {directory.name}", unit="batch"):
         filled = batch + batch[-1:] * (batch_size - len(batch))

@@ -28,7 +28,7 @@ from vqdm.stages.caption_images import images_identity
 from vqdm.store import Stage
 
 VERSIONS = {
-    "calibrate": 1, "sensitivity": 1, "quantize": 3, "tune_blocks": 1, "trajectories": 1, "finetune": 1, "generate": 2,
+    "calibrate": 1, "sensitivity": 1, "quantize": 4, "tune_blocks": 2, "trajectories": 1, "finetune": 2, "generate": 2,
     "features": 1, "evaluate": 3, "tiny_train": 1,
 }  # fmt: skip
 

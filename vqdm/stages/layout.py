@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
+ERRORS_FILE = "errors.json"  # of a stage that makes a denoiser: its output's relative squared error by timestep
 IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores
 
 

@@ -96,8 +96,7 @@ def ensure_denoiser(
         harm = store.ensure(stages.sensitivity, make_sensitivity, environment=environment)
     quantized = store.ensure(stages.quantize, make_quantized, environment=environment)
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
-    tracker.table("layers", [{**layer, "scheme": layer["scheme"]["codec"]} for layer in layers])
-    tracker.log({f"quantize/{name}": value for name, value in store.summary(stages.quantize).items()})
+    tracker.table("quantize/layers", layers)
     if stages.denoiser is stages.quantize:
         return quantized
     from vqdm.stages.distillation import ensure_distilled

@@ -36,7 +36,7 @@ from vqdm.models.specs import LayerSpec
 from vqdm.schemes import Assignment, assign_schemes, read_harm
 from vqdm.stages.calibrate import recorded_calls
 from vqdm.stages.hessians import collect, drive_student, drive_teacher, execution_groups, teacher_groups
-from vqdm.stages.layout import DENOISER
+from vqdm.stages.layout import DENOISER, ERRORS_FILE
 from vqdm.store import read_item, write_item, write_json
 from vqdm.weights.base import QuantizedWeight, SharedPart
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
@@ -171,12 +171,19 @@ def _record(spec: LayerSpec, weight: QuantizedWeight, matrix: Tensor, hessian: T
 
 def output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> float:
     """Relative squared error of the denoiser's own output on the recorded calls, as stored (16-bit floats)."""
-    wrong = power = 0.0
+    sums = squared_errors(denoiser, calls, device).values()
+    return sum(wrong for wrong, _ in sums) / sum(power for _, power in sums)
+
+
+def squared_errors(denoiser: nn.Module, calls: Iterable[Call], device: str) -> dict[float, tuple[float, float]]:
+    """timestep -> squared error of the output, and the squares of the original's, over its recorded calls."""
+    sums: dict[float, tuple[float, float]] = {}
     for call in calls:
-        output = play_back(denoiser, call, device=device)
-        wrong += float((output.double() - call[OUTPUT].double()).square().sum())
-        power += float(call[OUTPUT].double().square().sum())
-    return wrong / power
+        output, target = play_back(denoiser, call, device=device).double(), call[OUTPUT].double()
+        timestep = float(call["timestep"].flatten()[0])  # one for a whole call of sampling
+        wrong, power = sums.get(timestep, (0.0, 0.0))
+        sums[timestep] = wrong + float((output - target).square().sum()), power + float(target.square().sum())
+    return sums
 
 
 def quantize(
@@ -290,6 +297,9 @@ def finished_denoiser(directory: Path, denoiser: nn.Module, calibration: Path, *
     bits = count_bits(denoiser)
     round_to_stored_(denoiser)
     nn.Module.to(denoiser, device=device, dtype=dtype)
-    error = output_error(denoiser, recorded_calls(calibration), device)
+    sums = dict(sorted(squared_errors(denoiser, recorded_calls(calibration), device).items()))
+    error = sum(wrong for wrong, _ in sums.values()) / sum(power for _, power in sums.values())
+    errors = [wrong / power for wrong, power in sums.values()]
+    write_json(directory / ERRORS_FILE, {"timesteps": list(sums), "relative_output_errors": errors})
     file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error_in_calibration": error})
     return {**bits.to_dict(), "file_bytes": file_bytes, "relative_output_error": error}

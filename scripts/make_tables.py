@@ -1,0 +1,50 @@
+"""Make tables again from the runs that are there; nothing is run. Without a name: every table of experiments/.
+
+python scripts/make_tables.py                          # all; cells of what was not run say so
+python scripts/make_tables.py table1_sdxl --results results
+python scripts/make_tables.py codecs --model tiny_outlier
+python scripts/make_tables.py table1_sdxl --rows       # only its rows, as row=… of run.py takes them
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vqdm.errors import UserError
+from vqdm.report.records import newest_records
+from vqdm.report.tables import read_table
+from vqdm.report.report import write_report
+from vqdm.report.writers import table_content, write_table
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a file of experiments/, such as table1_sdxl")
+    parser.add_argument("--model", help="of the runs (default: the table's own); writes <table>-<model>")
+    parser.add_argument("--mixed", action="store_true", help="let runs of different protocols share a column")
+    parser.add_argument("--rows", action="store_true", help="print the names of the rows, and write nothing")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    names = options.names or sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+    try:
+        tables = [read_table(EXPERIMENTS / f"{name}.yaml") for name in names]
+        for table in tables:
+            print(",".join(row.name for row in table.rows) if options.rows else _make(table, options))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def _make(table, options: argparse.Namespace) -> str:
+    model = options.model or table.model
+    rows = newest_records(table, options.results, model=model)
+    content = table_content(table, rows, model=model, results=options.results, mixed=options.mixed)
+    _, files = write_table(content, rows, results=options.results)
+    commands = [table.command(model), f"python scripts/make_tables.py {table.name}"]
+    files += write_report(content, rows, commands=commands, results=options.results)
+    return f"{sum(map(bool, rows))} of {len(rows)} rows: wrote {', '.join(map(str, files))}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What stands below a table: what its marks mean, where published values are from, and each number's protocol."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from vqdm.report.records import protocols_of, scores_of
+from vqdm.report.tables import Table
+
+
+def sentences(table: Table, data, *, of_runs: int, model: str) -> list[str]:
+    """About the table as a whole; of_runs: the rows that were run."""
+    found = []
+    if of_runs < len(data):
+        found.append(f"{of_runs} of {len(data)} rows were run; `{table.command(model)}` goes on with the others.")
+    found.append("± is one standard error over images.")
+    if (data["calibration_seeds"] > 1).any():
+        found.append("In brackets, where a row is the mean of several calibration seeds, their standard deviation.")
+    return found + about_published(table) + about_making(table, model)
+
+
+def about_published(table: Table) -> list[str]:
+    if table.source is None:
+        return []
+    found = [f"Published values: {table.source}."]
+    if table.tolerances:
+        within = ", ".join(f"{metric} {tolerance:g}" for metric, tolerance in table.tolerances.items())
+        found.append(f"Δ is ours minus published; ✓: reproduced, within the tolerance ({within}); ✗: not.")
+    if table.published_protocol:
+        expected = ", ".join(f"{key} {value}" for key, value in table.published_protocol.items())
+        found.append(f"No mark stands where ours was not scored as published ({expected}).")
+    return found
+
+
+def about_making(table: Table, model: str) -> list[str]:
+    hours = [f"GPU-hours: {table.gpu_hours}."] if table.gpu_hours else []
+    return [*hours, f"To make it: `{table.command(model)}`."]
+
+
+def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[str]:
+    """Deviations; one line per part of the protocol; per metric its own, then warnings, and why it was not run."""
+    first = [*(f"deviation: {deviation}" for deviation in table.deviations), f"model: {model}"]
+    if not runs:
+        return first
+    named = [(run["method"], *protocols_of(run, results, table.metrics)) for run in runs]
+    common = _grouped(_merged([(method, shared) for method, shared, _ in named]))
+    lines = [*first, *(f"{key}: {value}" for key, value in common.items())]
+    own = {}
+    for metric in table.metrics:
+        protocols = [(method, parts[metric]) for method, _, parts in named if metric in parts]
+        own |= {metric: _grouped(_merged(protocols))} if protocols else {}
+    lines += _shared_once(own)
+    return lines + _remarks(table, runs, results)
+
+
+def _shared_once(own: dict[str, dict[str, str]]) -> list[str]:
+    """{metric: {key: value}} as lines: what several metrics share stands once, before what is one's own."""
+    sharing: dict[tuple[str, str], list[str]] = {}
+    for metric, protocol in own.items():
+        for item in protocol.items():
+            sharing.setdefault(item, []).append(metric)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for (key, value), metrics in sharing.items():
+        groups.setdefault(tuple(metrics), []).append(value if key == "is" else f"{key}: {value}")
+    first = sorted(groups, key=len, reverse=True)  # stable: groups of one stay in the order of the columns
+    return [f"{_names(metrics, of=len(own))}: {'; '.join(groups[metrics])}" for metrics in first]
+
+
+def _names(metrics: tuple[str, ...], *, of: int) -> str:
+    return "every metric" if len(metrics) == of > 1 else ", ".join(metrics)
+
+
+def _remarks(table: Table, runs: list[dict], results: Path) -> list[str]:
+    lines = []
+    scored = [(run["method"], scores_of(run, results)) for run in runs]
+    for metric in table.metrics:
+        made = [(method, scores["metrics"][metric]) for method, scores in scored if metric in scores["metrics"]]
+        said = [(method, score["note"]) for method, score in made if score.get("note")]
+        lines += [f"{metric}: {text}" for text in _with_methods(said, of=len(made))]
+        biases = [score["bias"] for _, score in made if score.get("bias") is not None]
+        if biases:
+            ends = sorted({f"{min(biases):.3g}", f"{max(biases):.3g}"}, key=float)
+            lines.append(f"{metric}: bootstrap bias {' to '.join(ends)}")
+        missing = [(method, scores["not_run"][metric]) for method, scores in scored if metric in scores["not_run"]]
+        lines += [f"{metric}: not run: {text}" for text in _with_methods(missing, of=len(runs))]
+    return lines
+
+
+def _with_methods(said: list[tuple[str, str]], *, of: int) -> list[str]:
+    """Every text once, with the methods it was said of unless that is all of them."""
+    methods = _by_value(said)
+    return [text if len(of_it) == of else f"{text} ({', '.join(of_it)})" for text, of_it in methods.items()]
+
+
+def _merged(protocols: list[tuple[str, dict]]) -> dict[str, str]:
+    """{key: value} as text; where methods differ, each value with its methods."""
+    found = {}
+    for key in dict.fromkeys(key for _, protocol in protocols for key in protocol):
+        values = _by_value((method, _text(protocol.get(key, "not stated"))) for method, protocol in protocols)
+        alike = len(values) == 1
+        found[key] = next(iter(values)) if alike else ", ".join(f"{v} ({', '.join(m)})" for v, m in values.items())
+    return found
+
+
+def _by_value(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for method, value in pairs:
+        methods = found.setdefault(value, [])
+        methods += [method] * (method not in methods)
+    return found
+
+
+def _grouped(merged: dict[str, str]) -> dict[str, str]:
+    """{"sampler.steps": "4", "sampler.guidance": "3"} as {"sampler": "steps 4, guidance 3"}"""
+    parts: dict[str, list[str]] = {}
+    for key, value in merged.items():
+        top, _, rest = key.partition(".")
+        parts.setdefault(top, []).append(f"{rest} {value}".strip())
+    return {top: ", ".join(values) for top, values in parts.items()}
+
+
+def _text(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(_text(part) for part in value) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")

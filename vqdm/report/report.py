@@ -1,0 +1,82 @@
+"""A table's report: its figures, and one HTML page with the table, the figures, the images and how it was made."""
+
+import json
+from pathlib import Path
+
+from vqdm.report.figures.collection import figures_of
+from vqdm.report.figures.pareto import LABELS
+from vqdm.report.gallery import PageMethod
+from vqdm.report.page import PageContent, write_page
+from vqdm.report.records import scores_of
+from vqdm.report.writers import TableContent
+from vqdm.stages.layout import IMAGES_FILE, captions_of
+
+
+def write_report(content: TableContent, rows: list[list[dict]], *, commands: list[str], results: Path) -> list[Path]:
+    """figures/<name>-*.{svg,png} and reports/<name>.html from what the rows' runs left; returns the files.
+
+    rows: the run records of each row, as for the table; of several calibration seeds the first is shown.
+    """
+    firsts = [runs[0] for runs in rows if runs]
+    figures = figures_of(content.name, content.data, firsts, results)
+    page = results / "reports" / f"{content.name}.html"
+    write_page(page, _page(content, firsts, figures, commands=commands, results=results))
+    return [*(path.with_name(f"{path.name}.svg") for _, path in figures), page]
+
+
+def _page(content: TableContent, runs: list[dict], figures, *, commands: list[str], results: Path) -> PageContent:
+    shown = _comparable(runs, results)
+    protocol = scores_of(shown[0], results)["protocol"] if shown else {"images_per_prompt": 1}
+    return PageContent(
+        title=content.title,
+        summary=" ".join(content.below),
+        table_header=[LABELS.get(name, name) for name in content.cells.columns],
+        table_rows=content.cells.values.tolist(),
+        notes=content.notes,
+        figures=[(title, path.with_name(f"{path.name}.svg")) for title, path in figures],
+        methods=[_method(run, results, images=run in shown) for run in runs],
+        prompts=_prompts(shown, protocol, results),
+        images_per_prompt=protocol["images_per_prompt"],
+        commands=commands,
+        versions=_versions(runs, results),
+        score_labels=LABELS,
+    )
+
+
+def _comparable(runs: list[dict], results: Path) -> list[dict]:
+    """The runs whose images are there and are of the first one's captions, as many of each."""
+    there = [run for run in runs if (results / run["directories"].get("generate", "none") / "images").is_dir()]
+    keys = ("prompts_sha256", "images_per_prompt", "image_seed")
+    asked = [tuple(scores_of(run, results)["protocol"].get(key) for key in keys) for run in there]
+    return [run for run, of_run in zip(there, asked, strict=True) if of_run == asked[0]]
+
+
+def _method(run: dict, results: Path, *, images: bool) -> PageMethod:
+    places, bits = run["directories"], run["bits"]
+    layers = results / places["quantize"] / "layers.json" if "quantize" in places else None
+    scores = results / places["evaluate"] / IMAGES_FILE
+    return PageMethod(
+        name=run["method"],
+        images=results / places["generate"] if images else None,
+        scores=scores if images and scores.is_file() else None,
+        layers=layers if layers is not None and layers.is_file() else None,
+        size=f"{bits['bits_per_weight']:.2f} bits, {bits['file_bytes'] / 2**20:.2f} MiB",
+    )
+
+
+def _prompts(shown: list[dict], protocol: dict, results: Path) -> list[str]:
+    if not shown:
+        return []
+    copies = protocol["images_per_prompt"]
+    return captions_of(results / shown[0]["directories"]["generate"], protocol["n"] * copies)[::copies]
+
+
+def _versions(runs: list[dict], results: Path) -> dict[str, str]:
+    """Of what scored the first run that says so."""
+    for run in runs:
+        file = results / run["directories"]["evaluate"] / "manifest.json"
+        if file.is_file():
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            commit = {"commit": f"{manifest['git_sha']}{' and changes' if manifest['dirty'] else ''}"}
+            return {name: str(version) for name, version in (commit | manifest["versions"]).items()}
+    return {}

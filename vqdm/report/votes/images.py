@@ -1,0 +1,164 @@
+"""The image sets of a vote: found by their runs, checked to be of the same captions and noise, stripped and made equal.
+
+A file's size tells a noisy image from a clean one, and its metadata may tell more. So images are decoded and written
+anew from their pixels alone, and filled up with random bytes to the size of the largest; decoders stop before those.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vqdm.errors import UserError
+from vqdm.report.votes.study import DESTROYED, Trial
+from vqdm.stages.layout import image_path
+from vqdm.store import Store
+
+TILES = 4  # a destroyed image is cut into 4 × 4 tiles, which are shuffled and turned
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image of a set: its index, its caption, and the seed that its noise was drawn from."""
+
+    index: int
+    caption: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one run, by (prompt id, copy)."""
+
+    system: str  # the name of its run
+    record: dict
+    directory: Path
+    images: dict[tuple[str, int], Made]
+
+    def path(self, prompt: str, copy: int) -> Path:
+        return image_path(self.directory, self.images[prompt, copy].index)
+
+
+def image_set(results: Path, name: str, model: str) -> ImageSet:
+    """Of the newest run of this name on this model; UserError if there is none or it has no images."""
+    runs = [
+        (file.stat().st_mtime, record)
+        for file, record in Store(results).runs()
+        if record["experiment"] == name and record.get("model") == model
+    ]
+    if not runs:
+        raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
+    record = max(runs, key=lambda run: run[0])[1]
+    directory = results / record["directories"]["generate"]
+    images: dict[tuple[str, int], Made] = {}
+    copies: dict[str, int] = {}
+    for item in sorted((directory / "items").glob("*.json")):
+        made = json.loads(item.read_text())["record"]
+        for index, (prompt, text) in enumerate(made["prompts"], start=int(item.stem)):  # an item is named by its first
+            copy = copies.get(prompt, 0)  # images of one prompt follow each other
+            images[prompt, copy], copies[prompt] = Made(index, text, made["seed"]), copy + 1
+    if not images:
+        raise UserError(f"{directory}: the images of the run {name} are not here; run its experiment again")
+    return ImageSet(name, record, directory, images)
+
+
+def chosen_images(sets: list[ImageSet], *, n: int | None, per_prompt: int | None) -> list[tuple[str, str, int]]:
+    """(prompt id, caption, copy) of the images to compare: of the first n prompts, so many each (None: all).
+
+    UserError unless every set has them, of the same captions and the same noise.
+    """
+    first = sets[0]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in first.images))
+    if n is not None and len(prompts) < n:
+        raise UserError(f"{first.system} has images of {len(prompts)} prompts, not of {n}; give a smaller --n")
+    kept = set(prompts[:n])
+    copies = range(per_prompt or 1 + min(max(copy for name, copy in first.images if name == p) for p in kept))
+    wanted = [(prompt, copy) for prompt in prompts[:n] for copy in copies]
+    for own in sets:
+        for prompt, copy in wanted:
+            _check_image(own, first, prompt, copy)
+    return [(prompt, first.images[prompt, copy].caption, copy) for prompt, copy in wanted]
+
+
+def _check_image(own: ImageSet, first: ImageSet, prompt: str, copy: int) -> None:
+    made, expected = own.images.get((prompt, copy)), first.images.get((prompt, copy))
+    if made is None or expected is None:
+        name = own.system if made is None else first.system
+        raise UserError(
+            f"{name} has no image {copy} of the prompt {prompt}; run every system with the same evaluate.prompts, "
+            "or give a smaller --n or --images-per-prompt"
+        )
+    if made.caption != expected.caption:
+        raise UserError(
+            f"{own.system} and {first.system} have other captions for {prompt}: {made.caption!r} and "
+            f"{expected.caption!r}; run both with the same evaluate.prompts"
+        )
+    if made.seed != expected.seed:
+        raise UserError(
+            f"{own.system} and {first.system} made {prompt} from other noise (seeds {made.seed} and {expected.seed}); "
+            "run both with the same evaluate.seed"
+        )
+    if not own.path(prompt, copy).is_file():
+        raise UserError(f"{own.path(prompt, copy)} is missing; run the experiment {own.system} again")
+
+
+def trial_images(
+    trial: Trial, sets: dict[str, ImageSet], *, size: int | None, generator: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """Left and right of a trial, of the same size in pixels. A destroyed image is made of the other side's."""
+    names = [trial.left, trial.right]
+    whole = next(name for name in names if name != DESTROYED)
+    left, right = (_load(sets[name if name in sets else whole].path(trial.prompt, trial.copy), size) for name in names)
+    if left.size != right.size:
+        raise UserError(
+            f"{trial.left} and {trial.right} have images of {left.size} and {right.size} pixels, which would tell them "
+            "apart; give --size"
+        )
+    if trial.left == DESTROYED:
+        return _destroyed(left, generator), right
+    return left, _destroyed(right, generator) if trial.right == DESTROYED else right
+
+
+def _load(path: Path, size: int | None) -> Image.Image:
+    """RGB pixels and nothing else; `size`: of the longer side in pixels, None: as it is."""
+    try:
+        with Image.open(path) as file:
+            image = Image.fromarray(np.asarray(file.convert("RGB")))
+    except OSError as error:
+        raise UserError(f"{path} is no readable image ({error}); run its experiment again") from error
+    if size is None or size == max(image.size):
+        return image
+    scale = size / max(image.size)
+    return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.LANCZOS)
+
+
+def _destroyed(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """The same colours with nothing left to recognise."""
+    pixels = np.array(image)
+    height, width = (side // TILES for side in pixels.shape[:2])
+    view = pixels[: height * TILES, : width * TILES].reshape(TILES, height, TILES, width, 3)
+    tiles = view.transpose(0, 2, 1, 3, 4).reshape(TILES**2, height, width, 3)
+    shuffled = tiles[generator.permutation(len(tiles)), ::-1, ::-1].reshape(TILES, TILES, height, width, 3)
+    pixels[: height * TILES, : width * TILES] = shuffled.transpose(0, 2, 1, 3, 4).reshape(
+        height * TILES, width * TILES, 3
+    )
+    return Image.fromarray(pixels)
+
+
+def encode(image: Image.Image, quality: int | None) -> bytes:
+    """PNG, or JPEG of this quality with colour at full resolution."""
+    buffer = io.BytesIO()
+    if quality is None:
+        image.save(buffer, format="png")
+    else:
+        image.save(buffer, format="jpeg", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def fill_up(files: list[bytes], generator: np.random.Generator) -> list[bytes]:
+    """All as long as the longest."""
+    longest = max(map(len, files))
+    return [file + generator.bytes(longest - len(file)) for file in files]
