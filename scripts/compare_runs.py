@@ -27,7 +27,7 @@ from vqdm.store import Store
 
 LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
 SAME_IMAGES = ("n", "images_per_prompt", "prompts_sha256", "image_seed")
-SAME_NUMBERS = ("dtype", "device")
+SAME_NUMBERS = ("sampler", "dtype", "device")
 
 
 @dataclass(frozen=True)

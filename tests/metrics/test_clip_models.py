@@ -104,7 +104,7 @@ def test_pickscore_is_the_cosine_of_transformers_vectors(pickscore):
         read = torch.cat([model.text_projection(model.text_model(t.input_ids).pooler_output) for t in tokens])
     expected = cosines(seen, read)
     assert found["cosine"].numpy() == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert found["scaled"].numpy() == pytest.approx(expected * float(model.logit_scale.exp()), rel=1e-3, abs=1e-4)
+    assert found["scaled"].numpy() == pytest.approx(expected * model.logit_scale.exp().item(), rel=1e-3, abs=1e-4)
     assert np.std(expected) > 0.01
 
 

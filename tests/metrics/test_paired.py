@@ -124,5 +124,5 @@ def test_lpips_of_photographs_and_themselves_is_0(alexnet):
         pytest.skip("no photographs in ../shared/data/coco/mini")
     extractor = make_extractor("lpips", [alexnet], device="cpu")
     for picture in pictures:
-        assert float(pair_columns(extractor, [picture], [picture])["lpips"]) == 0
-        assert float(pair_columns(extractor, [picture], [255 - picture])["lpips"]) > 0.01
+        assert float(extractor.columns(picture[None], picture[None])["lpips"]) == 0
+        assert float(extractor.columns(picture[None], (255 - picture)[None])["lpips"]) > 0.01
