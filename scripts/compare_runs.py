@@ -6,7 +6,8 @@ python scripts/compare_runs.py sdxl_vq3 sdxl_qdiffusion4 --model sdxl --referenc
 A run is named as in experiments/; its calibration seeds (NAME_seed1, …) are averaged image by image first. Means over
 images: paired standard error over prompts. Scores of a whole set (FID, KID, CMMD): the same prompts are drawn for both
 runs, --resamples times, from the features that the runs kept; "bias" is how far the draws' mean difference lies from
-the difference of all images, as FID rises when images stand twice.
+the difference of all images, as FID rises when images stand twice; the 95 % interval is of the draws less this bias.
+The Inception score and KID over subsets have no such draws and are left out.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from vqdm.store import Store
 
 LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
 SAME_IMAGES = ("n", "images_per_prompt", "prompts_sha256", "image_seed")
-SAME_NUMBERS = ("dtype", "device")
+SAME_NUMBERS = ("sampler", "dtype", "device")
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,12 @@ def test_calibration_seeds_are_averaged_draw_by_draw(tmp_path, reference):
 
 @pytest.mark.parametrize(
     ("protocol", "said"),
-    [({"dtype": "float32"}, "dtype"), ({"device": "cpu"}, "device"), ({"reference": "s" * 64}, "reference_sha256")],
+    [
+        ({"dtype": "float32"}, "dtype"),
+        ({"sampler": {"steps": 4}}, "sampler"),
+        ({"device": "cpu"}, "device"),
+        ({"reference": "s" * 64}, "reference_sha256"),
+    ],
 )
 def test_other_protocols_are_refused_unless_asked_for(tmp_path, protocol, said):
     write_run(tmp_path, "x", seed=1)

@@ -74,3 +74,16 @@ def one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolutions on a GPU in float32 inside; by default cuDNN rounds what goes into them to the 10 bits of TF32."""
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

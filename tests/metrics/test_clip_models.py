@@ -104,5 +104,15 @@ def test_pickscore_is_the_cosine_of_transformers_vectors(pickscore):
         read = torch.cat([model.text_projection(model.text_model(t.input_ids).pooler_output) for t in tokens])
     expected = cosines(seen, read)
     assert found["cosine"].numpy() == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert found["scaled"].numpy() == pytest.approx(expected * float(model.logit_scale.exp()), rel=1e-3, abs=1e-4)
+    assert found["scaled"].numpy() == pytest.approx(expected * model.logit_scale.exp().item(), rel=1e-3, abs=1e-4)
     assert np.std(expected) > 0.01
+
+
+def test_convolutions_are_not_rounded_to_tf32(open_clip_model):
+    """Nor is the choice left behind for others."""
+    extractor, seen = OpenClip(*open_clip_model, device="cpu"), []
+    before = torch.backends.cudnn.allow_tf32
+    extractor.model.visual.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    for _ in range(2):
+        extractor.columns(pictures())
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32 == before

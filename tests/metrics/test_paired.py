@@ -125,4 +125,4 @@ def test_lpips_of_photographs_and_themselves_is_0(alexnet):
     extractor = make_extractor("lpips", [alexnet], device="cpu")
     for picture in pictures:
         assert float(extractor.columns(picture[None], picture[None])["lpips"]) == 0
-        assert float(extractor.columns(picture[None], 255 - picture[None])["lpips"]) > 0.01
+        assert float(extractor.columns(picture[None], (255 - picture)[None])["lpips"]) > 0.01

@@ -185,6 +185,11 @@ def test_an_image_of_two_captions_counts_once(folder, weights, unpublished, tmp_
     assert made([folder], tmp_path / "stats", weights, *more)["images"] == 3
     (tmp_path / "list.csv").write_text("file_name,caption\n001.png,one\n999.png,none")
     assert "first 999.png" in refused("1 of 2 images", [folder], tmp_path / "other", weights, *more)
+    (tmp_path / "twins" / "val").mkdir(parents=True)
+    (tmp_path / "twins" / "999.png").write_bytes((folder / "a" / "001.png").read_bytes())
+    (tmp_path / "twins" / "val" / "999.png").write_bytes((folder / "a" / "002.png").read_bytes())
+    (tmp_path / "list.csv").write_text("file_name,caption\ntrain/999.png,one\n999.png,two")
+    refused("several images", [tmp_path / "twins"], tmp_path / "other", weights, *more)
     (tmp_path / "list.csv").write_text("caption\none\ntwo")
     refused("name their image", [folder], tmp_path / "other", weights, *more)
 

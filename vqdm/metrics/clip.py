@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vqdm.device import full_float32
+
 
 class OpenClip:
     """An open_clip model with weights of a local file, and the preprocessing that open_clip gives it."""
@@ -19,6 +21,7 @@ class OpenClip:
         self.model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
+    @full_float32()
     def columns(self, images: list[np.ndarray], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
         """uint8 [h, w, 3] each -> {"image": unit vectors [n, d], "cosine": [n], if there are captions}, float32."""
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images]).to(self.device)
@@ -42,6 +45,7 @@ class PickScore:
         self.model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
+    @full_float32()
     def columns(self, images: list[np.ndarray], captions: list[str]) -> dict[str, torch.Tensor]:
         """uint8 [h, w, 3] each -> {"cosine": [n], "scaled": [n], the cosine times the model's logit scale}, float32."""
         pictures = [Image.fromarray(image) for image in images]

@@ -67,10 +67,13 @@ def images_of(prompts: PromptList, images: list[ImageFile]) -> list[ImageFile]:
     wanted = {prompt.image for prompt in prompts.prompts}
     if None in wanted:
         raise UserError(f"{prompts.origin}: not all captions name their image; give a list with a file_name column")
-    known = {PurePosixPath(image.name).name: image for image in images} | {image.name: image for image in images}
-    found = {name: known.get(name) or known.get(PurePosixPath(name).name) for name in wanted}
+    whole, last = {image.name: image for image in images}, {PurePosixPath(image.name).name: image for image in images}
+    times = Counter(PurePosixPath(image.name).name for image in images)
+    found = {name: whole.get(name) or last.get(PurePosixPath(name).name) for name in wanted}
     if absent := sorted(name for name, image in found.items() if image is None):
         raise UserError(f"{len(absent)} of {len(found)} images of the captions are in no source, first {absent[0]}")
+    if unclear := sorted(name for name in found if name not in whole and times[PurePosixPath(name).name] > 1):
+        raise UserError(f"{unclear[0]} of the captions is the name of several images; give the source that is meant")
     return sorted({image.name: image for image in found.values()}.values(), key=lambda image: image.name)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vqdm.device import full_float32
 from vqdm.metrics.sources import load_tensors
 
 PAPER_SIZE = 256
@@ -27,6 +28,7 @@ class Inception:
         self.net = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=checked).to(device)
 
     @torch.no_grad()
+    @full_float32()
     def columns(self, images: list[np.ndarray], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
         """uint8 [h, w, 3] each -> {"features": float32 [n, 2048], "logits": float32 [n, 1008]}.
 

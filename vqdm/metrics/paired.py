@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vqdm.device import full_float32
+
 SMALLEST_ERROR = (1 / 255) ** 2 / 12  # of rounding to 8 bits: identical images count as 58.9 dB, not as infinity
 
 
@@ -52,6 +54,7 @@ class Lpips:
         self.net.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
+    @full_float32()
     def columns(self, images: np.ndarray, originals: np.ndarray) -> dict[str, torch.Tensor]:
         """uint8 [n, h, w, 3] each -> {"lpips": float32 [n]}."""
         pair = (
