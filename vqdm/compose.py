@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vqdm import config as schema
 from vqdm import processes, sweeps
+from vqdm.config_checks import check
 from vqdm.errors import UserError
 
 GROUPS = {
@@ -40,7 +41,7 @@ def to_config(composed: DictConfig) -> schema.Config:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
-    schema.check(config)
+    check(config)
     return config
 
 
