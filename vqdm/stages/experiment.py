@@ -52,12 +52,12 @@ def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None
     """Features of every family, of the full-precision images first: they serve the other rows of a table."""
     from vqdm.stages.features import extract
 
-    scoring, count = graph.scoring, len(graph.prompts) * config.evaluate.images_per_prompt
+    count = len(graph.prompts) * config.evaluate.images_per_prompt
     originals = graph.teacher_images and store.directory(graph.teacher_images)
-    todo = [(family, stage, graph.teacher_images) for family, stage in scoring.originals.items()]
-    todo += [(family, stage, graph.images) for family, stage in scoring.features.items()]
+    todo = [(family, stage, graph.teacher_images) for family, stage in graph.teacher_features.items()]
+    todo += [(family, stage, graph.images) for family, stage in graph.features.items()]
     for family, stage, images in todo:
-        make_extractor = functools.partial(_extractor, family, scoring.weights[family], device.name)
+        make_extractor = functools.partial(_extractor, family, graph.scoring.weights[family], device.name)
         with processes.opened(store, stage) as directory:
             extract(
                 directory, store.directory(images), originals if FAMILIES[family].pairs else None, count=count,
@@ -82,10 +82,10 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
         families = {
             name: Columns(
                 store.directory(stage),
-                store.directory(scoring.originals[name]) if name in scoring.originals else None,
+                store.directory(graph.teacher_features[name]) if name in graph.teacher_features else None,
                 scoring.weights_sha256[name],
             )
-            for name, stage in scoring.features.items()
+            for name, stage in graph.features.items()
         }
         count = len(graph.prompts) * config.evaluate.images_per_prompt
         evaluate(
