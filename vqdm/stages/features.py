@@ -26,8 +26,12 @@ def extract(
     originals: the full-precision images, for a family of pairs. `make_extractor()` is called if there is work.
     """
     sources = [folder for folder in (images, originals) if folder is not None]
-    whole = [(name, rows, _identity(sources, name)) for name, rows in batches(count, batch_size)]
-    pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch)])
+
+    def find_pending() -> list[tuple[str, range, str]]:
+        whole = [(name, rows, _identity(sources, name)) for name, rows in batches(count, batch_size)]
+        return [batch for batch in whole if not _is_there(directory, *batch)]
+
+    pending = processes.my_share(find_pending)
     if not pending:  # then nothing heavy is imported
         return
     from safetensors.torch import save as to_bytes

@@ -30,7 +30,7 @@ def generate(
     """
     images = copies_of(prompts, images_per_prompt)
     whole = [(name, images[rows.start : rows.stop], rows) for name, rows in batches(len(images), batch_size)]
-    pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch[:2])])
+    pending = processes.my_share(lambda: [batch for batch in whole if not _is_there(directory, *batch[:2])])
     if not pending:  # then nothing heavy is imported
         return
     from vqdm.models.loader import sample
