@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from vqdm.errors import UserError
-from vqdm.stages.layout import IMAGES_FILE
+from vqdm.stages.layout import IMAGES_FILE, SCORES_FILE
 from vqdm.store import Store
 
 LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
@@ -68,7 +68,7 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
 
 
 def _read(results: Path, record: dict) -> Run:
-    written = json.loads((results / record["directories"]["evaluate"] / "metrics.json").read_text())
+    written = json.loads((results / record["directories"]["evaluate"] / SCORES_FILE).read_text())
     return Run(results, record, written["protocol"], written["metrics"])
 
 

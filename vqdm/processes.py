@@ -113,10 +113,10 @@ def check_agreement(identity: str) -> None:
         )
 
 
-def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict) -> Path:
-    """`Store.ensure` by the main process, which the others wait for."""
+def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], **options) -> Path:
+    """`Store.ensure`, with its options, by the main process, which the others wait for."""
     if is_main():
-        store.ensure(stage, make, environment=environment)
+        store.ensure(stage, make, **options)
     wait_for_all()
     return store.directory(stage)
 

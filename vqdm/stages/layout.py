@@ -8,6 +8,8 @@ from PIL import Image
 
 DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
 ERRORS_FILE = "errors.json"  # of a stage that makes a denoiser: its output's relative squared error by timestep
+MADE_BY = ("torch", "diffusers")  # libraries whose versions the environment of a batch of images says
+SCORES_FILE = "metrics.json"  # of an evaluate stage: every metric with its protocol
 IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores
 
 
