@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 
 from vqdm.errors import UserError
-from vqdm.stages.layout import IMAGES_FILE, SCORES_FILE
+from vqdm.report.records import is_finished, scores_of
+from vqdm.stages.layout import IMAGES_FILE
 from vqdm.store import Store
 
 LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
@@ -60,7 +61,7 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
         for file, record in Store(results).runs()
         if re.fullmatch(rf"{re.escape(name)}(_seed\d+)?", record["experiment"]) and record.get("model") == model
     ]
-    found = [one for one in found if (results / one[2]["directories"]["evaluate"] / IMAGES_FILE).is_file()]
+    found = [one for one in found if is_finished(one[2], results)]
     newest = {run: record for run, _, record in sorted(found, key=lambda one: one[:2])}
     if not newest:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
@@ -68,7 +69,7 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
 
 
 def _read(results: Path, record: dict) -> Run:
-    written = json.loads((results / record["directories"]["evaluate"] / SCORES_FILE).read_text())
+    written = scores_of(record, results)
     return Run(results, record, written["protocol"], written["metrics"])
 
 

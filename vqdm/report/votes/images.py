@@ -47,7 +47,7 @@ def image_set(results: Path, name: str, model: str) -> ImageSet:
     runs = [
         (file.stat().st_mtime, record)
         for file, record in Store(results).runs()
-        if record["experiment"] == name and record.get("model") == model
+        if record["experiment"] == name and record.get("model") == model and "generate" in record["directories"]
     ]
     if not runs:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
