@@ -65,10 +65,10 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
     newest = {run: record for run, _, record in sorted(found, key=lambda one: one[:2])}
     if not newest:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
-    return [_read(results, record) for record in newest.values()]
+    return [read_run(results, record) for record in newest.values()]
 
 
-def _read(results: Path, record: dict) -> Run:
+def read_run(results: Path, record: dict) -> Run:
     written = scores_of(record, results)
     return Run(results, record, written["protocol"], written["metrics"])
 
@@ -120,7 +120,7 @@ def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple
             reference = load_reference(family, run)
             if family == "tiny" and reference is None:
                 continue
-            columns = [_columns(run, place) for place in (directory, originals.get(family))]
+            columns = [columns_of(run, place) for place in (directory, originals.get(family))]
             for metric, statistic in set_statistics(family, *columns, reference=reference).items():
                 found.setdefault(metric, []).append(statistic(resamples))
     return {
@@ -130,7 +130,7 @@ def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple
     }
 
 
-def _columns(run: Run, directory: Path | None) -> dict | None:
+def columns_of(run: Run, directory: Path | None) -> dict | None:
     from vqdm.stages.features import load_columns
 
     if directory is None:
