@@ -77,6 +77,8 @@ def test_without_a_reference_its_metrics_alone_are_not_run(tmp_path):
     found = scoring(tmp_path, "clip_h14", "cmmd")
     assert set(found.weights) == {"clip_h14", "cmmd"} and set(found.not_run) == {"cmmd_l14_336"}
     assert "evaluate.reference" in found.not_run["cmmd_l14_336"]
+    both = scoring(tmp_path, "cmmd", "pickscore").reasons()
+    assert [line.partition(":")[0] for line in both] == ["cmmd_l14_336", "pickscore, pickscore_scaled"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no statistics"])

@@ -85,6 +85,9 @@ def _print_stages(config: Config, store: Store, stages: Graph | Quantization) ->
         if state != "done":
             todo.add(name)
         print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
+    if isinstance(stages, Graph):
+        for reason in stages.scoring.reasons():  # a run fetches weights first, where there is a network
+            print(f"not run, as things are: {reason}")
     return todo
 
 

@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import json
+import logging
 from pathlib import Path
 
 from vqdm import processes
@@ -16,11 +17,14 @@ from vqdm.stages.quantization import Models, ensure_denoiser, environment_of
 from vqdm.store import Store
 from vqdm.tracker import MAX_IMAGES
 
+log = logging.getLogger("vqdm")
 ON_CPU = ("tiny", "paired")  # families that run there in any case
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
     """calibrate → quantize → distil → generate → evaluate. Returns what the run's record should say of its result."""
+    for reason in graph.scoring.reasons():
+        log.info("not run: %s", reason)
     environment = environment_of(config, device)
     models, quantized = Models(config, device.name), None
     if graph.quantization is not None:

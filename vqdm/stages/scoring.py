@@ -21,6 +21,13 @@ class Scoring:
     reference: Reference | None
     not_run: dict[str, str]  # {metric: why it cannot be run}
 
+    def reasons(self) -> list[str]:
+        """A line for every reason, with the metrics that are not run by it."""
+        metrics: dict[str, list[str]] = {}
+        for metric, why in self.not_run.items():
+            metrics.setdefault(why, []).append(metric)
+        return [f"{', '.join(names)}: {why}" for why, names in metrics.items()]
+
 
 def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Scoring:
     """originals: whether there are full-precision images beside the ones to score. cache: of the files' hashes."""
