@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from test_structure import compose
 
@@ -22,10 +23,10 @@ def scoring(tmp_path, *metrics, originals=True, **options):
     return find_scoring(config, originals=originals, cache=tmp_path / "hashes.json")
 
 
-def put(tmp_path, weights, content=b"weights"):
+def put(tmp_path, weights, value=0.0):
     path = tmp_path / "weights" / weights.name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
+    path.write_bytes(to_bytes({"x": torch.tensor([value])}))
     return path
 
 
@@ -51,7 +52,7 @@ def test_weights_that_come_later_are_another_evaluation_and_their_folder_is_not(
     put(tmp_path, CLIP_H14)
     found = evaluation(tmp_path, metrics)
     assert found.fingerprint != without.fingerprint and "features/clip_h14" in found.upstream
-    put(tmp_path, CLIP_H14, b"others")
+    put(tmp_path, CLIP_H14, 1.0)
     assert evaluation(tmp_path, metrics).fingerprint not in (found.fingerprint, without.fingerprint)
 
 
@@ -94,3 +95,14 @@ def test_a_reference_that_is_none_is_refused_before_any_work(content, tmp_path):
 def test_a_weights_folder_that_is_a_file_has_nothing_in_it(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     assert set(scoring(tmp_path, "clip_h14").not_run) == {"clip_h14", "clip_h14_similarity_to_fp"}
+
+
+@pytest.mark.parametrize("name", ["CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "PickScore_v1/model.safetensors"])
+def test_weights_that_were_cut_off_are_not_run(name, tmp_path):
+    """Before images are made for them."""
+    path = tmp_path / "weights" / name
+    path.parent.mkdir(parents=True)
+    for content in (b"", to_bytes({"x": torch.zeros(9)})[:-4]):
+        path.write_bytes(content)
+        found = scoring(tmp_path, "clip_h14" if name.startswith("CLIP") else "pickscore")
+        assert not found.weights and all("is damaged" in why and "\n" not in why for why in found.not_run.values())
