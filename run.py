@@ -81,7 +81,10 @@ def main(composed: DictConfig) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return f"error: {' '.join(str(error).split())}"
+    """One line, with what was wrong where Hydra only says in which override."""
+    text, cause = (" ".join(str(one or "").split()) for one in (error, error.__cause__))
+    merging = text.startswith("Error merging override") and cause
+    return f"error: {text}: {cause.partition(' full_key:')[0]}" if merging else f"error: {text}"
 
 
 def _stop(*_) -> None:

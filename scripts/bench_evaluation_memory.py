@@ -1,6 +1,6 @@
 """Peak memory of generating and scoring images, against their number: it should not grow.
 
-python scripts/bench_evaluation_memory.py [--n 200 2000] [run.py arguments, +experiment=tiny_rtn4 by default]
+python scripts/bench_evaluation_memory.py [--n 200,2000] [run.py arguments, +experiment=tiny_rtn4 by default]
 
 Each number of images is a run.py of its own in a fresh folder; the peak is the resident set that the kernel reports.
 """
@@ -31,15 +31,20 @@ def peak_and_seconds(arguments: list[str]) -> tuple[float, float]:
     return usage.ru_maxrss / 1024, time.monotonic() - began
 
 
-def main() -> None:
+def counts(text: str) -> list[int]:
+    """Separated by commas: what comes after may be run.py's."""
+    return [int(count) for count in text.split(",")]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, nargs="+", default=[200, 2000])
-    options, rest = parser.parse_known_args()
+    parser.add_argument("--n", type=counts, default=[200, 2000], help="numbers of prompts")
+    options, rest = parser.parse_known_args(arguments)
     peaks = []
     for count in options.n:
         with tempfile.TemporaryDirectory(prefix="vqdm-memory-") as folder:
-            arguments = [*(rest or ["+experiment=tiny_rtn4"]), f"evaluate.prompts.n={count}", f"results_dir={folder}"]
-            peak, seconds = peak_and_seconds([*arguments, "tracker=none", "threads=1"])
+            what = [*(rest or ["+experiment=tiny_rtn4"]), f"evaluate.prompts.n={count}", f"results_dir={folder}"]
+            peak, seconds = peak_and_seconds([*what, "tracker=none", "threads=1"])
         peaks.append(peak)
         print(f"n = {count}: peak {peak:.0f} MiB, {peak / peaks[0]:.3f} of the first, {seconds:.0f} s", flush=True)
 

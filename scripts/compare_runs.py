@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from vqdm.errors import UserError
+from vqdm.report.records import is_finished, scores_of
 from vqdm.stages.layout import IMAGES_FILE
 from vqdm.store import Store
 
@@ -60,15 +61,15 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
         for file, record in Store(results).runs()
         if re.fullmatch(rf"{re.escape(name)}(_seed\d+)?", record["experiment"]) and record.get("model") == model
     ]
-    found = [one for one in found if (results / one[2]["directories"]["evaluate"] / IMAGES_FILE).is_file()]
+    found = [one for one in found if is_finished(one[2], results)]
     newest = {run: record for run, _, record in sorted(found, key=lambda one: one[:2])}
     if not newest:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
-    return [_read(results, record) for record in newest.values()]
+    return [read_run(results, record) for record in newest.values()]
 
 
-def _read(results: Path, record: dict) -> Run:
-    written = json.loads((results / record["directories"]["evaluate"] / "metrics.json").read_text())
+def read_run(results: Path, record: dict) -> Run:
+    written = scores_of(record, results)
     return Run(results, record, written["protocol"], written["metrics"])
 
 
@@ -119,7 +120,7 @@ def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple
             reference = load_reference(family, run)
             if family == "tiny" and reference is None:
                 continue
-            columns = [_columns(run, place) for place in (directory, originals.get(family))]
+            columns = [columns_of(run, place) for place in (directory, originals.get(family))]
             for metric, statistic in set_statistics(family, *columns, reference=reference).items():
                 found.setdefault(metric, []).append(statistic(resamples))
     return {
@@ -129,7 +130,7 @@ def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple
     }
 
 
-def _columns(run: Run, directory: Path | None) -> dict | None:
+def columns_of(run: Run, directory: Path | None) -> dict | None:
     from vqdm.stages.features import load_columns
 
     if directory is None:

@@ -1,31 +1,32 @@
-"""Which metric to trust at which n: how each orders compressed variants, against caption fidelity on all images.
+"""Which metric to trust at which n: how each orders compressed variants, against caption fidelity at the largest n.
 
 python run.py +experiment=codecs seeds=1 evaluate.prompts.n=2048
 python scripts/metric_agreement.py [--prefix codecs_] [--model tiny] [--n 32 … 2048] [--results results]
 
 Spearman's rank correlation over the compressed variants; where lower is better, the sign is turned.
-Every cell is the mean over as many disjoint parts of n images as there are, with their standard deviation.
+Every cell is the mean over as many disjoint parts of n images as there are, at most 8, with their standard deviation; –
+where a part gives all variants the same score.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.stats
+from compare_runs import LOWER_IS_BETTER, Run, columns_of, read_run
 
 from vqdm.errors import UserError
+from vqdm.identity import files_identity
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
 from vqdm.metrics.tiny_world import load_reference
 from vqdm.models.location import evaluators_directory
-from vqdm.stages.features import load_columns
+from vqdm.report.records import is_finished
 from vqdm.stages.layout import captions_of
 from vqdm.store import Store
 
-LOWER_IS_BETTER = ("fid", "kid", "cmmd", "distance_to_fp", "fid_to_fp")
 SHOWN = (
     "fidelity", "all_right", "psnr_to_fp", "ssim_to_fp", "distance_to_fp", "agreement_with_fp", "fid_to_fp",
     "clip_score", "fid", "kid", "cmmd",
@@ -34,16 +35,16 @@ PARTS = 8  # of n images, at most
 
 
 class Variant:
-    """A run's columns on all its images, and those of the full-precision images."""
+    """A run's columns on its first `count` images, and those of the full-precision images."""
 
-    def __init__(self, record: dict, originals: Path, results: Path, count: int):
-        places = {name: results / path for name, path in record["directories"].items()}
-        size = json.loads((places["features/tiny"] / "config.json").read_text())["config"]["batch_size"]
-        self.method = record["method"]
-        self.own = load_columns(places["features/tiny"], count, size)
-        self.pairs = load_columns(places["features/paired"], count, size)
-        self.originals = load_columns(originals, count, size)
-        self.captions = captions_of(places["generate"], count)
+    def __init__(self, run: Run, count: int):
+        features, originals = run.stages_of("features"), run.stages_of("originals")
+        self.method = run.record["method"]
+        self.own, self.pairs, self.originals = (
+            {name: column[:count] for name, column in columns_of(run, place).items()}
+            for place in (features["tiny"], features["paired"], originals["tiny"])
+        )
+        self.captions = captions_of(run.results / run.record["directories"]["generate"], count)
 
     def scores(self, rows: slice, reference: dict) -> dict[str, float]:
         """Every metric on a part of the images."""
@@ -57,31 +58,35 @@ class Variant:
 
 
 def variants(results: Path, prefix: str, model: str, count: int) -> list[Variant]:
-    """The newest run of every compressed variant with that many images."""
-    store, found = Store(results), {}
-    for _, record in sorted(store.runs(), key=lambda pair: pair[0].stat().st_mtime):
+    """The newest run of every compressed variant with that many images; UserError unless all can be compared."""
+    newest: dict[str, Run] = {}
+    for _, record in sorted(Store(results).runs(), key=lambda pair: pair[0].stat().st_mtime):
         named = record["experiment"].startswith(prefix) and record.get("model") == model
-        directory = results / record.get("directories", {}).get("evaluate", "none")
-        if named and "features/paired" in record["directories"] and (directory / "metrics.json").is_file():
-            config = json.loads((directory / "config.json").read_text())["config"]
-            if config["n"] >= count and "bits" in record:
-                found[record["experiment"]] = record
-    if len(found) < 3:
+        if named and is_finished(record, results) and _serves(run := read_run(results, record), count):
+            newest[record["experiment"]] = run
+    if len(newest) < 3:
         raise UserError(
-            f"{len(found)} runs {prefix}* on {model} with {count} images under {results}; run a table first"
+            f"{len(newest)} runs {prefix}* on {model} with {count} images under {results}; run a table first"
         )
-    return [Variant(record, _originals(record, results), results, count) for record in found.values()]
+    shipped = [files_identity(evaluators_directory(None), Store(results).hashes)]
+    for name, run in newest.items():
+        if run.metrics["fid"]["protocol"]["weights_sha256"] != shipped:
+            raise UserError(f"{name} was scored with other evaluators than are shipped; run it with these")
+    found = [Variant(run, count) for run in newest.values()]
+    for name, variant in zip(newest, found, strict=True):
+        if variant.captions != found[0].captions:
+            raise UserError(f"{name} has images of other captions than {next(iter(newest))}; run both on the same list")
+    return found
 
 
-def _originals(record: dict, results: Path) -> Path:
-    """The features of the full-precision images: of the stages of family tiny the one that is not the run's own."""
-    own = record["directories"]["features/tiny"]
-    tiny = [s for s in record["stages"] if s.startswith("stages/features/") and "-tiny-" in s and s != own]
-    return results / tiny[0]
+def _serves(run: Run, count: int) -> bool:
+    """Full precision has no pairs."""
+    images = run.protocol["n"] * run.protocol["images_per_prompt"]
+    return images >= count and {"tiny", "paired"} <= set(run.stages_of("features"))
 
 
 def agreement(found: list[Variant], sizes: list[int], reference: dict) -> pd.DataFrame:
-    """Rows metrics, columns n: rank correlation with fidelity on all images, mean and deviation over parts."""
+    """Rows metrics, columns n: rank correlation with fidelity on all of them, mean and deviation over parts."""
     count = len(found[0].captions)
     whole = [variant.scores(slice(None), reference) for variant in found]
     truth = [scores["fidelity"] for scores in whole]
@@ -94,28 +99,34 @@ def agreement(found: list[Variant], sizes: list[int], reference: dict) -> pd.Dat
 
 
 def _correlation(metric: str, table: list[dict], truth: list[float]) -> float:
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    return float(scipy.stats.spearmanr([sign * scores[metric] for scores in table], truth).statistic)
+    """NaN where all variants are alike: they have no order."""
+    sign = -1 if LOWER_IS_BETTER.fullmatch(metric) else 1
+    values = [sign * scores[metric] for scores in table]
+    if min(len(set(values)), len(set(truth))) == 1:
+        return float("nan")
+    return float(scipy.stats.spearmanr(values, truth).statistic)
 
 
 def _cell(values: list[float]) -> str:
+    if np.isnan(values).any():
+        return "–"
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefix", default="codecs_")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--n", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--results", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         found = variants(options.results, options.prefix, options.model, max(options.n))
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{len(found)} compressed variants: " + ", ".join(variant.method for variant in found))
     table = agreement(found, options.n, load_reference(evaluators_directory(None)))
-    print(table.to_markdown())
+    print(table.to_markdown(disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def write_run(results, name, *, seed, reference="r" * 64, model="tiny", **protoc
     (evaluate / "metrics.json").write_text(json.dumps(written))
     (results / "runs" / name).mkdir(parents=True)
     directories = {"evaluate": str(evaluate.relative_to(results))}
-    record = {"experiment": name, "model": model, "stages": stages, "directories": directories}
+    record = {"experiment": name, "model": model, "stages": stages, "directories": directories, "bits": {}}
     (results / "runs" / name / "0.json").write_text(json.dumps(record))
     return frame
 
@@ -200,6 +200,19 @@ def test_the_reference_must_be_the_runs(tmp_path, reference):
     refused("--reference PATH", tmp_path, "--reference", str(reference[0]))
     refused("no finished run x on sdxl", tmp_path, "--model", "sdxl")
     refused("--resamples", tmp_path, "--resamples", "1")
+
+
+def test_a_run_that_only_compressed_or_is_not_done_is_not_compared(tmp_path):
+    """A newer one of the same name, which has no scores."""
+    write_run(tmp_path, "x", seed=1)
+    write_run(tmp_path, "y", seed=2)
+    record = json.loads((tmp_path / "runs" / "x" / "0.json").read_text())
+    half_done = tmp_path / "stages" / "evaluate" / "half_done"
+    half_done.mkdir()
+    (half_done / "images.csv").write_text("prompt,copy\n")
+    for name, directories in (("1", {"quantize": "q"}), ("2", {"evaluate": "stages/evaluate/half_done"})):
+        (tmp_path / "runs" / "x" / f"{name}.json").write_text(json.dumps(record | {"directories": directories}))
+    assert len(compared(tmp_path, "--images-only")) == 2
 
 
 def test_equal_bits_are_read_off_the_trellis_curve():

@@ -163,3 +163,32 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_weights(whole, tmp_path):
     pipeline.run(compose(*arguments))
     (one, weights), (again, others) = outcome(whole), outcome(results)
     assert one == again and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+DISAGREE = """
+import os
+from vqdm import processes
+from vqdm.errors import UserError
+processes.join(cpu=True)
+processes.check_agreement("the same")
+try:
+    processes.check_agreement(os.environ["RANK"])
+    print(f"[{os.environ['RANK']} goes on]")
+except UserError:
+    print(f"[{os.environ['RANK']} is refused]")
+print(processes.my_share(lambda: [os.environ["RANK"]] * 3))
+processes.leave()
+"""
+
+
+def test_a_process_that_would_make_something_else_is_refused(tmp_path):
+    """And what there is to do is what the main process finds."""
+    script = tmp_path / "disagree.py"
+    script.write_text(DISAGREE)
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun(), str(script)], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "[0 goes on]" in done.stdout and "[1 is refused]" in done.stdout
+    assert "['0', '0']" in done.stdout and "['0']" in done.stdout.replace("['0', '0']", "")

@@ -210,6 +210,7 @@ BAD = {
     "unknown experiment": (lambda t: ["+experiment=tiny_vq33"], "tiny_vq33"),
     "unknown table": (lambda t: ["table=nonsense"], "nonsense"),
     "no bits": (lambda t: ["quantize=rtn", "quantize.bits=0"], "quantize.bits=0"),
+    "a name for a list": (lambda t: ["+experiment=tiny_fp", "evaluate.metrics=paired"], "str is not a ListConfig"),
     "not a number": (lambda t: ["quantize=rtn", "quantize.bits=three"], "three"),
     "group size does not divide": (
         lambda t: ["quantize=rtn4", "quantize.group_size=24", "evaluate.prompts.n=4"], "group_size 24 does not divide",

@@ -399,3 +399,27 @@ def test_files_identity_hashes_a_file_once(tmp_path, monkeypatch):
     first = files_identity(tmp_path / "model", tmp_path / "cache.json")
     monkeypatch.setattr("vqdm.identity.sha256_file", lambda path: pytest.fail(f"{path} hashed again"))
     assert files_identity(tmp_path / "model", tmp_path / "cache.json") == first
+
+
+def test_a_stage_that_is_of_other_files_than_there_are_now_is_made_again(store, stage, caplog):
+    make, now = Maker(), ["a"]
+
+    def ensure_of_now():
+        def holds(directory):
+            return (directory / "of.txt").read_text() == now[0]
+
+        def make_of_now(directory):
+            atomic_write(directory / "of.txt", now[0].encode())
+            return make(directory)
+
+        return store.ensure(stage, make_of_now, environment={}, holds=holds)
+
+    ensure_of_now()
+    ensure_of_now()
+    assert len(make.made) == 1
+    now[0] = "b"
+    directory = ensure_of_now()
+    assert len(make.made) == 2 and (directory / "of.txt").read_text() == "b"
+    assert [r.message for r in caplog.records] == [
+        f"{directory}: manifest.json is of other files than there are now; redone"
+    ]

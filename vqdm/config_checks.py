@@ -7,6 +7,7 @@ from vqdm.config import (
     PROMPT_ORDERS,
     PROMPT_SOURCES,
     Config,
+    EvaluateConfig,
     QuantizeConfig,
     TrajectoriesConfig,
 )
@@ -40,7 +41,7 @@ CHOICES = {
 }
 POSITIVE = (
     "model.min_size", "model.sampler.steps", "calibration.recorded_steps", "calibration.batch_size",
-    "evaluate.batch_size", "evaluate.bootstrap", "evaluate.images_per_prompt", "finetune.batch_size",
+    "evaluate.batch_size", "evaluate.images_per_prompt", "finetune.batch_size",
     "finetune.block_batch_size", "finetune.block_samples", "finetune.refresh", "finetune.check_every",
     "finetune.code_every", "finetune.validation_samples", "finetune.trajectories.validation",
     "finetune.trajectories.batch_size",
@@ -68,9 +69,7 @@ def check(config: Config) -> None:
             raise UserError(f"{key}.path is missing: {key}.source=file needs the path of a caption file")
         if prompts.n is not None and prompts.n < 1:
             raise UserError(f"{key}.n={prompts.n} must be at least 1")
-    for family in config.evaluate.metrics or ["none"]:
-        if family not in METRIC_FAMILIES:
-            raise UserError(f"evaluate.metrics: {family!r} is not one of {', '.join(METRIC_FAMILIES)}")
+    _check_evaluate(config.evaluate)
     if config.seeds is not None and config.seeds < 1:
         raise UserError(f"seeds={config.seeds} must be at least 1")
     if config.row is not None and config.table is None:
@@ -87,6 +86,18 @@ def check(config: Config) -> None:
     check_finetune(config)
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    known = ", ".join(METRIC_FAMILIES)
+    if not config.metrics:
+        raise UserError(f"evaluate.metrics=[] scores nothing: give some of {known}")
+    if strange := [family for family in config.metrics if family not in METRIC_FAMILIES]:
+        raise UserError(f"evaluate.metrics: {strange[0]!r} is not one of {known}")
+    if config.bootstrap < 2:
+        raise UserError(f"evaluate.bootstrap={config.bootstrap} must be at least 2: errors are the resamples' spread")
+    if config.steps is not None and config.steps < 1:
+        raise UserError(f"evaluate.steps={config.steps} must be at least 1, or null for the model's")
 
 
 def check_finetune(config: Config) -> None:

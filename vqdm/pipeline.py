@@ -167,6 +167,7 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     device = resolve_device(config.device, threads=config.threads)
     log.info("%s", device)
     record, last = _record(config, store, stages), stages.stages()[-1]
+    processes.check_agreement(last.fingerprint)
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
         config.tracker, name=last.directory_name, run_id=last.fingerprint[:16],

@@ -98,16 +98,25 @@ def opened(store: Store, stage: Stage) -> Iterator[Path]:
         wait_for_all()
 
 
-def my_share(pending: list) -> list:
-    """Every n-th of what the main process found to do, so that all have the same to do."""
+def my_share(find_pending: Callable[[], list]) -> list:
+    """Every n-th of what the main process finds to do. The others do not look: it may be writing there by then."""
     rank, count = rank_and_count()
-    return _announced(pending if rank == 0 else None)[rank::count]
+    return _announced(find_pending() if rank == 0 else None)[rank::count]
 
 
-def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict) -> Path:
-    """`Store.ensure` by the main process, which the others wait for."""
+def check_agreement(identity: str) -> None:
+    """UserError in a process that would make something else than the main one, and so wait for it for ever."""
+    if _announced(identity) != identity:
+        raise UserError(
+            "this process would make something else than the main one: files of models, prompts or metrics' weights "
+            "are not the same for both, or came meanwhile; run it again"
+        )
+
+
+def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], **options) -> Path:
+    """`Store.ensure`, with its options, by the main process, which the others wait for."""
     if is_main():
-        store.ensure(stage, make, environment=environment)
+        store.ensure(stage, make, **options)
     wait_for_all()
     return store.directory(stage)
 

@@ -119,19 +119,29 @@ class Store:
             return "done"
         return "partial" if _has_work(directory) else "missing"
 
-    def ensure(self, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict) -> Path:
+    def ensure(
+        self, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict,
+        holds: Callable[[Path], bool] = lambda directory: True,
+    ) -> Path:  # fmt: skip
         """The stage's directory, made now unless it is there and every file matches its checksum.
 
         `make(directory)` writes the files; what it returns is kept in the manifest under "summary". `environment`
-        (device and its reason, dtype, …) is kept there too. Raises UserError on a full disk or a fingerprint collision.
+        (device and its reason, dtype, …) is kept there too. holds: whether what is there is of the upstream files as
+        they are now; for upstream stages of `open`, whose files may be made again on another device.
+        Raises UserError on a full disk or a fingerprint collision.
         """
         directory = self.directory(stage)
         _refuse_collision(directory, stage)
-        if not _faults(directory, stage.fingerprint):
+
+        def found_faults() -> dict[str, str]:
+            faults = _faults(directory, stage.fingerprint)
+            return faults if faults or holds(directory) else {MANIFEST: "is of other files than there are now"}
+
+        if not found_faults():
             return directory
         with locked(directory), full_disk_is_mendable(directory):
             _refuse_collision(directory, stage)  # again, as another process may have been here meanwhile
-            if faults := _faults(directory, stage.fingerprint):
+            if faults := found_faults():
                 _announce(directory, faults)
                 _clear(directory, faults)
                 _write_config(directory, stage, extendable=False)

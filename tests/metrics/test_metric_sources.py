@@ -173,9 +173,9 @@ def test_other_weights_under_the_published_name_are_refused(tmp_path):
 
 def test_a_directorys_identity_is_over_its_files(tmp_path):
     (tmp_path / "model").mkdir()
-    weights = Weights("model", hub="owner/model", marker="a.safetensors")
+    weights = Weights("model", hub="owner/model", marker="a.bin")
     hashes = []
-    for name in ("a.safetensors", "config.json"):
+    for name in ("a.bin", "config.json"):
         (tmp_path / "model" / name).write_bytes(CONTENT)
         hashes.append(identity(weights, tmp_path / "model", cache=tmp_path / "cache.json"))
     assert len(set(hashes)) == 2

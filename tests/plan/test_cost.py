@@ -119,14 +119,14 @@ def sdxl_config(**quantize):
         model=ModelConfig(builtin="tiny", dtype="float16", sampler=SamplerConfig(steps=50, guidance=5.0)),
         calibration=CalibrationConfig(n=256, batch_size=4),
         quantize=QuantizeConfig(**quantize),
-        evaluate=EvaluateConfig(metrics="paired", batch_size=4),
+        evaluate=EvaluateConfig(metrics=["paired"], batch_size=4),
     )
 
 
 def sdxl_costs(monkeypatch, tmp_path, **quantize):
     monkeypatch.setattr(cost, "probe_hardware", lambda **_: HARDWARE)
     unet = sdxl_unet()
-    options = {"parts": {"unet": 2_567_463_684}, "vae": None, "prompts": 5000, "calibration_prompts": 256}
+    options = {"parts": {"unet": 2_567_463_684}, "vae": None, "images": 5000, "calibration_prompts": 256}
     found = stage_costs(
         sdxl_config(**quantize), unet, layer_specs(unet), **options, device="cpu", threads=1, cache=tmp_path / "p.json"
     )
@@ -162,7 +162,7 @@ def test_what_is_not_estimated_says_so(monkeypatch, tmp_path):
     unet = small_unet().to("meta")
     unet.register_to_config(addition_embed_type="image")
     found = stage_costs(
-        sdxl_config(), unet, [], parts={"unet": 1}, vae=None, prompts=1, calibration_prompts=0, device="cpu", threads=1,
+        sdxl_config(), unet, [], parts={"unet": 1}, vae=None, images=1, calibration_prompts=0, device="cpu", threads=1,
         cache=tmp_path / "p.json",
     )  # fmt: skip
     assert [stage.name for stage in found] == ["images", "evaluate"]
@@ -172,7 +172,7 @@ def test_what_is_not_estimated_says_so(monkeypatch, tmp_path):
 def test_a_gpu_that_is_not_here_has_memory_but_no_time(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     unet = small_unet().to("meta")
-    options = {"parts": {"unet": 1000}, "vae": None, "prompts": 1, "calibration_prompts": 2, "threads": 1}
+    options = {"parts": {"unet": 1000}, "vae": None, "images": 1, "calibration_prompts": 2, "threads": 1}
     config, cache = sdxl_config(kind="gptq", bits=4), tmp_path / "p.json"
     found = stage_costs(config, unet, layer_specs(unet), **options, device="cuda", cache=cache)
     assert all(stage.memory.host > 0 for stage in found)
@@ -184,3 +184,33 @@ def test_two_digits():
     said = [duration(s) for s in (0.51, 41.3, 150, 7000, 3600 * 30, 86400 * 12.4)]
     assert said == ["0.5 s", "41 s", "2.5 min", "1.9 h", "30 h", "12 days"]
     assert gibibytes(1.26 * 2**30) == "1.3 GiB"
+
+
+def test_images_are_sampled_in_full_batches_and_in_steps_of_their_own(monkeypatch, tmp_path):
+    """9 images in batches of 4 are 12, each in 10 of the model's 50 steps."""
+    monkeypatch.setattr(cost, "probe_hardware", lambda **_: HARDWARE)
+    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: None)
+    unet, config = small_unet().to("meta"), sdxl_config(kind="gptq", bits=4)
+    options = {"parts": {"unet": 1000}, "vae": None, "calibration_prompts": 2, "threads": 1, "device": "cpu"}
+
+    def seconds(images, steps):
+        config.evaluate.steps = steps
+        found = stage_costs(config, unet, layer_specs(unet), images=images, **options, cache=tmp_path / "p.json")
+        return {stage.name: stage.seconds for stage in found}
+
+    once, own, whole = seconds(4, None), seconds(9, 10), seconds(12, None)
+    for name in ("teacher_images", "images"):
+        assert whole[name] == pytest.approx(3 * once[name])
+        assert own[name] == pytest.approx(whole[name] * 10 / 50)
+    assert own["calibrate"] == whole["calibrate"]
+
+
+def test_scoring_is_timed_where_there_are_originals_and_says_which_networks_are_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "probe_hardware", lambda **_: HARDWARE)
+    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: None)
+    unet = small_unet().to("meta")
+    options = {"parts": {"unet": 1000}, "vae": None, "images": 8, "calibration_prompts": 2, "threads": 1}
+    config = sdxl_config()
+    config.evaluate.metrics = ["paired", "clip_h14"]
+    found = stage_costs(config, unet, [], **options, device="cpu", cache=tmp_path / "p.json")[-1]
+    assert found.seconds == 0 and found.note == "without the networks of clip_h14"

@@ -214,7 +214,7 @@ def tiny_costs(monkeypatch, tmp_path, *overrides, device="cpu"):
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
     own = config.finetune.trajectories
     found = stage_costs(
-        config, denoiser, assigned(denoiser, config).specs, parts={"unet": numbers, "vae": 1000}, vae=None, prompts=16,
+        config, denoiser, assigned(denoiser, config).specs, parts={"unet": numbers, "vae": 1000}, vae=None, images=16,
         calibration_prompts=4, device=device, threads=1, cache=tmp_path / "p.json", student=tiny_student(*overrides),
         finetune_prompts=own.n + own.validation,
     )  # fmt: skip

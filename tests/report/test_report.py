@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pandas as pd
+import pytest
 from made_up_runs import PROTOCOL, score, write_run
 from PIL import Image
 
+from vqdm.errors import UserError
+from vqdm.report.grid import CELL, GAP, MARGIN, TOP, write_grid
 from vqdm.report.report import write_report
 from vqdm.report.tables import Row, Table
 from vqdm.report.writers import table_content
+from vqdm.stages.generate import load_images
 from vqdm.stages.layout import png_bytes
 from vqdm.store import write_item
 
@@ -77,3 +81,30 @@ def test_no_run_at_all_is_a_page_of_what_was_published(tmp_path):
     content = table_content(table, [[]], model="sdxl", results=tmp_path)
     page = write_report(content, [[]], commands=[], results=tmp_path)[-1].read_text(encoding="utf-8")
     assert "not run" in page and "30.0" in page
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\nno more"])
+def test_an_image_that_cannot_be_read_is_one_line_that_names_it(content, tmp_path):
+    """In the picture of a table, in the gallery of its page, and where features are taken."""
+    record = with_images(tmp_path, run(tmp_path, "a"))
+    path = tmp_path / record["directories"]["generate"] / "images" / "000001.png"
+    path.unlink() if content is None else path.write_bytes(content)
+    makers = [
+        lambda: write_grid(tmp_path / "grid.png", [record], tmp_path),
+        lambda: load_images(path.parent.parent, range(2)),
+        lambda: report(tmp_path, [[record]]),
+    ]
+    for make in makers[: 2 if content is None else 3]:  # a page shows the images that are there
+        with pytest.raises(UserError, match=r"000001\.png is no readable image") as error:
+            make()
+        assert "\n" not in str(error.value)
+
+
+def test_a_picture_shows_the_images_that_all_runs_have_and_no_other_captions(tmp_path):
+    one = with_images(tmp_path, run(tmp_path, "a"))
+    longer = with_images(tmp_path, run(tmp_path, "b"), captions=[*CAPTIONS, "more"])
+    others = [with_images(tmp_path, run(tmp_path, "c"), captions=["else"])]
+    others.append(with_images(tmp_path, run(tmp_path, "d", copies=2), copies=2))
+    for records in ([one, longer, *others], [longer, others[0], one]):
+        write_grid(tmp_path / "grid.png", records, tmp_path)
+        assert Image.open(tmp_path / "grid.png").size == (MARGIN + 2 * (CELL + GAP), TOP + 2 * (CELL + GAP))

@@ -1,6 +1,8 @@
 """Image sets of a vote: of the same captions and noise, and with nothing but pixels in what is shown."""
 
 import io
+import os
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from vqdm.errors import UserError
 from vqdm.report.votes.images import chosen_images, encode, fill_up, image_set, trial_images
 from vqdm.report.votes.study import DESTROYED, Trial
 from vqdm.seeds import numpy_generator
+from vqdm.store import Store
 
 
 def sets_of(results, *names):
@@ -53,6 +56,14 @@ def test_a_missing_image_is_refused(tmp_path):
     (directory / "images" / "000003.png").unlink()
     with pytest.raises(UserError, match=r"000003\.png is missing"):
         chosen_images(sets_of(tmp_path, "one", "other"), n=None, per_prompt=None)
+
+
+def test_a_newer_run_that_only_compressed_is_passed_over(tmp_path):
+    directory = write_run(tmp_path, "one")
+    payload = {"fingerprint": "1" * 64, "model": "tiny", "stages": [], "directories": {"quantize": "stages/quantize/x"}}
+    newer = Store(tmp_path).record_run("one", payload)
+    os.utime(newer, (time.time() + 9, time.time() + 9))
+    assert image_set(tmp_path, "one", "tiny").directory == directory
 
 
 def trial(left, right):

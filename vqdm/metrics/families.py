@@ -3,6 +3,7 @@
 A family's name stands in `evaluate.metrics`; its metrics are the columns of tables.
 """
 
+import importlib.metadata
 from dataclasses import dataclass, field
 
 
@@ -23,10 +24,15 @@ class Family:
     metrics: tuple[str, ...]
     protocol: dict[str, str] = field(default_factory=dict)  # what is the same for all its metrics, for people
     library: str = "vqdm"  # the package whose version goes into the protocol
+    computed_in: str = "float32"  # what is extracted
     weights: tuple[Weights, ...] = ()
     pairs: bool = False  # looks at each image beside its original
     against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
     against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
+
+    def installed(self) -> str:
+        """The library and its version, as they are here now."""
+        return self.library if self.library == "vqdm" else f"{self.library} {importlib.metadata.version(self.library)}"
 
     def details(self, metric: str) -> dict[str, str]:
         """What is more to say of one metric."""
@@ -86,7 +92,7 @@ FAMILIES = {
     ),
     "paired": Family(
         1, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},
-        library="torchmetrics", pairs=True, against_originals=("psnr_to_fp", "ssim_to_fp"),
+        library="torchmetrics", computed_in="float64", pairs=True, against_originals=("psnr_to_fp", "ssim_to_fp"),
     ),
     "lpips": Family(
         1, ("lpips_to_fp",), {"network": "LPIPS 0.1, AlexNet, images in [-1, 1] at their own size"},

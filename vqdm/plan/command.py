@@ -1,5 +1,6 @@
 """What `plan=true` prints and writes: the stages at once; then, after some imports, layers, sizes, memory and time."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -53,19 +54,19 @@ def _harm(store: Store, stages: Graph | Quantization | None, todo: set[str] | No
 
 
 def _counts(config: Config, stages: Graph | Quantization | None) -> dict[str, int]:
-    """Prompts of the images, the calibration and the trajectories: of the lists, or, while these are not there, as
-    configured.
+    """Images to score, prompts of the calibration and of the trajectories: of the lists, or, while these are not there,
+    as configured.
     """
     own = config.finetune.trajectories
     counts = {
-        "prompts": config.evaluate.prompts.n or 0,
+        "images": (config.evaluate.prompts.n or 0) * config.evaluate.images_per_prompt,
         "calibration_prompts": config.calibration.n or 0,
         "finetune_prompts": (own.n or 0) + own.validation,
     }
     if stages is None:
         return counts
     quantization = _quantization(stages)
-    counts["prompts"] = len(stages.prompts) if isinstance(stages, Graph) else 0
+    counts["images"] = _image_count(config, stages) if isinstance(stages, Graph) else 0
     counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts)
     if quantization is not None and quantization.finetune_prompts is not None:
         counts["finetune_prompts"] = len(quantization.finetune_prompts)
@@ -78,15 +79,31 @@ def _print_stages(config: Config, store: Store, stages: Graph | Quantization) ->
     for name, stage in stages.named().items():
         state = store.status(stage)
         if stage.name in ("generate", "features"):
-            count = len(stages.prompts) * config.evaluate.images_per_prompt
-            made = _images_made(store.directory(stage), count, config)
+            count = _image_count(config, stages)
+            made = _images_made(store.directory(stage), count, batch_size=config.evaluate.batch_size)
             state = "done" if made == count else f"{made} of {count} images"
         if state != "done":
             todo.add(name)
         print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
+    if isinstance(stages, Graph):
+        for reason in stages.scoring.reasons():  # a run fetches weights first, where there is a network
+            print(f"not run, as things are: {reason}")
     return todo
 
 
-def _images_made(directory: Path, count: int, config: Config) -> int:
-    ranges = batches(count, config.evaluate.batch_size)
-    return sum(len(rows) for name, rows in ranges if (directory / "items" / f"{name}.json").is_file())
+def _image_count(config: Config, graph: Graph) -> int:
+    return len(graph.prompts) * config.evaluate.images_per_prompt
+
+
+def _images_made(directory: Path, count: int, *, batch_size: int) -> int:
+    """Of the first `count`, those that are there or were looked at; a shorter list's last batch was not full."""
+    return sum(min(len(rows), _batch_length(directory, name)) for name, rows in batches(count, batch_size))
+
+
+def _batch_length(directory: Path, name: str) -> int:
+    """0 for one that is not there, or that is damaged and will be made again."""
+    try:
+        record = json.loads((directory / "items" / f"{name}.json").read_bytes())["record"]
+    except (FileNotFoundError, ValueError):
+        return 0
+    return record["rows"] if "rows" in record else len(record["prompts"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqdm.config import Config
+from vqdm.config import Config, SamplerConfig
 from vqdm.device import encoding_room
 from vqdm.hessian import by_displacement, output_size, token_count
 from vqdm.models.specs import ConvGeometry, LayerSpec
@@ -33,6 +33,7 @@ from vqdm.plan.memory import Memory
 from vqdm.plan.probe import Hardware, probe_hardware
 from vqdm.plan.stage import StageCost, duration
 from vqdm.schemes import in_groups
+from vqdm.stages.graph import image_sampler
 from vqdm.stages.hessians import teacher_groups
 from vqdm.stages.quantize import needs_hessians
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
@@ -49,7 +50,7 @@ def stage_costs(
     *,
     parts: dict[str, int],
     vae: nn.Module | None,
-    prompts: int,
+    images: int,
     calibration_prompts: int,
     device: str,
     threads: int,
@@ -60,9 +61,9 @@ def stage_costs(
     """Every stage that `config` needs, in the order of `Graph.stages`.
 
     denoiser, vae: on meta, and cast to the model's dtype; vae None: decoding is left out. specs: the layers that are
-    quantized. parts: parameters by part of the pipeline. device: cpu | cuda; a GPU that is not here gets no seconds.
-    cache: JSON file for the rates of this machine. student: the quantized denoiser on meta, changed here; needed if
-    `config.finetune` asks for anything. finetune_prompts: the validation's included.
+    quantized. parts: parameters by part of the pipeline. images: to be scored. device: cpu | cuda; a GPU that is not
+    here gets no seconds. cache: JSON file for the rates of this machine. student: the quantized denoiser on meta, which
+    changes here; needed if `config.finetune` asks for anything. finetune_prompts: the validation's included.
     """
     names = stage_names(config)
     nn.Module.to(denoiser, dtype=getattr(torch, config.model.dtype))
@@ -82,7 +83,7 @@ def stage_costs(
         [s for s in specs if s.name in cost.inputs],
     )
     experiment = _Experiment(
-        config, cost, executed, model, decoding, hardware, codec, guided=guided, prompts=prompts,
+        config, cost, executed, model, decoding, hardware, codec, guided=guided, scored=images,
         calibration_prompts=calibration_prompts, device=device, threads=threads,
     )  # fmt: skip
     found = {name: getattr(experiment, name)() for name in names if name not in DISTILLATION}
@@ -138,7 +139,7 @@ class _Experiment:
     hardware: Hardware | None  # None: there is none of the wanted kind to measure
     codec: CodecSpeed | None
     guided: int
-    prompts: int
+    scored: int  # images
     calibration_prompts: int
     device: str
     threads: int
@@ -147,7 +148,8 @@ class _Experiment:
         config = self.config.calibration
         samples = self.guided * min(config.batch_size, self.calibration_prompts)
         used = memory.generate_memory(self.model, samples, 0, device=self.device)
-        return self._stage("calibrate", used, self._sampling(self.calibration_prompts))
+        sampler = self.config.model.sampler
+        return self._stage("calibrate", used, self._sampling(self.calibration_prompts, sampler))
 
     def sensitivity(self) -> StageCost:
         """Hessians as for quantizing; every layer encoded and judged by some calls, for every number of bits."""
@@ -186,18 +188,22 @@ class _Experiment:
         return dataclasses.replace(self.images(), name="teacher_images")
 
     def images(self) -> StageCost:
-        images = min(self.config.evaluate.batch_size, self.prompts)
-        used = memory.generate_memory(self.model, self.guided * images, images, device=self.device)
-        seconds = self._sampling(self.prompts)
+        size = self.config.evaluate.batch_size
+        used = memory.generate_memory(self.model, self.guided * size, size, device=self.device)
+        made = size * math.ceil(self.scored / size)  # the last batch is filled up
+        seconds = self._sampling(made, image_sampler(self.config))
         if seconds is not None:
-            seconds += self.prompts * self.hardware.sampling.seconds(self.decoding)
+            seconds += made * self.hardware.sampling.seconds(self.decoding)
         return self._stage("images", used, seconds)
 
     def evaluate(self) -> StageCost:
-        at_once = min(self.prompts, self.config.evaluate.batch_size)
+        """Of comparing with the originals, image by image; what takes a network is left out."""
+        paired = "paired" in self.config.evaluate.metrics and self.config.quantize.kind != "none"
+        at_once = min(self.scored, self.config.evaluate.batch_size)
         used = memory.evaluate_memory(self.model.image_numbers, at_once)
-        seconds = SCORING * self.prompts * self.model.image_numbers
-        return StageCost("evaluate", used, seconds, "of the comparison with the originals, image by image")
+        seconds = SCORING * self.scored * self.model.image_numbers if paired else 0.0
+        others = [family for family in self.config.evaluate.metrics if family != "paired"]
+        return StageCost("evaluate", used, seconds, f"without the networks of {', '.join(others)}" if others else "")
 
     def _stage(self, name: str, used: Memory, seconds: float | None, note: str = "") -> StageCost:
         return StageCost(name, used, seconds, note if self.hardware else "time not estimated: no GPU here to measure")
@@ -205,11 +211,11 @@ class _Experiment:
     def _sample_seconds(self) -> float:
         return self.hardware.sampling.seconds(self.cost.sample)
 
-    def _sampling(self, images: int) -> float | None:
+    def _sampling(self, images: int, sampler: SamplerConfig) -> float | None:
         """Of all steps of so many images, without decoding."""
         if self.hardware is None:
             return None
-        return images * self.config.model.sampler.steps * self.guided * self._sample_seconds()
+        return images * sampler.steps * self.guided * self._sample_seconds()
 
     def _samples_per_call(self) -> int:
         return self.guided * min(self.config.calibration.batch_size, self.calibration_prompts)

@@ -37,7 +37,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, harm: Harm | None, prompts: int, calibration_prompts: int, finetune_prompts: int, device: str,
+    config: Config, *, harm: Harm | None, images: int, calibration_prompts: int, finetune_prompts: int, device: str,
     cache: Path, todo: set[str] | None,
 ) -> Plan:  # fmt: skip
     """harm: what the sensitivity stage measured, if it is needed and done. cache: of this machine's rates.
@@ -52,7 +52,7 @@ def make_plan(
     modules |= {"denoiser": denoiser}
     costs = stage_costs(
         config, denoiser, assignment.specs, parts={name: _parameters(module) for name, module in modules.items()},
-        vae=modules.get("vae"), prompts=prompts, calibration_prompts=calibration_prompts, device=device,
+        vae=modules.get("vae"), images=images, calibration_prompts=calibration_prompts, device=device,
         threads=torch.get_num_threads(), cache=cache, student=_student(config, assignment),
         finetune_prompts=finetune_prompts,
     )  # fmt: skip

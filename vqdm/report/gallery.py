@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from vqdm.errors import UserError
-from vqdm.stages.layout import image_path, png_bytes
+from vqdm.stages.layout import image_path, png_bytes, readable
 
 LARGEST = 512  # pixels of the longer side; what is larger is shown smaller, since a page of 1024² PNGs opens nowhere
 WEBP_QUALITY = 85
@@ -132,7 +132,8 @@ def _row_images(methods: Sequence[PageMethod], row: int) -> tuple[list, tuple | 
         if not path.is_file():
             urls.append(None)
             continue
-        url, *of_file = embed_image(path)
+        with readable(path):
+            url, *of_file = embed_image(path)
         urls.append(url)
         sizes = sizes or tuple(of_file)
     return urls, sizes

@@ -1,4 +1,4 @@
-"""A picture of what the methods do: rows = prompts, columns = methods, same noise."""
+"""A picture of what the methods do: rows = captions, columns = methods, same noise."""
 
 import textwrap
 from pathlib import Path
@@ -6,15 +6,21 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vqdm.atomic import atomic_write
-from vqdm.stages.layout import captions_of, image_path, png_bytes
+from vqdm.stages.layout import captions_of, image_path, png_bytes, readable
 
 CELL, GAP, MARGIN, TOP = 128, 6, 220, 30
 
 
 def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8) -> None:
-    """The first `count` prompts of each run record; images are enlarged or shrunk to 128 pixels."""
-    directories = [results / record["directories"]["generate"] for record in records]
-    captions = captions_of(directories[0], count)
+    """The first `count` images of each run record, or as many as all have; enlarged or shrunk to 128 pixels.
+
+    Runs of other captions than the first one's are left out.
+    """
+    captions = captions_of(_images(records[0], results), count)
+    found = [(record, captions_of(_images(record, results), count)) for record in records]
+    records = [record for record, own in found if all(a == b for a, b in zip(own, captions, strict=False))]
+    captions = captions[: min(len(own) for record, own in found if record in records)]
+    directories = [_images(record, results) for record in records]
     width = MARGIN + len(records) * (CELL + GAP)
     sheet = Image.new("RGB", (width, TOP + len(captions) * (CELL + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
@@ -25,7 +31,12 @@ def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8
         y = TOP + row * (CELL + GAP)
         draw.multiline_text((8, y + 8), "\n".join(textwrap.wrap(caption, 28)), "black", font)
         for column, directory in enumerate(directories):
-            image = Image.open(image_path(directory, row)).convert("RGB")
+            with readable(image_path(directory, row)):
+                image = Image.open(image_path(directory, row)).convert("RGB")
             kind = Image.Resampling.NEAREST if image.width < CELL else Image.Resampling.LANCZOS
             sheet.paste(image.resize((CELL, CELL), kind), (MARGIN + column * (CELL + GAP), y))
     atomic_write(path, png_bytes(sheet))
+
+
+def _images(record: dict, results: Path) -> Path:
+    return results / record["directories"]["generate"]

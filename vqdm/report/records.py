@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vqdm.errors import UserError
 from vqdm.report.tables import Table
+from vqdm.stages.layout import SCORES_FILE
 from vqdm.store import Stage, Store
 
 
@@ -15,7 +16,7 @@ def scores_of(record: dict, results: Path) -> dict:
 
 
 def _scores_file(record: dict, results: Path) -> Path:
-    return results / record["directories"]["evaluate"] / "metrics.json"
+    return results / record["directories"]["evaluate"] / SCORES_FILE
 
 
 def is_finished(record: dict, results: Path) -> bool:

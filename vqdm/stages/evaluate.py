@@ -14,7 +14,7 @@ from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
 from vqdm.prompts import PromptList
 from vqdm.stages.features import environments, load_columns
-from vqdm.stages.layout import IMAGES_FILE
+from vqdm.stages.layout import IMAGES_FILE, MADE_BY, SCORES_FILE
 from vqdm.store import atomic_write, write_json
 
 SEED = 0  # of the bootstrap: all methods are resampled alike
@@ -32,14 +32,14 @@ class Columns:
 def evaluate(
     directory: Path, families: dict[str, Columns], not_run: dict[str, str], prompts: PromptList, *,
     config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, sampler: SamplerConfig,
-    images: list[dict],
+    images: list[dict], images_sha256: str,
 ) -> None:  # fmt: skip
-    """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}}.
+    """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}, images_sha256}.
 
     And `images.csv`, every image's own scores, to compare two runs on the same captions and noise pair by pair.
 
-    tiny_reference: of the tiny world, if family tiny is among those to score. images: the environments (device, dtype)
-    that the images were made in.
+    tiny_reference: of the tiny world, if family tiny is among those to score. images: the environments (device, dtype,
+    libraries) that the images were made in. images_sha256: of all images that were looked at.
     """
     copies = config.images_per_prompt
     resamples = Resamples(len(prompts), copies, count=config.bootstrap, seed=SEED)
@@ -59,7 +59,8 @@ def evaluate(
             metrics[name] = entry | {"protocol": _protocol(family, name, place, reference, where=where)}
     atomic_write(directory / IMAGES_FILE, _csv(per_image, prompts, copies))
     common = _common_protocol(prompts, config, sampler, images)
-    write_json(directory / "metrics.json", {"protocol": common, "metrics": _finite(metrics), "not_run": not_run})
+    scores = {"protocol": common, "metrics": _finite(metrics), "not_run": not_run, "images_sha256": images_sha256}
+    write_json(directory / SCORES_FILE, scores)
 
 
 def _columns(folder: Path | None, count: int, config: EvaluateConfig) -> dict[str, torch.Tensor] | None:
@@ -95,20 +96,23 @@ def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: Sampl
         "prompts_sha256": prompts.sha256,
         "image_seed": config.seed,
         "sampler": {name: value for name, value in asdict(sampler).items() if value is not None},
-        "dtype": ", ".join(dict.fromkeys(one["dtype"] for one in images)),
-        "device": ", ".join(dict.fromkeys(one["device"] for one in images)),
+        **{key: _joined(images, key) for key in ("dtype", "device")},
         "standard_errors": f"over prompts: means in closed form, all else by {config.bootstrap} bootstrap resamples",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
+        "versions": {name: _joined(images, name, importlib.metadata.version(name)) for name in MADE_BY},
     }
 
 
 def _protocol(family: str, metric: str, place: Columns, reference: Reference | None, *, where: list[dict]) -> dict:
     """What a metric's number is."""
     kind = FAMILIES[family]
-    library = kind.library if kind.library == "vqdm" else f"{kind.library} {importlib.metadata.version(kind.library)}"
-    protocol = {**kind.protocol, **kind.details(metric), "library": library}
+    protocol = {**kind.protocol, **kind.details(metric), "library": _joined(where, "library", kind.installed())}
     if place.weights:
         protocol["weights_sha256"] = list(place.weights)
     if metric in kind.against_reference and reference is not None:
         protocol |= reference.protocol(family)
-    return protocol | {"computed_in": "float32", "device": ", ".join(dict.fromkeys(one["device"] for one in where))}
+    return protocol | {"computed_in": kind.computed_in, "device": _joined(where, "device")}
+
+
+def _joined(environments: list[dict], key: str, otherwise: str | None = None) -> str:
+    """What all batches were made by, or each of what some were. otherwise: of batches that do not say it."""
+    return ", ".join(dict.fromkeys(one.get(key, otherwise) for one in environments))

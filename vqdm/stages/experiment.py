@@ -1,7 +1,9 @@
 """One experiment through the store: a quantized model, its images, the original's, and their scores."""
 
 import functools
+import importlib.metadata
 import json
+import logging
 from pathlib import Path
 
 from vqdm import processes
@@ -10,21 +12,25 @@ from vqdm.device import Device
 from vqdm.metrics.families import FAMILIES
 from vqdm.models.location import full_precision_bytes
 from vqdm.stages.graph import Graph, image_sampler
-from vqdm.stages.layout import captions_of, image_path
+from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.quantization import Models, ensure_denoiser, environment_of
 from vqdm.store import Store
 from vqdm.tracker import MAX_IMAGES
 
+log = logging.getLogger("vqdm")
 ON_CPU = ("tiny", "paired")  # families that run there in any case
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
     """calibrate → quantize → distil → generate → evaluate. Returns what the run's record should say of its result."""
+    for reason in graph.scoring.reasons():
+        log.info("not run: %s", reason)
     environment = environment_of(config, device)
     models, quantized = Models(config, device.name), None
     if graph.quantization is not None:
         quantized = ensure_denoiser(config, store, graph.quantization, models, environment=environment, tracker=tracker)
-    made = {"environment": {"device": device.name, "dtype": config.model.dtype}}
+    versions = {name: importlib.metadata.version(name) for name in MADE_BY}
+    made = {"environment": {"device": device.name, "dtype": config.model.dtype, **versions}}
     with processes.opened(store, graph.teacher_images or graph.images) as originals:
         _generate(config, graph, originals, lambda: models.teacher, **made)
     if graph.teacher_images is not None:
@@ -52,17 +58,17 @@ def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None
     """Features of every family, of the full-precision images first: they serve the other rows of a table."""
     from vqdm.stages.features import extract
 
-    scoring, count = graph.scoring, len(graph.prompts) * config.evaluate.images_per_prompt
+    count = len(graph.prompts) * config.evaluate.images_per_prompt
     originals = graph.teacher_images and store.directory(graph.teacher_images)
-    todo = [(family, stage, graph.teacher_images) for family, stage in scoring.originals.items()]
-    todo += [(family, stage, graph.images) for family, stage in scoring.features.items()]
+    todo = [(family, stage, graph.teacher_images) for family, stage in graph.teacher_features.items()]
+    todo += [(family, stage, graph.images) for family, stage in graph.features.items()]
     for family, stage, images in todo:
-        make_extractor = functools.partial(_extractor, family, scoring.weights[family], device.name)
+        environment = {"device": "cpu" if family in ON_CPU else device.name, "library": FAMILIES[family].installed()}
+        make_extractor = functools.partial(_extractor, family, graph.scoring.weights[family], device.name)
         with processes.opened(store, stage) as directory:
             extract(
                 directory, store.directory(images), originals if FAMILIES[family].pairs else None, count=count,
-                batch_size=config.evaluate.batch_size, make_extractor=make_extractor,
-                environment={"device": "cpu" if family in ON_CPU else device.name},
+                batch_size=config.evaluate.batch_size, make_extractor=make_extractor, environment=environment,
             )  # fmt: skip
 
 
@@ -73,6 +79,13 @@ def _extractor(family: str, weights: list[Path], device: str):
 
 
 def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) -> dict:
+    """The scores; made again if images were made again since, which on another device are others."""
+    from vqdm.stages.features import images_sha256
+
+    size, count = config.evaluate.batch_size, len(graph.prompts) * config.evaluate.images_per_prompt
+    folders = [store.directory(stage) for stage in (graph.images, graph.teacher_images) if stage is not None]
+    looked_at = images_sha256(folders, count, size)
+
     def make(directory: Path) -> None:
         from vqdm.metrics.tiny_world import load_reference
         from vqdm.stages.evaluate import Columns, evaluate
@@ -82,21 +95,26 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
         families = {
             name: Columns(
                 store.directory(stage),
-                store.directory(scoring.originals[name]) if name in scoring.originals else None,
+                store.directory(graph.teacher_features[name]) if name in graph.teacher_features else None,
                 scoring.weights_sha256[name],
             )
-            for name, stage in scoring.features.items()
+            for name, stage in graph.features.items()
         }
-        count = len(graph.prompts) * config.evaluate.images_per_prompt
         evaluate(
             directory, families, scoring.not_run, graph.prompts, config=config.evaluate, reference=scoring.reference,
             tiny_reference=load_reference(*scoring.weights["tiny"]) if "tiny" in families else None,
-            sampler=image_sampler(config),
-            images=environments(store.directory(graph.images), count, config.evaluate.batch_size),
+            sampler=image_sampler(config), images=environments(store.directory(graph.images), count, size),
+            images_sha256=looked_at,
         )  # fmt: skip
 
-    directory = processes.by_main(store, graph.evaluate, make, environment=environment)
-    return json.loads((directory / "metrics.json").read_text())
+    def holds(directory: Path) -> bool:
+        return _scores(directory).get("images_sha256") == looked_at
+
+    return _scores(processes.by_main(store, graph.evaluate, make, environment=environment, holds=holds))
+
+
+def _scores(directory: Path) -> dict:
+    return json.loads((directory / SCORES_FILE).read_text(encoding="utf-8"))
 
 
 def _bits(config: Config, store: Store, graph: Graph) -> dict:

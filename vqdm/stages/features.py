@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vqdm import processes
 from vqdm.stages.generate import load_images
-from vqdm.stages.layout import batches, captions_in
+from vqdm.stages.layout import batches, captions_in, image_path
 from vqdm.store import read_item, write_item
 
 
@@ -26,8 +26,12 @@ def extract(
     originals: the full-precision images, for a family of pairs. `make_extractor()` is called if there is work.
     """
     sources = [folder for folder in (images, originals) if folder is not None]
-    whole = [(name, rows, _identity(sources, name)) for name, rows in batches(count, batch_size)]
-    pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch)])
+
+    def find_pending() -> list[tuple[str, range, str]]:
+        whole = [(name, rows, _identity(sources, name)) for name, rows in batches(count, batch_size)]
+        return [batch for batch in whole if not _is_there(directory, *batch)]
+
+    pending = processes.my_share(find_pending)
     if not pending:  # then nothing heavy is imported
         return
     from safetensors.torch import save as to_bytes
@@ -60,6 +64,16 @@ def environments(directory: Path, count: int, batch_size: int) -> list[dict]:
     """The different environments that batches were made in, in their order."""
     records = (read_item(directory, name) for name, _ in batches(count, batch_size))
     return list({json.dumps(record["environment"]): record["environment"] for record in records}.values())
+
+
+def images_sha256(folders: list[Path], count: int, batch_size: int) -> str:
+    """Over the checksums of the first `count` images of each folder, as their items keep them."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for name, rows in batches(count, batch_size):
+            files = json.loads((folder / "items" / f"{name}.json").read_bytes())["files"]
+            digest.update("".join(files[image_path(Path(), i).as_posix()]["sha256"] for i in rows).encode())
+    return digest.hexdigest()
 
 
 def _file(name: str) -> str:

@@ -10,7 +10,7 @@ from vqdm import processes
 from vqdm.config import SamplerConfig
 from vqdm.prompts import Prompt, PromptList
 from vqdm.seeds import torch_generator
-from vqdm.stages.layout import batches, image_path, png_bytes
+from vqdm.stages.layout import batches, image_path, png_bytes, readable
 from vqdm.store import read_item, write_item
 
 
@@ -30,7 +30,7 @@ def generate(
     """
     images = copies_of(prompts, images_per_prompt)
     whole = [(name, images[rows.start : rows.stop], rows) for name, rows in batches(len(images), batch_size)]
-    pending = processes.my_share([batch for batch in whole if not _is_there(directory, *batch[:2])])
+    pending = processes.my_share(lambda: [batch for batch in whole if not _is_there(directory, *batch[:2])])
     if not pending:  # then nothing heavy is imported
         return
     from vqdm.models.loader import sample
@@ -58,4 +58,9 @@ def _is_there(directory: Path, name: str, batch: list[tuple[Prompt, str]]) -> bo
 
 def load_images(directory: Path, indices: range) -> list[np.ndarray]:
     """uint8 [height, width, 3] each."""
-    return [np.asarray(Image.open(image_path(directory, i)).convert("RGB")) for i in indices]
+    return [_load(image_path(directory, i)) for i in indices]
+
+
+def _load(path: Path) -> np.ndarray:
+    with readable(path), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

@@ -14,17 +14,15 @@ from vqdm.config import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyT
 from vqdm.errors import UserError
 from vqdm.identity import files_identity
 from vqdm.metrics.families import FAMILIES
-from vqdm.metrics.reference import Reference, find_reference
-from vqdm.metrics.sources import find, identity, missing
 from vqdm.models.location import (
     check_pipeline_directory,
     configs_directory,
     denoiser_directory,
-    evaluators_directory,
     model_identity,
 )
 from vqdm.prompts import PromptList, load_prompts
 from vqdm.stages.caption_images import images_identity
+from vqdm.stages.scoring import Scoring, find_scoring
 from vqdm.store import Stage
 
 VERSIONS = {
@@ -64,18 +62,6 @@ def _there(holder, *names: str) -> dict[str, Stage]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
-    """By families of metrics: features of the images and of the full-precision ones, and what they are made with."""
-
-    features: dict[str, Stage]
-    originals: dict[str, Stage]  # of families that compare features of both
-    weights: dict[str, list[Path]]
-    weights_sha256: dict[str, tuple[str, ...]]
-    reference: Reference | None
-    not_run: dict[str, str]  # {metric: why it cannot be run}
-
-
-@dataclasses.dataclass(frozen=True)
 class Graph:
     """The stages of one experiment; None = not needed."""
 
@@ -84,13 +70,15 @@ class Graph:
     images: Stage
     teacher_images: Stage | None  # the same captions and noise, full precision
     scoring: Scoring
+    features: dict[str, Stage]  # of the images, by families of metrics
+    teacher_features: dict[str, Stage]  # of families that compare features of both
     evaluate: Stage
 
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields; features by their family."""
         first = {} if self.quantization is None else self.quantization.named()
-        features = {f"teacher_features/{name}": stage for name, stage in self.scoring.originals.items()}
-        features |= {f"features/{name}": stage for name, stage in self.scoring.features.items()}
+        features = {f"teacher_features/{name}": stage for name, stage in self.teacher_features.items()}
+        features |= {f"features/{name}": stage for name, stage in self.features.items()}
         return first | _there(self, "teacher_images", "images") | features | {"evaluate": self.evaluate}
 
     def stages(self) -> list[Stage]:
@@ -267,53 +255,15 @@ def _features(config: Config, family: str, weights: tuple[str, ...], **images: S
     return _stage("features", f"{images['images'].label}-{family}", settings, **images)
 
 
-def _weights(config: Config, family: str, cache: Path) -> tuple[list[Path], list[str]]:
-    """Paths and sha256 of a family's weights; UserError, worded for a table, if one is not here."""
-    if family == "tiny":
-        directory = evaluators_directory(config.evaluate.evaluators)
-        return [directory], [files_identity(directory, cache)]
-    folder = Path(config.evaluate.weights)
-    found = {weights: find(weights, folder) for weights in FAMILIES[family].weights}
-    if absent := [missing(weights, folder) for weights, path in found.items() if path is None]:
-        raise UserError("; ".join(absent))
-    return list(found.values()), [identity(weights, path, cache=cache) for weights, path in found.items()]
-
-
-def _scoring(config: Config, images: Stage, originals: Stage | None, cache: Path) -> Scoring:
-    """What can be scored, and why the rest cannot."""
-    reference = find_reference(config.evaluate.reference, cache=cache)
-    scoring = Scoring({}, {}, {}, {}, reference, {})
-    for name in dict.fromkeys(config.evaluate.metrics):
-        family = FAMILIES[name]
-        if family.pairs and originals is None:
-            continue
-        asked = [m for m in family.metrics if originals is not None or m not in family.against_originals]
-        try:
-            paths, hashes = _weights(config, name, cache)
-        except UserError as error:
-            if name == "tiny":
-                raise
-            scoring.not_run.update(dict.fromkeys(asked, str(error)))
-            continue
-        scoring.not_run.update(_without_reference(reference, name, hashes))
-        scoring.weights[name], scoring.weights_sha256[name] = paths, tuple(hashes)
-        pair = {"originals": originals} if family.pairs else {}
-        scoring.features[name] = _features(config, name, tuple(hashes), images=images, **pair)
-        if originals is not None and family.against_originals and not family.pairs:
-            scoring.originals[name] = _features(config, name, tuple(hashes), images=originals)
-    return scoring
-
-
-def _without_reference(reference: Reference | None, family: str, weights: list[str]) -> dict[str, str]:
-    """{metric: why} for those of a family that the reference does not serve; UserError if it serves them falsely."""
-    if reference is None:
-        why = "needs evaluate.reference: statistics of real images, made by scripts/make_reference_stats.py"
-        return dict.fromkeys(FAMILIES[family].against_reference, why)
-    reference.check_weights(family, weights)
-    lacking = [] if reference.serves(family) else FAMILIES[family].against_reference
-    if reference.about is None:
-        lacking = [metric for metric in FAMILIES[family].against_reference if not metric.startswith("fid")]
-    return dict.fromkeys(lacking, f"needs features of real images: {reference.path} holds none for it")
+def _looks(config: Config, scoring: Scoring, images: Stage, originals: Stage | None) -> tuple[dict, dict]:
+    """Features of the images and, for the families that compare both, of the full-precision ones: {family: stage}."""
+    own, teacher = {}, {}
+    for name, weights in scoring.weights_sha256.items():
+        pair = {"originals": originals} if FAMILIES[name].pairs else {}
+        own[name] = _features(config, name, weights, images=images, **pair)
+        if originals is not None and FAMILIES[name].against_originals and not pair:
+            teacher[name] = _features(config, name, weights, images=originals)
+    return own, teacher
 
 
 def build_quantization(config: Config, *, cache: Path) -> Quantization:
@@ -337,19 +287,21 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     source = prompts.source_id
     images = _images(config, model, quantization.denoiser if quantized else None, source)
     teacher_images = _images(config, model, None, source) if quantized else None
-    scoring = _scoring(config, images, teacher_images, cache)
-    evaluate = _evaluate(config, prompts, images, scoring)
-    return Graph(quantization, prompts, images, teacher_images, scoring, evaluate)
+    scoring = find_scoring(config.evaluate, originals=quantized, cache=cache)
+    features, teacher_features = _looks(config, scoring, images, teacher_images)
+    upstream = {"images": images} | {f"features/{name}": stage for name, stage in features.items()}
+    upstream |= {f"originals/{name}": stage for name, stage in teacher_features.items()}
+    evaluate = _evaluate(config, prompts, scoring, upstream=upstream)
+    return Graph(quantization, prompts, images, teacher_images, scoring, features, teacher_features, evaluate)
 
 
-def _evaluate(config: Config, prompts: PromptList, images: Stage, scoring: Scoring) -> Stage:
+def _evaluate(config: Config, prompts: PromptList, scoring: Scoring, *, upstream: dict[str, Stage]) -> Stage:
+    """upstream: the images too, though only their features are read: of a run without features they are all it is."""
     settings = {"n": len(prompts), "prompts": prompts.sha256, "bootstrap": config.evaluate.bootstrap}
     settings |= {"not_run": sorted(scoring.not_run)}
-    upstream: dict[str, Stage | str] = {f"features/{name}": stage for name, stage in scoring.features.items()}
-    upstream |= {f"originals/{name}": stage for name, stage in scoring.originals.items()}
     if scoring.reference is not None:
-        upstream["reference"] = scoring.reference.sha256
-    return _stage("evaluate", images.label, settings, **upstream)
+        upstream = upstream | {"reference": scoring.reference.sha256}
+    return _stage("evaluate", upstream["images"].label, settings, **upstream)
 
 
 def build_stages(config: Config, *, cache: Path) -> Graph | Quantization:

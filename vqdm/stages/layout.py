@@ -1,13 +1,19 @@
 """How images lie in a stage's directory, for those who write and those who only read them. Imports nothing heavy."""
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from vqdm.errors import UserError
+
 DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
 ERRORS_FILE = "errors.json"  # of a stage that makes a denoiser: its output's relative squared error by timestep
+MADE_BY = ("torch", "diffusers")  # libraries whose versions the environment of a batch of images says
+SCORES_FILE = "metrics.json"  # of an evaluate stage: every metric with its protocol
 IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores
 
 
@@ -34,6 +40,15 @@ def captions_of(directory: Path, count: int) -> list[str]:
         if len(texts) >= count:
             break
     return texts[:count]
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """UserError where what is inside finds that the image is not there, or is none."""
+    try:
+        yield
+    except (OSError, SyntaxError) as error:  # Pillow calls some damaged PNGs a SyntaxError
+        raise UserError(f"{path} is no readable image ({error}); run its experiment again") from error
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqdm.errors import UserError
 from vqdm.report.votes.study import DESTROYED, Trial
-from vqdm.stages.layout import image_path
+from vqdm.stages.layout import image_path, readable
 from vqdm.store import Store
 
 TILES = 4  # a destroyed image is cut into 4 × 4 tiles, which are shuffled and turned
@@ -47,7 +47,7 @@ def image_set(results: Path, name: str, model: str) -> ImageSet:
     runs = [
         (file.stat().st_mtime, record)
         for file, record in Store(results).runs()
-        if record["experiment"] == name and record.get("model") == model
+        if record["experiment"] == name and record.get("model") == model and "generate" in record["directories"]
     ]
     if not runs:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
@@ -124,11 +124,8 @@ def trial_images(
 
 def _load(path: Path, size: int | None) -> Image.Image:
     """RGB pixels and nothing else; `size`: of the longer side in pixels, None: as it is."""
-    try:
-        with Image.open(path) as file:
-            image = Image.fromarray(np.asarray(file.convert("RGB")))
-    except OSError as error:
-        raise UserError(f"{path} is no readable image ({error}); run its experiment again") from error
+    with readable(path), Image.open(path) as file:
+        image = Image.fromarray(np.asarray(file.convert("RGB")))
     if size is None or size == max(image.size):
         return image
     scale = size / max(image.size)
