@@ -23,6 +23,7 @@ from vqdm.report.gallery import LARGEST, WEBP_QUALITY, Gallery, PageMethod, empt
 
 FILES = Path(__file__).with_name("page_files")
 SLACK = 512  # bytes for what is said of the gallery, known only when it is filled
+WIDE = 300  # points; a figure wider than that has a row of its own
 LAYER_COLUMNS = {  # of a record in layers.json: the page's name, and whether it is a number
     "name": ("layer", False),
     "shape": ("shape", False),
@@ -167,9 +168,12 @@ def _notes(content: PageContent) -> str:
 
 def _figure(title: str, path: Path) -> str:
     """As an image, not as markup: what is in an SVG can then neither run nor ask for anything."""
-    data = base64.b64encode(path.read_bytes()).decode()
+    content = path.read_bytes()
+    width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', content)
+    wide = ' class="wide"' if width and float(width[1]) > WIDE else ""
+    data = base64.b64encode(content).decode()
     return (
-        f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">'
+        f'<figure{wide}><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{escape(title)}</figcaption></figure>\n"
     )
 
