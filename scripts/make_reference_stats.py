@@ -1,7 +1,6 @@
 """Statistics of real images that FID, KID and CMMD are taken against: what `evaluate.reference` names.
 
-python scripts/make_reference_stats.py data/coco/val2014.zip --captions data/coco/coco2014_val_30k.csv \
-    --out data/reference/coco2014_val_30k
+python scripts/make_reference_stats.py data/val2014 --captions data/coco2014_val_30k.csv --out data/reference/coco30k
 python scripts/make_reference_stats.py FOLDER ARCHIVE.zip --out DIR --metrics fid_standard
 
 SOURCE: folders of images, and .zip archives, which are read in place. With --captions only the images that a caption

@@ -7,7 +7,6 @@ the plan, or no network, where the command ends in the one line that says what i
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 

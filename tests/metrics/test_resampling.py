@@ -126,3 +126,8 @@ def test_ratio_where_many_images_ask_for_nothing():
 
 def test_ratio_of_nothing_is_no_number():
     assert all(np.isnan(value) for value in ratio_and_error(np.zeros(5), np.zeros(5)).values())
+
+
+def test_ratio_of_one_prompt_has_no_error():
+    found = ratio_and_error(np.array([2.0, 1.0]), np.array([3.0, 3.0]), copies=2)
+    assert found["value"] == 0.5 and np.isnan(found["se"])

@@ -123,3 +123,17 @@ def test_a_family_yields_the_metrics_that_it_names(family):
         own = {name.removesuffix("_to_fp"): normal(n, seed=5) for name in FAMILIES[family].metrics}
     found = scored(family, own, own, reference=reference_of(normal(20, 6, seed=6)))
     assert sorted([*found.images, *found.sets]) == sorted(FAMILIES[family].metrics)
+
+
+@pytest.mark.parametrize("size", [8, 300])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_one_prompt_has_no_errors_and_one_image_no_fid(copies, size):
+    own, originals = ({"features": normal(copies, size, seed=seed)} for seed in (1, 2))
+    real = reference_of(normal(2 * size, size, seed=0))
+    found = scored("fid_paper", own, originals, reference=real, copies=copies).sets
+    assert all(np.isnan(entry["se"]) for entry in found.values()) and len(found) == 2
+    assert {name: np.isnan(entry["value"]) for name, entry in found.items()} == dict.fromkeys(found, copies == 1)
+    vectors = {"image": unit(copies, size, seed=3)}
+    assert np.isnan(
+        scored("cmmd", vectors, reference={"features": unit(9, size, seed=4)}, copies=copies).sets["cmmd_l14_336"]["se"]
+    )

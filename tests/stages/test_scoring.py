@@ -1,5 +1,7 @@
 """What can be scored, and what of it tells one evaluation from another."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save as to_bytes
@@ -106,3 +108,12 @@ def test_weights_that_were_cut_off_are_not_run(name, tmp_path):
         path.write_bytes(content)
         found = scoring(tmp_path, "clip_h14" if name.startswith("CLIP") else "pickscore")
         assert not found.weights and all("is damaged" in why and "\n" not in why for why in found.not_run.values())
+
+
+def test_a_reference_that_was_cut_off_is_refused_before_any_work(tmp_path):
+    about = {"name": "r", "images": 2, "images_sha256": "i", "families": {"cmmd": {}}}
+    (tmp_path / "reference.json").write_text(json.dumps(about))
+    (tmp_path / "cmmd.safetensors").write_bytes(to_bytes({"features": torch.zeros(9)})[:-4])
+    with pytest.raises(UserError, match=r"cmmd\.safetensors is damaged") as error:
+        scoring(tmp_path, "tiny", reference=str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -32,14 +32,18 @@ class FrechetDistance:
     """Fréchet distance of sets of features to one reference (Heusel et al. 2017, eq. 6): FID, whatever the features.
 
     By eigenvalues of symmetric matrices, since covariances of few images are singular; tr (C₁C₂)^½ is the sum of the
-    roots of the eigenvalues of RᵀC₂R with C₁ = RRᵀ.
+    roots of the eigenvalues of RᵀC₂R with C₁ = RRᵀ. NaN to or of a single row, which has no covariance.
     """
 
     def __init__(self, reference: Gaussian):
-        values, vectors = torch.linalg.eigh(reference.covariance)
-        self.reference, self.root = reference, vectors * values.clamp(min=0).sqrt()
+        self.reference, self.root = reference, None
+        if reference.covariance.isfinite().all():
+            values, vectors = torch.linalg.eigh(reference.covariance)
+            self.root = vectors * values.clamp(min=0).sqrt()
 
     def __call__(self, features: torch.Tensor) -> float:
+        if self.root is None or len(features) < 2:
+            return float("nan")
         features = features.double()
         mean = features.mean(0)
         centred = (features - mean) / (len(features) - 1) ** 0.5

@@ -12,6 +12,7 @@ from pathlib import Path
 from vqdm.errors import UserError
 from vqdm.identity import file_identity, files_identity
 from vqdm.metrics.families import FAMILIES
+from vqdm.metrics.sources import check_whole
 
 ABOUT = "reference.json"
 SHAPES = {"mean": [2048], "covariance": [2048, 2048]}  # of Inception's pool features
@@ -87,6 +88,8 @@ def find_reference(path: str | None, *, cache: Path) -> Reference | None:
         )
     if absent := [family for family in about["families"] if not (place / f"{family}.safetensors").is_file()]:
         raise UserError(f"{place}: {absent[0]}.safetensors is missing; copy or make the reference again")
+    for family in about["families"]:
+        check_whole(place / f"{family}.safetensors")
     return Reference(place, files_identity(place, cache), about)
 
 

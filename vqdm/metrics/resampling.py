@@ -84,4 +84,5 @@ def ratio_and_error(found: np.ndarray, asked: np.ndarray, copies: int = 1) -> di
         return {"value": float("nan"), "se": float("nan")}
     share = found.sum() / asked.sum()
     residual = found - share * asked
-    return {"value": float(share), "se": float(residual.std(ddof=1) / asked.mean() / np.sqrt(len(found)))}
+    error = residual.std(ddof=1) / asked.mean() / np.sqrt(len(found)) if len(found) > 1 else float("nan")
+    return {"value": float(share), "se": float(error)}

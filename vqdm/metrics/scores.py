@@ -34,6 +34,8 @@ def score(
     images = _image_scores(family, own, originals, captions=captions, reference=reference)
     statistics = set_statistics(family, own, originals, reference=reference)
     sets = {name: with_error(*statistic(resamples)) for name, statistic in statistics.items()}
+    if resamples.prompts == 1:  # all draws are the same, which says nothing of the error
+        sets = {name: found | {"se": float("nan")} for name, found in sets.items()}
     if family == "tiny":
         sets |= tiny_world.fidelity_scores(captions, seen_by(own["labels"]), copies=resamples.copies)
     if family == "fid_standard":

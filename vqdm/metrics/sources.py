@@ -88,7 +88,7 @@ def load_tensors(path: Path) -> dict:
     return content
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """UserError for a .safetensors file that was cut off, which its header tells: before images are made for it."""
     from safetensors import SafetensorError, safe_open
 
@@ -98,12 +98,12 @@ def _check_whole(path: Path) -> None:
         with safe_open(path, "np"):
             pass
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}): fetch it again, or remove it") from error
+        raise UserError(f"{path} is damaged ({error}): fetch or make it again, or remove it") from error
 
 
 def identity(weights: Weights, path: Path, *, cache: Path) -> str:
     """sha256 of a file, checked, or over the files of a directory. `cache` keeps hashes by size and time."""
-    _check_whole(path / weights.marker if weights.marker else path)
+    check_whole(path / weights.marker if weights.marker else path)
     if path.is_dir():
         return files_identity(path, cache)
     sha256 = file_identity(path, cache)
