@@ -141,13 +141,17 @@ def test_micro_batches_add_up(samples, validation, along):
 
 def test_processes_share_a_step(samples, validation, monkeypatch):
     """The mean of their gradients, which DistributedDataParallel takes, is that of one process."""
-    loss, whole = gradients(samples, validation, batch_size=6)
+    doubled = InDouble(samples)
+    loss, whole = gradients(doubled, validation, own=student().double(), batch_size=6)
     each = [
-        gradients(samples, validation, batch_size=6, rank=rank, count=3, monkeypatch=monkeypatch) for rank in range(3)
+        gradients(
+            doubled, validation, own=student().double(), batch_size=6, rank=rank, count=3, monkeypatch=monkeypatch
+        )
+        for rank in range(3)
     ]
     mean = {name: sum(found[name] for _, found in each) / 3 for name in whole}
-    assert near(whole, mean, 1e-4)
-    assert sum(found for found, _ in each) == pytest.approx(loss, rel=1e-5)  # each gives its part of the sum
+    assert near(whole, mean, 1e-6)
+    assert sum(found for found, _ in each) == pytest.approx(loss, rel=1e-6)  # each gives its part of the sum
 
 
 def test_checkpointing_and_bfloat16_compute_the_same_step(samples, validation):

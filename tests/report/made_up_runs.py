@@ -36,7 +36,7 @@ def write_run(
 
 
 def write_made_up(results: Path) -> None:
-    """The runs of tests/golden/tables/made_up.yaml: all but one row."""
+    """The runs of tests/report/golden/made_up.yaml: all but one row."""
     fid = {
         "protocol": {"resize": {"filter": "lanczos", "size": 256}, "reference_sha256": "ab12", "computed_in": "float32"}
     }

@@ -20,7 +20,7 @@ from vqdm.report.tables import read_table
 from vqdm.report.writers import table_content, write_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GOLDEN = ROOT / "tests" / "golden" / "tables"
+GOLDEN = Path(__file__).parent / "golden"
 TWINS = {
     "table1_sdxl": "table1_tiny", "bits_sweep": "bits_sweep_tiny", "ablations": "ablations_tiny",
     "turbo_sdxl": "turbo_tiny", "human_preference": "human_preference_tiny",
