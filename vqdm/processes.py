@@ -7,6 +7,7 @@ Distillation works on one stage together: `together`. Images and their features 
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,47 +46,38 @@ def join(*, cpu: bool) -> None:
 
 def leave() -> None:
     """Part from the others; without it they may wait for each other for ever when Python ends."""
-    if launched():
-        import torch.distributed as dist
+    if (group := _group()) is not None:
+        group.destroy_process_group()
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+def _group():
+    """torch.distributed where the processes have met; it is not imported for a process that is alone."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 def rank_and_count() -> tuple[int, int]:
-    if not launched():
-        return 0, 1
-    import torch.distributed as dist
-
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    group = _group()
+    return (0, 1) if group is None else (group.get_rank(), group.get_world_size())
 
 
 def wait_for_all() -> None:
-    if launched():
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.barrier()
+    if (group := _group()) is not None:
+        group.barrier()
 
 
 def sum_over(tensor):
     """The sum of every process's tensor, in place."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+    if (group := _group()) is not None:
+        group.all_reduce(tensor)
     return tensor
 
 
 def _announced(value):
     """What the main process says; the others give None."""
-    if not launched():
-        return value
-    import torch.distributed as dist
-
     told = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
+    if (group := _group()) is not None:
+        group.broadcast_object_list(told, src=0)
     return told[0]
 
 

@@ -13,7 +13,7 @@ def sentences(table: Table, data, *, of_runs: int, model: str) -> list[str]:
     found = []
     if of_runs < len(data):
         found.append(f"{of_runs} of {len(data)} rows were run; `{table.command(model)}` goes on with the others.")
-    found.append("± is one standard error over prompts, unless said otherwise below.")
+    found.append("± is one standard error over prompts.")
     if (data["calibration_seeds"] > 1).any():
         found.append("In brackets, where a row is the mean of several calibration seeds, their standard deviation.")
     return found + about_published(table) + about_making(table, model)
