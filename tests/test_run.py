@@ -128,11 +128,12 @@ def test_more_images_keep_those_that_are_there(finished):
 def test_plan_lists_what_is_done(finished):
     done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "plan=true")
     lines = [line for line in done.stdout.splitlines() if "/stages/" in line]
-    assert [line.split()[0] for line in lines] == ["calibrate", "quantize", "generate", "generate", "evaluate"]
+    names = ["calibrate", "quantize", "generate", "generate", "features", "features", "features", "evaluate"]
+    assert [line.split()[0] for line in lines] == names
     assert all(line.split()[1] == "done" for line in lines)
     done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "quantize.bits=2", "plan=true")
     states = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if "/tiny-rtn2-" in line}
-    assert states == {"quantize": "to", "generate": "to", "evaluate": "to"}
+    assert states == {"quantize": "to", "generate": "to", "features": "to", "evaluate": "to"}
 
 
 @demo
@@ -182,14 +183,14 @@ def test_real_captions_calibrate(tmp_path, name):
 
 
 def test_any_captions_can_be_compared_with_full_precision(tmp_path):
-    own = ("evaluate.prompts.source=builtin", "evaluate.metrics=paired", f"results_dir={tmp_path}")
+    own = ("evaluate.prompts.source=builtin", "evaluate.metrics=[paired]", f"results_dir={tmp_path}")
     done = run("+experiment=tiny_rtn4", *SMALL, *own)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(next((tmp_path / "stages" / "evaluate").glob("*/metrics.json")).read_text())["metrics"]
-    assert set(metrics) == {"psnr_to_fp"}
+    assert set(metrics) == {"psnr_to_fp", "ssim_to_fp"}
     done = run("+experiment=tiny_rtn4", *SMALL, own[0], own[2])
     assert done.returncode != 0
-    assert "evaluate.metrics=paired" in done.stderr
+    assert "evaluate.metrics=[paired]" in done.stderr
 
 
 def _tiny_without_unet(tmp_path: Path) -> str:
@@ -226,7 +227,7 @@ BAD = {
     ),
     "no denoiser": (lambda t: ["model.builtin=null", f"model.path={_tiny_without_unet(t)}"], "denoiser"),
     "hub out of reach": (
-        lambda t: ["+experiment=sdxl_vq3", "calibration=builtin", "evaluate=tiny", "evaluate.metrics=paired"],
+        lambda t: ["+experiment=sdxl_vq3", "calibration=builtin", "evaluate=tiny", "evaluate.metrics=[paired]"],
         "stabilityai/stable-diffusion-xl-base-1.0",
     ),
     "hub and captions missing": (lambda t: ["+experiment=sdxl_vq3"], "captions_train2017.json"),

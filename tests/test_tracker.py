@@ -209,7 +209,7 @@ def _config(results):
         name="tracked", results_dir=str(results), threads=1, device="cpu",
         model=ModelConfig(name="tiny", builtin="tiny", sampler=SamplerConfig(steps=2)),
         calibration=CalibrationConfig(source="tiny", n=2, batch_size=2), quantize=QuantizeConfig(kind="rtn", bits=2),
-        evaluate=EvaluateConfig(prompts=PromptsConfig(source="tiny", n=4), metrics="paired", batch_size=4),
+        evaluate=EvaluateConfig(prompts=PromptsConfig(source="tiny", n=4), metrics=["paired"], batch_size=4),
     )  # fmt: skip
 
 

@@ -176,11 +176,13 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     failed = True
     try:
         record |= _work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
-        _log_stages(tracker, store, stages)
         store.record_run(config.name, record)
         failed = False
     finally:
-        tracker.finish(failed=failed)
+        try:
+            _log_stages(tracker, store, stages)  # of a run that fails, those that were done by then
+        finally:
+            tracker.finish(failed=failed)
     log.info("%s: finished in %.1f s", config.name, time.monotonic() - began)
     return record
 

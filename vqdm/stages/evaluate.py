@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from vqdm.config import EvaluateConfig, SamplerConfig
 from vqdm.metrics.families import FAMILIES
@@ -46,7 +47,7 @@ def evaluate(
     captions = [p.text for p in prompts.prompts for _ in range(copies)]
     per_image: dict[str, np.ndarray] = {}
     metrics: dict[str, dict] = {}
-    for family, place in families.items():
+    for family, place in tqdm(families.items(), desc=f"evaluate {directory.name}", unit="family"):  # FIDs take minutes
         own, originals = (_columns(folder, len(captions), config) for folder in (place.own, place.originals))
         known = tiny_reference if family == "tiny" else _reference(reference, family)
         found = score(family, own, originals, captions=captions, reference=known, resamples=resamples)
