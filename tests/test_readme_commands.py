@@ -444,9 +444,9 @@ def sdxl_names_at_once_what_it_lacks(done: Done):
     assert not list((done.place / "results" / "runs").glob("sdxl*"))
 
 
-@rule(r"python scripts/make_reference_stats\.py data/val2014\.zip .* --out data/reference/coco30k", code=1)
+@rule(r"python scripts/make_reference_stats\.py data/val2014 .* --out data/reference/coco30k", code=1)
 def without_photographs_it_says_so(done: Done):
-    assert done.error().startswith("error: data/val2014.zip is no folder of images and no .zip archive")
+    assert done.error().startswith("error: data/val2014 is no folder of images and no .zip archive")
 
 
 @rule(r"python scripts/bench_sdxl_layers\.py --workers 2", "--shapes", "320x640")
