@@ -1,9 +1,10 @@
 """Keep a table and its figures: copy them from results/ into the tracked results/published/, with where they come from.
 
-python scripts/publish_table.py demo --command "python run.py +experiment=demo" [--table-only]
+python scripts/publish_table.py demo --command "python run.py +experiment=demo" [--figures "*psnr*"]
 """
 
 import argparse
+import fnmatch
 import platform
 import shutil
 import sys
@@ -32,14 +33,17 @@ def _table_of(figure: str, names: set[str]) -> str:
     return max((name for name in names if figure.startswith(name)), key=len)
 
 
-def publish(name: str, results: Path, *, command: str, table_only: bool = False) -> Path:
-    """Returns the folder with the copies and <name>.json: command, commit, versions."""
+def publish(name: str, results: Path, *, command: str, figures: str = "*") -> Path:
+    """Returns the folder with the copies and <name>.json: command, commit, versions.
+
+    figures: a pattern of the names of figures' files to keep; "" for none.
+    """
     published = results / "published"
-    files = [file for file in files_of(name, results) if not table_only or file.suffix in TABLE]
+    about = {"command": command, **git_state(), "versions": versions(), "machine": platform.machine()}
+    files = [f for f in files_of(name, results) if f.suffix in TABLE or fnmatch.fnmatch(f.name, figures)]
     published.mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, published / file.name)
-    about = {"command": command, **git_state(), "versions": versions(), "machine": platform.machine()}
     write_json(published / f"{name}.json", about | {"files": [file.name for file in files]})
     return published
 
@@ -48,11 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the table, such as demo")
     parser.add_argument("--command", required=True, help="the command that made it")
-    parser.add_argument("--table-only", action="store_true", help="leave figures, which are large for many rows")
+    parser.add_argument("--figures", default="*", help='pattern of the figures to keep, "" for none (default: all)')
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
     try:
-        folder = publish(options.name, options.results, command=options.command, table_only=options.table_only)
+        folder = publish(options.name, options.results, command=options.command, figures=options.figures)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"published {options.name} to {folder}")

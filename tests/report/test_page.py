@@ -410,19 +410,20 @@ def test_what_a_screen_reader_finds(page):
 
 def test_layers_sort(page):
     def column(n):
-        return page.locator(f"#layers-table tbody tr > :nth-child({n})").all_inner_texts()
+        return expect(page.locator(f"#layers-table tbody tr > :nth-child({n})"))
 
-    assert column(1) == [f"down.{i}.conv" for i in range(4)] + ["conv_in"]
-    assert page.locator("#layers-about").inner_text() == "4 layers quantized (368 weights), 1 left in 16 bit"
-    assert column(7) == ["rtn 4 bit g64"] * 4 + ["16 bit: the pattern does not select it"]
+    column(1).to_have_text([*(f"down.{i}.conv" for i in range(4)), "conv_in"])
+    expect(page.locator("#layers-about")).to_have_text("4 layers quantized (368 weights), 1 left in 16 bit")
+    column(7).to_have_text([*["rtn 4 bit g64"] * 4, "16 bit: the pattern does not select it"])
     head = page.get_by_role("columnheader", name="relative output error")
     head.get_by_role("button").click()
-    assert column(4) == ["0.3", "0.04", "0.003", "0.00002", "–"]
+    column(4).to_have_text(["0.3", "0.04", "0.003", "0.00002", "–"])
     assert head.get_attribute("aria-sort") == "descending"
     page.keyboard.press("Enter")  # focus stayed on the header
-    assert column(4) == ["0.00002", "0.003", "0.04", "0.3", "–"] and head.get_attribute("aria-sort") == "ascending"
+    column(4).to_have_text(["0.00002", "0.003", "0.04", "0.3", "–"])
+    assert head.get_attribute("aria-sort") == "ascending"
     choice(page, "Method").select_option("trellis")
-    assert len(column(1)) == 5
+    column(1).to_have_count(5)
 
 
 def luminance(page) -> float:
