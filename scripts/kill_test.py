@@ -1,9 +1,10 @@
 """Kill a run with SIGKILL at random moments, then let it finish: what it makes must be an uninterrupted run's.
 
 python scripts/kill_test.py [--kills 10] [--seed 0] [run.py arguments, +experiment=demo by default]
+python scripts/kill_test.py --kills 3 +experiment=tiny_rtn4 evaluate.prompts.n=2000 threads=1  # images and scores
 python scripts/kill_test.py --kills 5 +experiment=tiny_codec quantize=trellis2 finetune=both  # distillation
 
-Compared are tables, scores of images, and of distillation every loss and the weights, bit for bit.
+Compared are tables, images and their scores, and of distillation every loss and the weights, bit for bit.
 """
 
 import argparse
@@ -33,7 +34,8 @@ def finish(arguments: list[str], results: Path, *, log: Path) -> float:
 
 def outcome(results: Path) -> dict[str, bytes]:
     """What a run is for, by its place: files, and denoisers without their header, whose keys come in any order."""
-    patterns = ("tables/*.csv", "stages/evaluate/*/images.csv", "stages/finetune/*/history.json")
+    scores = ("tables/*.csv", "stages/evaluate/*/images.csv", "stages/evaluate/*/metrics.json")
+    patterns = (*scores, "stages/generate/*/images/*.png", "stages/finetune/*/history.json")
     found = {path: path.read_bytes() for pattern in patterns for path in results.glob(pattern)}
     for path in results.glob("stages/*/*/denoiser/*.safetensors"):
         content = path.read_bytes()
