@@ -154,9 +154,9 @@ def bits_go_by_sensitivity(done: Done):
     assert 2.4 < record["bits"]["bits_quantized"] <= 2.5 and resembles_the_original(done.place, record)
 
 
-@rule(r"python run\.py \+experiment=tiny_trellis3 finetune=both", *PAIRED, *DISTILLED, "name=distilled")
+@rule(r"python run\.py \+experiment=tiny_trellis3 finetune=both name=tiny_trellis3_both", *PAIRED, *DISTILLED)
 def it_is_distilled_block_by_block_and_end_to_end(done: Done):
-    (record,) = records(done.place, "distilled")
+    (record,) = records(done.place, "tiny_trellis3_both")
     assert {"tune_blocks", "trajectories"} <= set(record["directories"]) and "finetuned in 2 steps" in done.err
     assert resembles_the_original(done.place, record)
 
