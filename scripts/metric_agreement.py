@@ -1,7 +1,7 @@
 """Which metric to trust at which n: how each orders compressed variants, against caption fidelity at the largest n.
 
 python run.py +experiment=codecs seeds=1 evaluate.prompts.n=2048
-python scripts/metric_agreement.py [--prefix codecs_] [--model tiny] [--n 32 … 2048] [--results results]
+python scripts/metric_agreement.py [--prefix ""] [--model tiny] [--n 32 … 2048] [--results results]
 
 Spearman's rank correlation over the compressed variants; where lower is better, the sign is turned.
 Every cell is the mean over as many disjoint parts of n images as there are, at most 8, with their standard deviation; –
@@ -58,24 +58,27 @@ class Variant:
 
 
 def variants(results: Path, prefix: str, model: str, count: int) -> list[Variant]:
-    """The newest run of every compressed variant with that many images; UserError unless all can be compared."""
+    """The newest run of every compressed variant with that many images, known by where its images are; UserError unless
+    all can be compared.
+    """
     newest: dict[str, Run] = {}
     for _, record in sorted(Store(results).runs(), key=lambda pair: pair[0].stat().st_mtime):
         named = record["experiment"].startswith(prefix) and record.get("model") == model
         if named and is_finished(record, results) and _serves(run := read_run(results, record), count):
-            newest[record["experiment"]] = run
+            newest[record["directories"]["generate"]] = run
     if len(newest) < 3:
         raise UserError(
             f"{len(newest)} runs {prefix}* on {model} with {count} images under {results}; run a table first"
         )
     shipped = [files_identity(evaluators_directory(None), Store(results).hashes)]
-    for name, run in newest.items():
+    names = [run.record["experiment"] for run in newest.values()]
+    for name, run in zip(names, newest.values(), strict=True):
         if run.metrics["fid"]["protocol"]["weights_sha256"] != shipped:
             raise UserError(f"{name} was scored with other evaluators than are shipped; run it with these")
     found = [Variant(run, count) for run in newest.values()]
-    for name, variant in zip(newest, found, strict=True):
+    for name, variant in zip(names, found, strict=True):
         if variant.captions != found[0].captions:
-            raise UserError(f"{name} has images of other captions than {next(iter(newest))}; run both on the same list")
+            raise UserError(f"{name} has images of other captions than {names[0]}; run both on the same list")
     return found
 
 
@@ -115,7 +118,7 @@ def _cell(values: list[float]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prefix", default="codecs_")
+    parser.add_argument("--prefix", default="codecs_", help='of the runs\' names; "" for all')
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--n", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--results", type=Path, default=Path("results"))
