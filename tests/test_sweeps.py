@@ -18,7 +18,7 @@ from vqdm.sweeps import failures, job_label, jobs_of_sweep, run_job, sweep_name,
 
 LAUNCHERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 SMALLEST = (
-    "evaluate.prompts.n=4", "evaluate.batch_size=4", "evaluate.metrics=paired", "calibration.n=2",
+    "evaluate.prompts.n=4", "evaluate.batch_size=4", "evaluate.metrics=[paired]", "calibration.n=2",
     "calibration.batch_size=2", "model.sampler.steps=2", "threads=1", "tracker=none",
 )  # fmt: skip
 SIX = (

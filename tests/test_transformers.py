@@ -24,7 +24,6 @@ from vqdm.config import (
     QuantizeConfig,
     RescaleConfig,
     SamplerConfig,
-    parse_scheme,
 )
 from vqdm.errors import UserError
 from vqdm.hessian import shrunk
@@ -34,6 +33,7 @@ from vqdm.models.loader import denoiser_of, denoiser_on_meta, load_pipeline, sam
 from vqdm.models.recording import OUTPUT, play_back
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
+from vqdm.scheme_names import parse_scheme
 from vqdm.schemes import assign_schemes, planned_bits
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import calibrate, recorded_calls, token_limit
