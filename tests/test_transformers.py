@@ -270,7 +270,7 @@ def layers_in_graph(tmp_path, **model) -> str:
     prompts = PromptsConfig(source="tiny", n=2, split="test")
     config = Config(
         model=ModelConfig(**model), calibration=CALIBRATION, quantize=QuantizeConfig(kind="rtn"),
-        evaluate=EvaluateConfig(prompts=prompts, metrics="paired"),
+        evaluate=EvaluateConfig(prompts=prompts, metrics=["paired"]),
     )  # fmt: skip
     return build_graph(config, cache=tmp_path / "hashes.json").quantization.quantize.config["layers"]
 
