@@ -90,7 +90,9 @@ def test_six_jobs_on_two_workers_one_killed_and_the_same_command_again(tmp_path)
     swept = [json.loads((results / job["run"]).read_text()) for job in jobs_of_sweep(_sweep(results))]
     assert len({record["fingerprint"] for record in swept}) == 6
     written = {path for path, when in _times(results).items() if when != before.get(path)}
-    own = [results / swept[4]["directories"][stage] for stage in ("quantize", "generate", "features/paired", "evaluate")]
+    own = [
+        results / swept[4]["directories"][stage] for stage in ("quantize", "generate", "features/paired", "evaluate")
+    ]
     assert {directory for directory in own if any(path.is_relative_to(directory) for path in written)} == set(own)
     assert all(any(path.is_relative_to(directory) for directory in own) for path in written), "only what was missing"
 

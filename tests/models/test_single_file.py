@@ -15,8 +15,8 @@ from diffusers.loaders.single_file_utils import (
     infer_diffusers_model_type,
 )
 from safetensors.torch import load_file, save_file
+from unets import SDXL, small_unet
 
-from tests.unets import SDXL, small_unet
 from vqdm.errors import UserError
 from vqdm.models import single_file
 from vqdm.models.location import builtin_directory, shipped_configs
