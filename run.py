@@ -31,9 +31,9 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
     os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
-from vqdm import processes, sweeps
-from vqdm.compose import NamedSweep, overrides_for_rows, register_schemas, run_as_job, to_config
+from vqdm.config.compose import NamedSweep, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
+from vqdm.runs import processes, sweeps
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
 register_schemas()
@@ -51,7 +51,7 @@ def _rows(table, task_overrides: list[str], seeds: int | None):
 
 def _run(composed: DictConfig) -> None:
     from vqdm import pipeline
-    from vqdm.report.tables import read_table
+    from vqdm.report.experiments import read_table
 
     config = to_config(composed)
     if config.table is None:

@@ -31,15 +31,16 @@ from codec_layers import Layer, quadratic
 from torch import Tensor
 from tqdm import tqdm
 
-from vqdm.atomic import atomic_write, write_json
-from vqdm.bits import tensor_bytes
 from vqdm.codecs import additive, gptq, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
-from vqdm.config import QuantizeConfig
+from vqdm.config.options import QuantizeConfig
 from vqdm.errors import UserError
+from vqdm.runs.files import atomic_write, write_json
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight
-from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, TrellisTable, TrellisWeight, side_bits
+from vqdm.weights.bits import tensor_bytes
+from vqdm.weights.trellis import TrellisTable, TrellisWeight
+from vqdm.weights.trellis_format import HIGHEST_RATE, LOWEST_RATE, side_bits
 
 CODECS = {  # as the command line calls them: kind, and options beside bits
     "rtn": ("rtn", {}),

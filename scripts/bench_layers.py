@@ -22,18 +22,19 @@ import pandas as pd
 import torch
 from torch import Generator, Tensor, nn
 
-from vqdm.atomic import atomic_write
-from vqdm.bitpack import pack
 from vqdm.codecs.trellis_table import load_table
-from vqdm.device import resolve_device
 from vqdm.errors import UserError
-from vqdm.layers import DECODE_MODES, QuantizedConv2d, QuantizedLinear
 from vqdm.models.specs import spec_of
+from vqdm.runs.device import resolve_device
+from vqdm.runs.files import atomic_write
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.base import QuantizedWeight, Scheme
+from vqdm.weights.bitpack import pack
+from vqdm.weights.layers import DECODE_MODES, QuantizedConv2d, QuantizedLinear
 from vqdm.weights.registry import empty_weight
-from vqdm.weights.trellis import LOWEST_RATE, RATE_BITS, TrellisScheme, TrellisTable, TrellisWeight, column_bits
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
+from vqdm.weights.trellis_format import LOWEST_RATE, RATE_BITS, column_bits
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear 1280": lambda: nn.Linear(1280, 1280, device="meta"),

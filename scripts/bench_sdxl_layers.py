@@ -21,12 +21,12 @@ from bench_codecs import Settings, encode, warm_trellis
 from torch import Tensor
 from tqdm import tqdm
 
-from vqdm.atomic import atomic_write
-from vqdm.device import one_thread_each
 from vqdm.errors import UserError
-from vqdm.models.location import shipped_configs
+from vqdm.models.shipped import shipped_configs
 from vqdm.models.single_file import component_on_meta
 from vqdm.models.specs import layer_specs
+from vqdm.runs.device import one_thread_each
+from vqdm.runs.files import atomic_write
 from vqdm.seeds import torch_generator
 
 RANK = 64  # of the random Hessians beside their diagonal

@@ -16,19 +16,20 @@ import torch
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
-from vqdm.blocks import block_loss, blocks_of, record_block
+from vqdm.calibration.blocks import block_loss, blocks_of, record_block
+from vqdm.calibration.calls import recorded_calls
+from vqdm.calibration.hessian import HessianRecorder
+from vqdm.calibration.recording import Call, play_back
 from vqdm.codecs import gptq
 from vqdm.codecs.adaround import reconstruct_block
-from vqdm.compose import register_schemas, to_config
-from vqdm.hessian import HessianRecorder
-from vqdm.layers import swap
+from vqdm.config.compose import register_schemas, to_config
 from vqdm.models.loader import denoiser_of, load_pipeline
-from vqdm.models.recording import Call, play_back
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
 from vqdm.seeds import torch_generator
-from vqdm.stages.calibrate import calibrate, recorded_calls
+from vqdm.stages.calibrate import calibrate
 from vqdm.stages.quantize import matrix_of
+from vqdm.weights.layers import swap
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,17 +19,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
+from vqdm.calibration.collect import drive_teacher
+from vqdm.calibration.hessian import HessianRecorder
 from vqdm.codecs import trellis
 from vqdm.codecs.trellis_table import load_table
-from vqdm.compose import register_schemas, to_config
-from vqdm.hessian import HessianRecorder
+from vqdm.config.compose import register_schemas, to_config
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
 from vqdm.stages.calibrate import calibrate
-from vqdm.stages.hessians import drive_teacher
 from vqdm.stages.quantize import matrix_of
-from vqdm.weights.trellis import TrellisTable, side_bits
+from vqdm.weights.trellis import TrellisTable
+from vqdm.weights.trellis_format import side_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [  # prompts, steps, tokens of each call (None: all)

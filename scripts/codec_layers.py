@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vqdm.config import CalibrationConfig, ModelConfig, RescaleConfig
+from vqdm.calibration.calls import recorded_positions, sample_batches
+from vqdm.calibration.hessian import HessianRecorder, add_second_moment, token_count
+from vqdm.calibration.recording import Recorder, play_back
+from vqdm.config.options import CalibrationConfig, ModelConfig, RescaleConfig
 from vqdm.errors import UserError
-from vqdm.hessian import HessianRecorder, add_second_moment, token_count
 from vqdm.models.loader import denoiser_of, denoiser_on_meta, load_pipeline
-from vqdm.models.recording import Recorder, play_back
 from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs, weight_to_matrix
 from vqdm.prompts import load_prompts
 from vqdm.seeds import numpy_generator, torch_generator
-from vqdm.stages.calibrate import recorded_positions, sample_batches
 
 TOKENS = 16  # per input, behind the Hessian of a synthetic linear layer
 SPECTRUM = 1.2  # exponent of the power law that eigenvalues of input moments fall by

@@ -23,8 +23,8 @@ import pandas as pd
 
 from vqdm.errors import UserError
 from vqdm.report.records import is_finished, scores_of
+from vqdm.runs.store import Store
 from vqdm.stages.layout import IMAGES_FILE
-from vqdm.store import Store
 
 LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
 SAME_IMAGES = ("n", "images_per_prompt", "prompts_sha256", "image_seed")
@@ -167,9 +167,9 @@ def _reference(path: str | None, cache: Path):
 
 def reference_loader(options: argparse.Namespace):
     """(family, run) -> the tensors that the run was scored against; UserError if the given ones are others."""
-    from vqdm.identity import files_identity
-    from vqdm.metrics.tiny_world import load_reference
-    from vqdm.models.location import evaluators_directory
+    from vqdm.models.shipped import evaluators_directory
+    from vqdm.runs.identity import files_identity
+    from vqdm.tiny.evaluator import load_reference
 
     cache = Store(options.results).hashes
 

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from downloads import RemoteFile, check_room, fetch, part_of, size_of
 from tqdm import tqdm
 
-from vqdm.atomic import full_disk_is_mendable, write_json
-from vqdm.downloads import RemoteFile, check_room, fetch, part_of, size_of
 from vqdm.errors import UserError
-from vqdm.locking import locked
+from vqdm.runs.files import full_disk_is_mendable, write_json
+from vqdm.runs.locks import locked
 
 COCO = "http://images.cocodataset.org"  # its HTTPS has a certificate for another name; the sha256 vouches instead
 RAW = "https://raw.githubusercontent.com"

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
 from vqdm.errors import UserError
-from vqdm.layers import quantized_layers
+from vqdm.weights.layers import quantized_layers
 
 OUTCOMES = ("refused", "library", "diffusers", "same", "finding")
 SECONDS, MEBIBYTES = 20, 256

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
-from vqdm.atomic import write_json
 from vqdm.codecs import additive, gptq, rtn, trellis
 from vqdm.codecs.adaround import SoftRounding
 from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
-from vqdm.layers import swap
 from vqdm.models.specs import layer_specs, weight_to_matrix
+from vqdm.runs.files import write_json
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight, SharedPart
+from vqdm.weights.layers import swap
 from vqdm.weights.trellis import TrellisTable
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,9 +18,7 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from vqdm.atomic import atomic_write, canonical_json, full_disk_is_mendable, write_json
 from vqdm.errors import UserError
-from vqdm.items import read_item, write_item
 from vqdm.metrics.distribution import Gaussian
 from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.image_files import ImageFile, check_images, images_of, list_images, load_image
@@ -28,8 +26,9 @@ from vqdm.metrics.reference import ABOUT, find_reference
 from vqdm.metrics.scores import SMALLEST_FID
 from vqdm.metrics.sources import fetch, identity, missing
 from vqdm.prompts import load_prompts
-from vqdm.provenance import git_state, versions
-from vqdm.stages.layout import batches
+from vqdm.runs.files import atomic_write, canonical_json, full_disk_is_mendable, write_json
+from vqdm.runs.items import batches, read_item, write_item
+from vqdm.runs.provenance import git_state, versions
 
 COLUMNS = {"fid_paper": "features", "fid_standard": "features", "cmmd": "image"}  # what is kept of each family
 WORK = ".work"  # hidden, so that it is no part of the reference's identity
@@ -133,7 +132,7 @@ def describe(hashes: list, weights: dict[str, list[str]], *, name: str, source: 
 
 
 def _device(wanted: str) -> str:
-    from vqdm.device import resolve_device
+    from vqdm.runs.device import resolve_device
 
     return resolve_device(wanted, threads=None).name
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from vqdm.errors import UserError
+from vqdm.report.experiments import read_table
+from vqdm.report.formats import table_content, write_table
 from vqdm.report.records import newest_records
 from vqdm.report.report import write_report
-from vqdm.report.tables import read_table
-from vqdm.report.writers import table_content, write_table
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 

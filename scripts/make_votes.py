@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.provenance import git_state
 from vqdm.report.votes.images import chosen_images, image_set
 from vqdm.report.votes.page import KEY, write_study
 from vqdm.report.votes.study import Protocol, comparisons_of, draw_trials
+from vqdm.runs.provenance import git_state
 
 
 def parse() -> argparse.Namespace:

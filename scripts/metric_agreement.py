@@ -18,14 +18,14 @@ import scipy.stats
 from compare_runs import LOWER_IS_BETTER, Run, columns_of, read_run
 
 from vqdm.errors import UserError
-from vqdm.identity import files_identity
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
-from vqdm.metrics.tiny_world import load_reference
-from vqdm.models.location import evaluators_directory
+from vqdm.models.shipped import evaluators_directory
 from vqdm.report.records import is_finished
+from vqdm.runs.identity import files_identity
+from vqdm.runs.store import Store
 from vqdm.stages.layout import captions_of
-from vqdm.store import Store
+from vqdm.tiny.evaluator import load_reference
 
 SHOWN = (
     "fidelity", "all_right", "psnr_to_fp", "ssim_to_fp", "distance_to_fp", "agreement_with_fp", "fid_to_fp",

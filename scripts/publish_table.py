@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.provenance import git_state, versions
-from vqdm.store import write_json
+from vqdm.runs.provenance import git_state, versions
+from vqdm.runs.store import write_json
 
 TABLE, FIGURES = (".md", ".tex", ".csv"), (".svg", ".png")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from vqdm.atomic import atomic_write, write_json
 from vqdm.errors import UserError
 from vqdm.report.votes.ballots import read_ballots, read_key
 from vqdm.report.votes.score import preference_rows, score
 from vqdm.report.votes.text import to_markdown
+from vqdm.runs.files import atomic_write, write_json
 
 COLUMNS = ["left", "right", "preference_for_left_percent", "low", "high", "n_votes", "n_raters", "n_prompts"]
 

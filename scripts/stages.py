@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.store import StageEntry, Store
+from vqdm.runs.store import StageEntry, Store
 
 
 def main() -> int:

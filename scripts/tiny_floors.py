@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vqdm.config import ModelConfig
-from vqdm.metrics.attributes import as_seen, seen_by
+from vqdm.config.options import ModelConfig
 from vqdm.metrics.extractors import make_extractor
 from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
-from vqdm.metrics.tiny_world import fidelity_scores, load_reference, to_tensor
+from vqdm.metrics.tiny_world import fidelity_scores
 from vqdm.models.loader import load_pipeline
 from vqdm.seeds import numpy_generator
+from vqdm.stages.tiny_train.vae import reconstruction_psnr
+from vqdm.tiny.attributes import as_seen, seen_by
 from vqdm.tiny.data import SceneSet
-from vqdm.tiny.vae import reconstruction_psnr
+from vqdm.tiny.evaluator import load_reference, to_tensor
 
 SHOWN = ("fid", "kid", "cmmd", "clip_score", "fidelity", "all_right")
 

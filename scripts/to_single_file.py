@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vqdm.atomic import TEMPORARY_SUFFIX, full_disk_is_mendable
 from vqdm.errors import UserError
 from vqdm.models.location import check_pipeline_directory
 from vqdm.models.original_keys import COMPONENTS, to_original
+from vqdm.runs.files import TEMPORARY_SUFFIX, full_disk_is_mendable
 
 
 def original_weights(directory: Path, *, dtype: torch.dtype, variant: str | None = None) -> dict[str, torch.Tensor]:

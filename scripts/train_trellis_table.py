@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.torch import save
 from tqdm import tqdm
 
-from vqdm.atomic import atomic_write
 from vqdm.codecs.trellis_table import TABLE_FILE, excess_db, gaussian, load_table, target_scale, train_table
+from vqdm.runs.files import atomic_write
 
 SCALES = np.arange(0.84, 1.1201, 0.02)
 

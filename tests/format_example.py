@@ -5,10 +5,10 @@ import json
 import torch
 from torch import Tensor, nn
 
-from vqdm.bitpack import pack
 from vqdm.hub.checkpoint import checkpoint_bytes
-from vqdm.layers import swap
 from vqdm.models.specs import spec_of
+from vqdm.weights.bitpack import pack
+from vqdm.weights.layers import swap
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, unpack_states
 

@@ -6,9 +6,9 @@ from unets import small_unet
 from vqdm.codecs import additive, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
 from vqdm.hub.quantizer import attach
-from vqdm.layers import swap
 from vqdm.models.specs import layer_specs, weight_to_matrix
 from vqdm.seeds import torch_generator
+from vqdm.weights.layers import swap
 from vqdm.weights.trellis import TrellisTable
 
 KINDS = ("rtn", "additive", "shared", "trellis")

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from vqdm.bitpack import pack
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import decode_additive
 from vqdm.weights.base import QuantizedWeight, Scheme, widened
+from vqdm.weights.bitpack import pack
 from vqdm.weights.registry import empty_shared, empty_weight
 from vqdm.weights.scalar import decode_scalar
-from vqdm.weights.trellis import RATE_BITS, TrellisScheme, column_bits, decode_trellis, side_bytes, unpack_states
+from vqdm.weights.trellis import TrellisScheme, decode_trellis, unpack_states
+from vqdm.weights.trellis_format import RATE_BITS, column_bits, side_bytes
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], *, dtype=torch.float32, seed=0) -> QuantizedWeight:

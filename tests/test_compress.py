@@ -13,12 +13,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 import vqdm
-from vqdm.bits import count_bits
+from vqdm.config.names import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.pipelines import quiet_diffusers
-from vqdm.layers import quantized_layers
-from vqdm.models.location import builtin_directory
-from vqdm.scheme_names import parse_scheme
+from vqdm.models.shipped import builtin_directory
+from vqdm.weights.bits import count_bits
+from vqdm.weights.layers import quantized_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["a red circle above a blue square", "a big green triangle"]

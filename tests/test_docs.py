@@ -8,7 +8,7 @@ import hydra
 import pytest
 from format_example import worked_example
 
-from vqdm.compose import register_schemas, to_config
+from vqdm.config.compose import register_schemas, to_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -98,7 +98,7 @@ def the_demo_makes_its_table_and_picture_and_installs_nothing(done: Done):
     assert (done.place / ".venv" / "bin").is_symlink(), "setup.sh has left the environment alone"
 
 
-@rule("sh scripts/run_tests.sh", "-n", "0", "-p", "no:cacheprovider", "tests/test_bitpack.py")
+@rule("sh scripts/run_tests.sh", "-n", "0", "-p", "no:cacheprovider", "tests/weights/test_bitpack.py")
 def the_tests_pass(done: Done):
     """Of one module: all of them, in one of them, would never end."""
     assert "All checks passed!" in done.out and re.search(r"\b\d+ passed", done.out) and "failed" not in done.out
@@ -499,7 +499,7 @@ PROSE = {
 FROM_PYTHON = """
 import torch
 from diffusers import UNet2DConditionModel
-from vqdm.layers import quantized_layers
+from vqdm.weights.layers import quantized_layers
 
 prompts = ["a red circle above a blue square"]
 pipeline = DiffusionPipeline.from_pretrained({tiny!r}, dtype=torch.float32)
@@ -534,7 +534,7 @@ def test_the_readmes_python_does_what_it_says(checkout):
 
 
 def test_the_schemes_that_the_readme_names_are_known():
-    from vqdm.scheme_names import parse_scheme
+    from vqdm.config.names import parse_scheme
 
     listed = re.search(r"Schemes are\s+(.*?)\.\n", README, re.S)[1]
     names = re.findall(r"`([^`]+)`", listed)

@@ -11,9 +11,15 @@ from denoisers import SIZE, tiny_flux, tiny_pixart, tiny_sd3
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
 from vqdm.api import compress
-from vqdm.blocks import blocks_of
+from vqdm.calibration.blocks import blocks_of
+from vqdm.calibration.calls import recorded_calls, token_limit
+from vqdm.calibration.collect import collect, drive_teacher, execution_groups
+from vqdm.calibration.hessian import shrunk
+from vqdm.calibration.recording import OUTPUT, play_back
 from vqdm.codecs import gptq
-from vqdm.config import (
+from vqdm.codecs.allocation import assign_schemes, planned_bits
+from vqdm.config.names import parse_scheme
+from vqdm.config.options import (
     PAPER_PATTERN,
     TRANSFORMER_PATTERN,
     CalibrationConfig,
@@ -26,20 +32,15 @@ from vqdm.config import (
     SamplerConfig,
 )
 from vqdm.errors import UserError
-from vqdm.hessian import shrunk
 from vqdm.hub.checkpoint import checkpoint_size
-from vqdm.layers import quantized_layers, swap_empty
 from vqdm.models.loader import denoiser_of, denoiser_on_meta, load_pipeline, sample
-from vqdm.models.recording import OUTPUT, play_back
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
-from vqdm.scheme_names import parse_scheme
-from vqdm.schemes import assign_schemes, planned_bits
 from vqdm.seeds import torch_generator
-from vqdm.stages.calibrate import calibrate, recorded_calls, token_limit
+from vqdm.stages.calibrate import calibrate
 from vqdm.stages.graph import build_graph
-from vqdm.stages.hessians import collect, drive_teacher, execution_groups
 from vqdm.stages.quantize import quantize
+from vqdm.weights.layers import quantized_layers, swap_empty
 
 KINDS = {"pixart": (tiny_pixart, "dpm_solver"), "sd3": (tiny_sd3, "native"), "flux": (tiny_flux, "native")}
 TEXTS = ["a large red circle", "two small blue squares"]

@@ -7,14 +7,12 @@ vqdm.VQDMConfig("trellis3")                            # a quantization_config f
 
 import importlib
 
-from vqdm._diffusers import register_when_imported
-from vqdm._torchvision import install_cure
+from vqdm._imports import wait_for_imports
 
 __version__ = "0.1.0"
 _PUBLIC = {"VQDMConfig": "vqdm.hub.config", "compress": "vqdm.api"}
 
-install_cure()
-register_when_imported()
+wait_for_imports()
 
 
 def __getattr__(name: str):

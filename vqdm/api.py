@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqdm.atomic import canonical_json
-from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
-from vqdm.config_checks import check_quantize
+from vqdm.codecs.allocation import planned_bits
+from vqdm.config.checks import check_quantize
+from vqdm.config.names import parse_scheme
+from vqdm.config.options import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checksum
 from vqdm.hub.pipelines import set_decode
 from vqdm.models.loader import denoiser_of
 from vqdm.models.samplers import NATIVE
 from vqdm.prompts import load_prompts, prompt_list
-from vqdm.scheme_names import parse_scheme
-from vqdm.schemes import planned_bits
+from vqdm.runs.files import canonical_json
 from vqdm.stages.calibrate import calibrate
 from vqdm.stages.graph import VERSIONS
 from vqdm.stages.quantize import quantize

@@ -8,13 +8,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm import processes
-from vqdm.config import Config
+from vqdm.config.options import Config
 from vqdm.errors import UserError
-from vqdm.plan.command import print_plan
-from vqdm.report.tables import Table
+from vqdm.report.experiments import Table
+from vqdm.runs import processes
+from vqdm.runs.store import Store
 from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
-from vqdm.store import Store
+from vqdm.stages.plan.command import print_plan
 
 log = logging.getLogger("vqdm")
 
@@ -35,8 +35,8 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     row: its name; the other rows are then shown as far as the same configurations were run before, so that each row can
     be a job of its own. mixed: runs of different protocols may share a column.
     """
+    from vqdm.report.formats import table_content, write_table
     from vqdm.report.report import write_report
-    from vqdm.report.writers import table_content, write_table
 
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
     if rows[0][0].plan:
@@ -63,10 +63,10 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
 
 def _track_table(name: str, config: Config, files: list[Path], store: Store) -> None:
     """A run of the table's own beside those of its rows, with its figures."""
-    from vqdm.tracker import start_tracker
+    from vqdm.runs.tracker import start_tracker
 
     tracker = start_tracker(
-        config.tracker, name=name, run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        **asdict(config.tracker), name=name, run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
         settings={"table": name, "model": config.model.name}, directory=store.root / "tracker",
     )  # fmt: skip
     tracker.figures([file.with_suffix(".png") for file in files if file.parent.name == "figures"])
@@ -149,8 +149,8 @@ def _check_finetune(config: Config, directory: Path) -> None:
 
 def _check_layers(config: Config) -> None:
     """The scheme fits every layer, known from the shapes; says the bits to come."""
+    from vqdm.codecs.allocation import planned_bits
     from vqdm.models.loader import denoiser_on_meta
-    from vqdm.schemes import planned_bits
 
     bits = planned_bits(
         denoiser_on_meta(config.model), config.quantize, pattern=config.model.layers, min_size=config.model.min_size
@@ -160,8 +160,8 @@ def _check_layers(config: Config) -> None:
 
 def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     """All stages under one tracker run; returns the run's record."""
-    from vqdm.device import resolve_device
-    from vqdm.tracker import start_tracker
+    from vqdm.runs.device import resolve_device
+    from vqdm.runs.tracker import start_tracker
 
     began = time.monotonic()
     device = resolve_device(config.device, threads=config.threads)
@@ -170,7 +170,7 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     processes.check_agreement(last.fingerprint)
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
-        config.tracker, name=last.directory_name, run_id=last.fingerprint[:16],
+        **asdict(config.tracker), name=last.directory_name, run_id=last.fingerprint[:16],
         settings=asdict(config), directory=store.root / "tracker",
     )  # fmt: skip
     failed = True
@@ -189,7 +189,7 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
 
 def _work(config: Config, store: Store, stages: Graph | Quantization, *, device, tracker) -> dict:
     if isinstance(stages, Quantization):
-        from vqdm.stages.compression import compress_model
+        from vqdm.stages.compress import compress_model
 
         return compress_model(config, store, stages, device=device, tracker=tracker)
     from vqdm.stages.experiment import run_experiment
@@ -230,8 +230,8 @@ def _tiny_train(config: Config, store: Store) -> dict | None:
     if config.plan:
         print(f"tiny_train {store.status(stage)} {store.directory(stage)}")
         return None
-    from vqdm.device import resolve_device
-    from vqdm.tiny.train import train_tiny
+    from vqdm.runs.device import resolve_device
+    from vqdm.stages.tiny_train.train import train_tiny
 
     device = resolve_device("cpu", threads=config.threads)
     environment = {"device": "cpu", "reason": "the tiny world trains on the CPU", "threads": device.threads}

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from unets import small_unet
 
-from vqdm.blocks import Block, block_loss, blocks_of, record_block
+from vqdm.calibration.blocks import Block, block_loss, blocks_of, record_block
+from vqdm.calibration.recording import Recorder
 from vqdm.codecs import rtn
 from vqdm.codecs.adaround import SoftRounding, quantize_blocks, reconstruct_block
 from vqdm.errors import UserError
-from vqdm.layers import swap
-from vqdm.models.recording import Recorder
 from vqdm.models.specs import layer_specs, spec_of, weight_to_matrix
 from vqdm.seeds import torch_generator
+from vqdm.weights.layers import swap
 from vqdm.weights.scalar import ScalarScheme
 
 SHORT = {"bits": 3, "iterations": 40, "batch_size": 8}

@@ -9,23 +9,14 @@ from vqdm.codecs import additive, recode, rtn, trellis
 from vqdm.codecs.additive import train_shared_codebooks
 from vqdm.codecs.recode import recode_
 from vqdm.codecs.trellis_table import load_table
-from vqdm.codecs.viterbi import constrained_states, prepare
+from vqdm.codecs.viterbi_compiled import constrained_states, prepare
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme, AdditiveWeight
 from vqdm.weights.registry import empty_weight
 from vqdm.weights.scalar import ScalarScheme
-from vqdm.weights.trellis import (
-    WINDOW_BITS,
-    TrellisScheme,
-    TrellisTable,
-    TrellisWeight,
-    column_bits,
-    pack_states,
-    sequence_length,
-    side_bytes,
-    unpack_states,
-)
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, pack_states, unpack_states
+from vqdm.weights.trellis_format import WINDOW_BITS, column_bits, sequence_length, side_bytes
 
 SMALL = {"num_codebooks": 2, "codebook_bits": 4, "group_size": 4}
 OUT, INPUTS = 353, 12  # columns of two sequences, of 177 and 176

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vqdm.codecs import viterbi, viterbi_torch
-from vqdm.codecs.viterbi import Search, choose_states, choose_states_numpy, constrained_states, prepare
+from vqdm.codecs.viterbi import Search, choose_states
+from vqdm.codecs.viterbi_compiled import choose_states_numpy, constrained_states, prepare
 from vqdm.seeds import numpy_generator
 
 TABLE = numpy_generator(0, "test table").standard_normal(4096, np.float32)

@@ -7,11 +7,11 @@ import torch
 from tiny_students import FEW, TEXTS, recorded, student, teacher
 from torch.utils._pytree import tree_leaves
 
-from vqdm.blocks import block_loss, record_block, relative_squared_error
-from vqdm.config import FinetuneConfig, TrainedConfig
+from vqdm.calibration.blocks import block_loss, record_block, relative_squared_error
+from vqdm.config.options import FinetuneConfig, TrainedConfig
 from vqdm.distillation.blockwise import tune_blocks
-from vqdm.drift import DriftingWeight
-from vqdm.layers import quantized_layers
+from vqdm.distillation.moving_codes import DriftingWeight
+from vqdm.weights.layers import quantized_layers
 
 QUICK = {"block_steps": 12, "block_rate": 1e-2, "block_batch_size": 8, "block_samples": 24, "warmup": 0, "train": FEW}
 IN_ORDER = [

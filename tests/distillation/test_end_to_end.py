@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from tiny_students import config, pipeline, student, teacher, trajectories
 from torch.utils._pytree import tree_map
 
-from vqdm.config import FinetuneConfig, TrainedConfig
+from vqdm.config.options import FinetuneConfig, TrainedConfig
 from vqdm.distillation import end_to_end
 from vqdm.distillation.end_to_end import Distillation, samples_of
 from vqdm.errors import UserError
-from vqdm.items import item_names
-from vqdm.layers import quantized_layers
+from vqdm.runs.items import item_names
+from vqdm.weights.layers import quantized_layers
 
 GUIDANCE = 3.0
 

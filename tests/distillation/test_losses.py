@@ -8,9 +8,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_students import student, teacher, trajectories
 from torch import nn
 
+from vqdm.calibration.recording import play
 from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors, timestep_weights
 from vqdm.errors import UserError
-from vqdm.models.recording import play
 from vqdm.seeds import torch_generator
 
 

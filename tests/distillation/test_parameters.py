@@ -10,13 +10,13 @@ from safetensors.torch import load, save
 from tiny_students import student
 from torch import nn
 
-from vqdm.config import TrainedConfig
+from vqdm.config.options import TrainedConfig
+from vqdm.distillation.moving_codes import let_drift
+from vqdm.distillation.optimizer import RelativeAdam, learning_rate, optimizer_tensors, restore_optimizer
 from vqdm.distillation.parameters import trained_parameters
-from vqdm.drift import let_drift
-from vqdm.layers import QuantizedConv2d, QuantizedLinear
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate, optimizer_tensors, restore_optimizer
 from vqdm.weights.additive import AdditiveWeight
+from vqdm.weights.layers import QuantizedConv2d, QuantizedLinear
 from vqdm.weights.scalar import ScalarWeight
 from vqdm.weights.trellis import TrellisTable, TrellisWeight
 

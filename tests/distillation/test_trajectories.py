@@ -6,10 +6,10 @@ from denoisers import SIZE, tiny_flux, tiny_pixart, tiny_sd3
 from safetensors import safe_open
 from tiny_students import TEXTS, pipeline, recorded, student, teacher, trajectories
 
-from vqdm.config import ModelConfig, SamplerConfig
+from vqdm.calibration.recording import OUTPUT, PLAIN, Recorder, call_arguments, play
+from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.models.loader import denoiser_of, load_pipeline, sample
-from vqdm.models.recording import OUTPUT, PLAIN, Recorder, call_arguments, play
 from vqdm.seeds import torch_generator
 
 OTHERS = {"pixart": (tiny_pixart, "dpm_solver"), "sd3": (tiny_sd3, "native"), "flux": (tiny_flux, "native")}

@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vqdm.calibration.recording import Call, Recorder
 from vqdm.codecs import additive, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
-from vqdm.config import FinetuneConfig, ModelConfig, SamplerConfig, TrainedConfig
+from vqdm.config.options import FinetuneConfig, ModelConfig, SamplerConfig, TrainedConfig
 from vqdm.distillation.trajectories import Trajectories, pack
-from vqdm.layers import swap
 from vqdm.models.loader import denoiser_of, load_pipeline, sample
-from vqdm.models.recording import Call, Recorder
 from vqdm.models.specs import layer_specs, weight_to_matrix
 from vqdm.seeds import torch_generator
-from vqdm.weights.trellis import TrellisTable, side_bits
+from vqdm.weights.layers import swap
+from vqdm.weights.trellis import TrellisTable
+from vqdm.weights.trellis_format import side_bits
 
 # one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution
 LAYERS = r"(down_blocks\.1|mid_block|up_blocks\.1).*(resnets\.0\.conv2|attentions\.0.*attn1\.to_(q|k|v))$"

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from unets import small_unet
 
-from vqdm.bits import count_bits
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checkpoint_bytes, checkpoint_size, checksum, layer_groups, read_contents
-from vqdm.layers import swap_empty
 from vqdm.models.specs import layer_specs
 from vqdm.weights.additive import AdditiveScheme
+from vqdm.weights.bits import count_bits
+from vqdm.weights.layers import swap_empty
 from vqdm.weights.scalar import ScalarScheme
 from vqdm.weights.trellis import TrellisScheme
 

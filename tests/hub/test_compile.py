@@ -16,9 +16,9 @@ from vqdm.codecs import additive, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
 from vqdm.hub.quantizer import attach
-from vqdm.layers import QuantizedConv2d, QuantizedLinear, dequantize_layers, quantized_layers, swap
 from vqdm.models.specs import layer_specs, spec_of, weight_to_matrix
 from vqdm.seeds import seeded_initialisation, torch_generator
+from vqdm.weights.layers import QuantizedConv2d, QuantizedLinear, dequantize_layers, quantized_layers, swap
 from vqdm.weights.trellis import TrellisTable
 
 TINY = Path(vqdm.__file__).parent / "models" / "tiny"

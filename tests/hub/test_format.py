@@ -12,16 +12,17 @@ from format_reader import FormatError, fingerprint, read
 from quantized import KINDS, quantized_unet
 from torch import nn
 
-from vqdm.bitpack import pack
 from vqdm.hub.checkpoint import checkpoint_bytes
-from vqdm.layers import quantized_layers, swap
 from vqdm.models.specs import spec_of
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.base import Scheme
+from vqdm.weights.bitpack import pack
+from vqdm.weights.layers import quantized_layers, swap
 from vqdm.weights.registry import empty_shared, empty_weight
 from vqdm.weights.scalar import ScalarScheme
-from vqdm.weights.trellis import RATE_BITS, TrellisScheme, column_bits, rates_bytes, side_bytes
+from vqdm.weights.trellis import TrellisScheme
+from vqdm.weights.trellis_format import RATE_BITS, column_bits, rates_bytes, side_bytes
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 GOLDEN_KINDS = sorted(folder.name for folder in GOLDEN.iterdir())

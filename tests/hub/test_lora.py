@@ -17,9 +17,9 @@ import vqdm
 from vqdm.codecs import rtn
 from vqdm.errors import UserError
 from vqdm.hub.quantizer import attach
-from vqdm.layers import quantized_layers, swap
 from vqdm.models.specs import layer_specs, spec_of, weight_to_matrix
 from vqdm.seeds import seeded_initialisation, torch_generator
+from vqdm.weights.layers import quantized_layers, swap
 
 TINY = Path(vqdm.__file__).parent / "models" / "tiny"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "mid_block.resnets.0.conv1"]

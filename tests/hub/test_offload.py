@@ -11,7 +11,7 @@ from quantized import KINDS, quantized_unet
 from torch import nn
 from unets import output
 
-from vqdm.layers import quantized_layers
+from vqdm.weights.layers import quantized_layers
 
 CPU = torch.device("cpu")
 

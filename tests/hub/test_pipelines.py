@@ -9,9 +9,9 @@ from quantized import quantized_unet
 
 from vqdm.errors import UserError
 from vqdm.hub.pipelines import check_place, quiet_diffusers, replace_denoiser, save_pipeline, set_decode
-from vqdm.layers import quantized_layers
-from vqdm.locking import LOCK
-from vqdm.models.location import builtin_directory
+from vqdm.models.shipped import builtin_directory
+from vqdm.runs.locks import LOCK
+from vqdm.weights.layers import quantized_layers
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import vqdm
 from vqdm.errors import UserError
 from vqdm.hub.config import VQDMConfig
 from vqdm.hub.quantizer import attach
-from vqdm.layers import dequantize_layers, quantized_layers
 from vqdm.weights.base import SHARED_NAME
+from vqdm.weights.layers import dequantize_layers, quantized_layers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from vqdm.metrics.attributes import KINDS, Seen, as_seen, fidelity, look
 from vqdm.metrics.distribution import cmmd, fid, kid
 from vqdm.metrics.extractors import make_extractor
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
-from vqdm.metrics.tiny_world import _agreement, fidelity_scores, load_reference, to_tensor
-from vqdm.models.location import evaluators_directory
+from vqdm.metrics.tiny_world import _agreement, fidelity_scores
+from vqdm.models.shipped import evaluators_directory
+from vqdm.tiny.attributes import KINDS, Seen, as_seen, fidelity, look
 from vqdm.tiny.captions import caption_of, requested
+from vqdm.tiny.evaluator import load_reference, to_tensor
 from vqdm.tiny.scenes import draw_scene, render
 
 N = 40

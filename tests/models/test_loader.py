@@ -6,10 +6,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vqdm.config import ModelConfig
+from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_on_meta, load_pipeline
-from vqdm.models.location import builtin_directory
+from vqdm.models.shipped import builtin_directory
 
 MISSING = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 

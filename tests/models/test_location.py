@@ -5,22 +5,21 @@ import sys
 
 import pytest
 
-from vqdm.config import ModelConfig
+from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.models.location import (
-    builtin_directory,
     check_original,
     check_pipeline_directory,
-    evaluators_directory,
     full_precision_bytes,
     local_directory,
     model_identity,
 )
+from vqdm.models.shipped import builtin_directory, evaluators_directory
 
 REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 DOWNLOAD = """
 import sys
-from vqdm.config import ModelConfig
+from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.models.location import download, full_precision_bytes
 config = ModelConfig(name="sdxl", hub_id=sys.argv[1], revision=sys.argv[2])

@@ -19,8 +19,8 @@ from unets import SDXL, small_unet
 
 from vqdm.errors import UserError
 from vqdm.models import single_file
-from vqdm.models.location import builtin_directory, shipped_configs
 from vqdm.models.original_keys import COMPONENTS, to_original
+from vqdm.models.shipped import builtin_directory, shipped_configs
 from vqdm.models.single_file import (
     clip_tokenizer,
     component_on_meta,
@@ -282,7 +282,7 @@ def test_default_configs_are_the_first_that_fit(file, tmp_path, monkeypatch):
     for name in ("b", "a"):
         shutil.copytree(TINY, configs / name, ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(shipped_configs("sdxl"), configs / "0_other")
-    monkeypatch.setattr("vqdm.models.location.CONFIGS", configs)
+    monkeypatch.setattr("vqdm.models.shipped.CONFIGS", configs)
     monkeypatch.setattr("vqdm.models.single_file.CONFIGS", configs)
     assert default_configs(file) == configs / "a"
     for key in ("v_pred", "edm_mean"):

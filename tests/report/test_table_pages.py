@@ -9,13 +9,13 @@ from made_up_runs import PROTOCOL, score, write_run
 from PIL import Image
 
 from vqdm.errors import UserError
+from vqdm.report.experiments import Row, Table
+from vqdm.report.formats import table_content
 from vqdm.report.grid import CELL, GAP, MARGIN, TOP, write_grid
 from vqdm.report.report import write_report
-from vqdm.report.tables import Row, Table
-from vqdm.report.writers import table_content
+from vqdm.runs.store import write_item
 from vqdm.stages.generate import load_images
 from vqdm.stages.layout import png_bytes
-from vqdm.store import write_item
 
 CAPTIONS = ["a red ring", "</script><b>bold</b>"]
 

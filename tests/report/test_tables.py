@@ -10,12 +10,12 @@ import pytest
 from made_up_runs import PROTOCOL, score, write_run, write_votes
 
 from vqdm.errors import UserError
+from vqdm.report.experiments import Pair, Row, Table, read_table
 from vqdm.report.footnotes import notes
-from vqdm.report.frame import compared, frame
+from vqdm.report.formats import table_content, to_cells, write_table
+from vqdm.report.numbers import compared, frame
 from vqdm.report.preference import preference_frame
 from vqdm.report.records import check_protocols, newest_records
-from vqdm.report.tables import Pair, Row, Table, read_table
-from vqdm.report.writers import table_content, to_cells, write_table
 
 
 def write(table, rows, *, results, **options):

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from made_up_runs import score, write_made_up, write_run, write_votes
 
-from vqdm.compose import register_schemas, to_config
+from vqdm.config.compose import register_schemas, to_config
 from vqdm.metrics.families import FAMILIES
+from vqdm.report.experiments import read_table
+from vqdm.report.formats import table_content, write_table
 from vqdm.report.records import newest_records
-from vqdm.report.tables import read_table
-from vqdm.report.writers import table_content, write_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,8 +12,8 @@ from vote_studies import CAPTIONS, write_run
 from vqdm.errors import UserError
 from vqdm.report.votes.images import chosen_images, encode, fill_up, image_set, trial_images
 from vqdm.report.votes.study import DESTROYED, Trial
+from vqdm.runs.store import Store
 from vqdm.seeds import numpy_generator
-from vqdm.store import Store
 
 
 def sets_of(results, *names):

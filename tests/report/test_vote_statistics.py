@@ -6,14 +6,7 @@ import scipy.optimize
 import scipy.stats
 from statsmodels.stats.proportion import proportion_confint
 
-from vqdm.report.votes.statistics import (
-    agreement,
-    cluster_interval,
-    sign_test,
-    strength_intervals,
-    strengths,
-    wilson,
-)
+from vqdm.report.votes.statistics import agreement, cluster_interval, sign_test, strength_intervals, strengths, wilson
 from vqdm.seeds import numpy_generator
 
 STUDIES = 1000

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from vqdm.items import write_item
 from vqdm.report.votes.ballots import FORMAT, Key
 from vqdm.report.votes.study import mirrored
+from vqdm.runs.items import write_item
+from vqdm.runs.store import Store
 from vqdm.stages.layout import image_path
-from vqdm.store import Store
 
 CAPTIONS = [f"a caption of number {i}" for i in range(12)]
 

@@ -10,8 +10,8 @@ from PIL import Image
 from test_structure import compose
 
 from vqdm import pipeline
+from vqdm.runs.store import read_item, write_item
 from vqdm.stages.layout import image_path, png_bytes
-from vqdm.store import read_item, write_item
 
 N = 5
 RUN = (

@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 from test_structure import compose
 from tiny_world import run
 
-from vqdm import pipeline, processes
+from vqdm import pipeline
+from vqdm.calibration.recording import OUTPUT, play
 from vqdm.errors import UserError
 from vqdm.models.loader import load_pipeline
-from vqdm.models.recording import OUTPUT, play
 from vqdm.prompts import load_prompts
+from vqdm.runs import processes
+from vqdm.runs.store import Store
+from vqdm.runs.tracker import NullTracker
 from vqdm.stages.graph import build_stages
-from vqdm.stages.quantization import Models, ensure_denoiser
+from vqdm.stages.make import Models, ensure_denoiser
 from vqdm.stages.trajectories import trajectories_in
-from vqdm.store import Store
 from vqdm.tiny.data import scene_pixels
-from vqdm.tracker import NullTracker
 
 LAYERS = r"(mid_block|up_blocks\.1).*(resnets\.0\.conv2|attentions\.0.*attn1\.to_(q|k|v))$"
 SMALL = (  # 2.5 bits, as few layers carry the whole table

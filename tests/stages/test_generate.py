@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqdm.config import ModelConfig, SamplerConfig
+from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.models.loader import load_pipeline, set_sampler
 from vqdm.prompts import load_prompts
+from vqdm.runs.store import read_item
 from vqdm.stages.generate import copies_of, generate, load_images
 from vqdm.stages.layout import captions_of, image_path
-from vqdm.store import read_item
 
 STEPS = 2
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
+from vqdm.calibration.calls import recorded_calls, recorded_positions
+from vqdm.calibration.collect import execution_groups, teacher_groups
+from vqdm.codecs.allocation import read_harm
+from vqdm.config.options import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.prompts import load_prompts
-from vqdm.schemes import read_harm
-from vqdm.stages.calibrate import calibrate, recorded_calls, recorded_positions
-from vqdm.stages.hessians import execution_groups, teacher_groups
-from vqdm.stages.quantize import output_error, quantize
+from vqdm.stages.calibrate import calibrate
+from vqdm.stages.finished import output_error
+from vqdm.stages.quantize import quantize
 from vqdm.stages.sensitivity import sensitivity
 
 # one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution
@@ -126,8 +128,8 @@ def test_layers_that_fail_name_themselves(calibration, tmp_path):
 
 
 def test_groups_follow_the_order_of_execution(calibration, monkeypatch):
+    from vqdm.calibration import collect as hessians
     from vqdm.models.specs import layer_specs
-    from vqdm.stages import hessians
 
     denoiser = denoiser_of(load_pipeline(MODEL, device="cpu"))
     specs = layer_specs(denoiser, pattern=LAYERS)

@@ -8,11 +8,11 @@ from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from test_structure import compose
 
-from vqdm.config import EvaluateConfig
+from vqdm.config.options import EvaluateConfig
 from vqdm.errors import UserError
+from vqdm.metrics.available import find_scoring
 from vqdm.metrics.families import CLIP_H14, FAMILIES, INCEPTION
 from vqdm.stages.graph import build_graph
-from vqdm.stages.scoring import find_scoring
 
 
 def evaluation(tmp_path, *overrides, experiment="tiny_fp"):

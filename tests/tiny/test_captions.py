@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqdm.metrics.tiny_clip import CLIP_CONFIG, clip_tokens
 from vqdm.tiny.captions import Request, RequestedThing, caption_of, describe, requested, vocabulary
+from vqdm.tiny.clip import CLIP_CONFIG, clip_tokens
 from vqdm.tiny.scenes import BACKGROUNDS, COLOURS, LAYOUTS, PATTERNS, SHAPES, Scene, Thing, draw_scene
 from vqdm.tiny.tokenizer import MAX_TOKENS, build_tokenizer
 

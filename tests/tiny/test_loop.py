@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vqdm.tiny.loop import fit, learning_rate
+from vqdm.stages.tiny_train.loop import fit, learning_rate
 
 STEPS, EVERY = 40, 7
 SETTINGS = {

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from random_weights import by_formula, random_weight, trellis_weight
 from torch import nn
 
-from vqdm.bitpack import pack
 from vqdm.errors import UserError
 from vqdm.weights import kernels
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.base import QuantizedWeight
+from vqdm.weights.bitpack import pack
 from vqdm.weights.scalar import ScalarScheme
-from vqdm.weights.trellis import RATE_BITS
+from vqdm.weights.trellis_format import RATE_BITS
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 RATES = st.sampled_from([0, *range(4, 25)])

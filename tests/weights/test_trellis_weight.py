@@ -6,18 +6,14 @@ from hypothesis import strategies as st
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
-from vqdm.weights.trellis import (
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, pack_states, unpack_states
+from vqdm.weights.trellis_format import (
     WINDOW_BITS,
-    TrellisScheme,
-    TrellisTable,
-    TrellisWeight,
     column_bits,
-    pack_states,
     reason_to_skip,
     sequence_length,
     side_bytes,
     stream_bytes,
-    unpack_states,
 )
 
 ALL_RATES = [0, *range(4, 25)]

@@ -1,6 +1,6 @@
 """AdaRound: whether each weight of a block is rounded down or up is learned on what the block should give.
 
-Not a codec but a routine over a block (vqdm/blocks.py). Nagel et al. 2020, "Up or Down?", eqs. 21-25, with BRECQ's
+Not a codec but a routine over a block (`reconstruct`). Nagel et al. 2020, "Up or Down?", eqs. 21-25, with BRECQ's
 (Li et al. 2021) blocks, and, as in Q-Diffusion (Li et al. 2023), grids of least squared weight error.
 """
 
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdm.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, record_block
+from vqdm.calibration.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, record_block
+from vqdm.calibration.recording import Call
 from vqdm.codecs import rtn
-from vqdm.layers import swap
-from vqdm.models.recording import Call
 from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight
+from vqdm.weights.layers import swap
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight, decode_scalar
 
 ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range and clipped to [0, 1], so that it reaches both

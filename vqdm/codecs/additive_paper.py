@@ -21,7 +21,7 @@ from vqdm.codecs.additive_steps import (
     padded_words,
     residual_kmeans,
 )
-from vqdm.kmeans import assign
+from vqdm.codecs.kmeans import assign
 from vqdm.weights.base import LARGEST, STORED
 
 KMEANS_ITERATIONS = 100

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vqdm.codecs import additive_kernels as kernels
-from vqdm.kmeans import assign, kmeans
+from vqdm.codecs.kmeans import assign, kmeans
 
 
 @dataclass

@@ -16,7 +16,8 @@ from vqdm.errors import UserError
 from vqdm.weights.additive import AdditiveWeight, decode_additive
 from vqdm.weights.base import QuantizedWeight, widened
 from vqdm.weights.scalar import ScalarWeight, decode_scalar
-from vqdm.weights.trellis import TrellisWeight, decode_trellis, pack_states, sequence_length, unpack_states
+from vqdm.weights.trellis import TrellisWeight, decode_trellis, pack_states, unpack_states
+from vqdm.weights.trellis_format import sequence_length
 
 BEAM_SIZE = 4  # of the search over the codebooks of a group
 REACH = 1e3  # what tables hold, times this, is as far as targets may lie: beyond it fp32 costs lose the other values

@@ -14,14 +14,11 @@ from vqdm.codecs.trellis_table import target_scale
 from vqdm.codecs.viterbi import Search
 from vqdm.errors import UserError
 from vqdm.weights.base import LARGEST, STORED
-from vqdm.weights.trellis import (
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, decode_trellis
+from vqdm.weights.trellis_format import (
     HIGHEST_RATE,
     LOWEST_RATE,
-    TrellisScheme,
-    TrellisTable,
-    TrellisWeight,
     column_bits,
-    decode_trellis,
     reason_to_skip,
     sequence_length,
     stream_bytes,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqdm.codecs.viterbi import choose_states_numpy, prepare
+from vqdm.codecs.viterbi_compiled import choose_states_numpy, prepare
 from vqdm.seeds import numpy_generator
 
 TABLE_FILE = Path(__file__).resolve().parent.parent / "weights" / "trellis_table.safetensors"

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vqdm.codecs.viterbi import SEAM, SHORT_TURNS, turn_start
+from vqdm.codecs.viterbi_compiled import SEAM, SHORT_TURNS, turn_start
 
 
 def choose_states(targets: Tensor, weights: Tensor, table: Tensor, *, quarter_rate: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Block after block: each learns to give, for what the student feeds it, what the original's gives for its own inputs.
 
-The routine of AdaRound (vqdm/blocks.py) with the parameters of distillation: scales, codebooks, norms, biases. What the
+The routine of AdaRound (`reconstruct`) with the parameters of distillation: scales, codebooks, norms, biases. What the
 whole model shares does not train here: every block would want another.
 """
 
@@ -13,14 +13,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vqdm.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, record_block, relative_squared_error
-from vqdm.config import FinetuneConfig
+from vqdm.calibration.blocks import (
+    Block,
+    BlockData,
+    block_loss,
+    blocks_of,
+    reconstruct,
+    record_block,
+    relative_squared_error,
+)
+from vqdm.calibration.recording import OUTPUT, Call, in_fp32
+from vqdm.config.options import FinetuneConfig
+from vqdm.distillation.moving_codes import let_drift, stop_drifting
+from vqdm.distillation.optimizer import RelativeAdam, learning_rate
 from vqdm.distillation.parameters import trained_parameters
-from vqdm.drift import let_drift, stop_drifting
-from vqdm.models.recording import OUTPUT, Call, in_fp32
 from vqdm.models.specs import LayerSpec
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate
 
 RATE = 0.03  # peak of the relative rate, per root of the block's relative error to begin with
 JUDGES = 8  # one of so many samples is not trained on and judges

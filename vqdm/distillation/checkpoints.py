@@ -8,10 +8,10 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from vqdm.distillation.moving_codes import DriftingWeight
+from vqdm.distillation.optimizer import optimizer_tensors, restore_optimizer
 from vqdm.distillation.parameters import Trained
-from vqdm.drift import DriftingWeight
-from vqdm.items import item_names, read_item, remove_item, write_item
-from vqdm.training import optimizer_tensors, restore_optimizer
+from vqdm.runs.items import item_names, read_item, remove_item, write_item
 
 
 @dataclass

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqdm import processes
-from vqdm.blocks import device_of, only_these_train
-from vqdm.config import FinetuneConfig
+from vqdm.calibration.blocks import device_of, only_these_train
+from vqdm.calibration.recording import LATENTS, play
+from vqdm.config.options import FinetuneConfig
 from vqdm.distillation.checkpoints import Checkpoints, State
 from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors, timestep_weights
+from vqdm.distillation.moving_codes import let_drift, stop_drifting
+from vqdm.distillation.optimizer import RelativeAdam, learning_rate
 from vqdm.distillation.parameters import Trained, trained_parameters
 from vqdm.distillation.trajectories import Batch, Trajectories
-from vqdm.drift import let_drift, stop_drifting
 from vqdm.errors import UserError
-from vqdm.models.recording import LATENTS, play
+from vqdm.runs import processes
 from vqdm.seeds import torch_generator
-from vqdm.training import RelativeAdam, learning_rate
 
 BUCKETS, TIMESTEPS = 5, 1000  # validation losses are told apart by fifths of the training timesteps
 RATE = 0.01  # peak of the relative rate, per root of the error to begin with: less for a student that is nearly there

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vqdm.blocks import RESIDUAL_UNITS
+from vqdm.calibration.blocks import RESIDUAL_UNITS
 from vqdm.errors import UserError
 
 

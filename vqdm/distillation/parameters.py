@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqdm.config import TrainedConfig
-from vqdm.drift import DriftingWeight
+from vqdm.config.options import TrainedConfig
+from vqdm.distillation.moving_codes import DriftingWeight
 from vqdm.weights.base import QuantizedWeight, SharedPart
 from vqdm.weights.scalar import ScalarWeight
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vqdm.models.recording import OUTPUT, PLAIN, Call, call_arguments, in_fp32
+from vqdm.calibration.recording import OUTPUT, PLAIN, Call, call_arguments, in_fp32
 
 EACH, ALL = "each.", "all."
 OPEN_FILES = 64

@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from vqdm.bits import count_bits
 from vqdm.hub.checkpoint import checkpoint_size
-from vqdm.layers import quantized_layers
 from vqdm.models.location import DENOISERS
+from vqdm.weights.bits import count_bits
+from vqdm.weights.layers import quantized_layers
 
 CARD_FILE = "README.md"
 LICENCES = {  # of models whose own card is rarely beside their weights

@@ -17,8 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from vqdm.errors import UserError
-from vqdm.layers import quantized_layers
 from vqdm.weights.base import LARGEST, SHARED_NAME, STORED, Scheme
+from vqdm.weights.layers import quantized_layers
 from vqdm.weights.registry import scheme_from_dict
 
 METADATA = "vqdm"

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from vqdm.atomic import canonical_json
+from vqdm.config.names import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import FORMAT_VERSION, LayerGroup, check_version, layer_groups
-from vqdm.layers import check_decode
-from vqdm.scheme_names import parse_scheme
+from vqdm.runs.files import canonical_json
+from vqdm.weights.layers import check_decode
 
 METHOD = "vqdm"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqdm.atomic import atomic_write
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE, model_card
-from vqdm.layers import quantized_layers
+from vqdm.runs.files import atomic_write
 from vqdm.weights.base import NOT_MERGED
+from vqdm.weights.layers import quantized_layers
 
 
 def become_quantized(model: nn.Module) -> None:

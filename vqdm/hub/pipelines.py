@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vqdm.atomic import full_disk_is_mendable
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
-from vqdm.layers import check_decode, quantized_layers
-from vqdm.locking import LOCK, locked
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
+from vqdm.runs.files import full_disk_is_mendable
+from vqdm.runs.locks import LOCK, locked
+from vqdm.weights.layers import check_decode, quantized_layers
 
 INDEX = "model_index.json"  # of a pipeline's directory
 

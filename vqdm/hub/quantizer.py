@@ -12,13 +12,13 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from vqdm.config.names import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import Contents, LayerGroup, read_contents, round_to_stored_, stored_with_metadata
 from vqdm.hub.config import METHOD, VQDMConfig, check_options, config_of
 from vqdm.hub.model import become_plain, become_quantized
-from vqdm.layers import dequantize_layers, swap_empty
 from vqdm.models.specs import layer_specs
-from vqdm.scheme_names import parse_scheme
+from vqdm.weights.layers import dequantize_layers, swap_empty
 
 _OWN_OPTIONS = ("quantization_config", "_pre_quantization_dtype")  # of a quantized model's config, kept by diffusers
 
@@ -61,7 +61,7 @@ class VQDMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         self._contents = None
         if not self.pre_quantized:
-            from vqdm.encode import quantize_without_data  # all codecs: loading what is quantized needs none
+            from vqdm.codecs.encode import quantize_without_data  # all codecs: loading what is quantized needs none
 
             asked, dtype = self.quantization_config, model.dtype
             quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers, decode=asked.decode)

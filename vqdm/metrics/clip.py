@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqdm.device import full_float32
+from vqdm.runs.device import full_float32
 
 
 class OpenClip:

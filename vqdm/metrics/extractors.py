@@ -9,7 +9,7 @@ def make_extractor(family: str, weights: list[Path], *, device: str):
     weights: the paths of the family's files, in its order; of family tiny, the evaluators' directory.
     """
     if family == "tiny":
-        from vqdm.metrics.tiny_world import TinyWorld
+        from vqdm.tiny.evaluator import TinyWorld
 
         return TinyWorld(*weights)
     if family in ("paired", "lpips"):

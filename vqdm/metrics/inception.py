@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqdm.device import full_float32
 from vqdm.metrics.sources import load_tensors
+from vqdm.runs.device import full_float32
 
 PAPER_SIZE = 256
 

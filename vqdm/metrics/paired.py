@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vqdm.device import full_float32
+from vqdm.runs.device import full_float32
 
 SMALLEST_ERROR = (1 / 255) ** 2 / 12  # of rounding to 8 bits: identical images count as 58.9 dB, not as infinity
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.identity import file_identity, files_identity
 from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.sources import check_whole
+from vqdm.runs.identity import file_identity, files_identity
 
 ABOUT = "reference.json"
 SHAPES = {"mean": [2048], "covariance": [2048, 2048]}  # of Inception's pool features

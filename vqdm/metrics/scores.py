@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from vqdm.metrics import tiny_world
-from vqdm.metrics.attributes import seen_by
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
 from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
+from vqdm.tiny.attributes import seen_by
 
 SMALLEST_FID = 2048  # images; with fewer, Inception's covariance has not full rank
 SUBSETS, SUBSET_SIZE, SPLITS = 100, 1000, 10  # of KID and of the Inception score, as is the convention

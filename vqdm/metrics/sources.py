@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.identity import file_identity, files_identity
 from vqdm.metrics.families import Weights
+from vqdm.runs.identity import file_identity, files_identity
 
 log = logging.getLogger("vqdm")
 

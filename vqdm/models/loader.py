@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqdm.config import ModelConfig, SamplerConfig
+from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.models.location import DENOISERS, configs_directory, denoiser_directory, model_directory, single_file
 from vqdm.models.rescale import rescale_

@@ -6,29 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqdm.atomic import canonical_json
-from vqdm.config import ModelConfig
+from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
-from vqdm.identity import files_identity
+from vqdm.models.shipped import builtin_directory, named_configs
+from vqdm.runs.files import canonical_json
+from vqdm.runs.identity import files_identity
 
-_HERE = Path(__file__).parent
-CONFIGS = _HERE / "configs"
 DENOISERS = ("unet", "transformer")
-
-
-def builtin_directory(name: str) -> Path:
-    shipped = sorted(path.parent.name for path in _HERE.glob("*/model_index.json"))
-    if name not in shipped:
-        raise UserError(f"model.builtin={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")
-    return _HERE / name
-
-
-def shipped_configs(name: str) -> Path:
-    """A directory of a pipeline's configs without weights: what a single-file checkpoint does not hold."""
-    shipped = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
-    if name not in shipped:
-        raise UserError(f"model.configs={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")
-    return CONFIGS / name
 
 
 def check_pipeline_directory(directory: Path) -> Path:
@@ -72,13 +56,6 @@ def denoiser_directory(directory: Path, parts: Sequence[str] = DENOISERS) -> Pat
     )
 
 
-def evaluators_directory(path: str | None) -> Path:
-    directory = _HERE / "tiny_evaluators" if path is None else Path(path)
-    if not (directory / "attribute_net.safetensors").is_file():
-        raise UserError(f"no evaluators in {directory}; give evaluate.evaluators=DIR as tiny_train writes it")
-    return directory
-
-
 def single_file(config: ModelConfig) -> Path | None:
     """The checkpoint of a model that is one file; `model_directory` is then that of its configs."""
     path = None if config.path is None else Path(config.path)
@@ -93,11 +70,6 @@ def _file_configs(config: ModelConfig, file: Path) -> Path:
     configs = named_configs(config.configs)
     check_single_file(file, configs)
     return configs
-
-
-def named_configs(name: str) -> Path:
-    """A directory, or shipped configs by their name."""
-    return Path(name) if Path(name).is_dir() else shipped_configs(name)
 
 
 def local_directory(config: ModelConfig) -> Path | None:

@@ -4,7 +4,7 @@ import inspect
 import json
 from pathlib import Path
 
-from vqdm.config import SamplerConfig
+from vqdm.config.options import SamplerConfig
 from vqdm.errors import UserError
 
 SCHEDULERS = {

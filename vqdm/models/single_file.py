@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vqdm.errors import UserError
-from vqdm.models.location import CONFIGS, shipped_configs
 from vqdm.models.original_keys import COMPONENTS, to_original
+from vqdm.models.shipped import CONFIGS, shipped_configs
 
 UNET = COMPONENTS["unet"][0]
 POSITIONS = (

@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vqdm.config import layer_pattern
+from vqdm.config.options import layer_pattern
 from vqdm.errors import UserError
 
 
@@ -61,7 +61,7 @@ def matrix_to_weight(matrix: Tensor, spec: LayerSpec) -> Tensor:
 def layer_specs(denoiser: nn.Module, *, pattern: str | None = None, min_size: int = 16) -> list[LayerSpec]:
     """The layers to quantize, in module order: Linear and Conv2d whose name `pattern` finds (re.search).
 
-    pattern: None is the one that goes with the denoiser's class (`vqdm.config.layer_pattern`).
+    pattern: None is the one that goes with the denoiser's class (`layer_pattern`).
     Layers with fewer than `min_size` inputs (input channels) or outputs are left out. UserError for an invalid pattern.
     """
     return [spec for spec, reason in _specs(denoiser, pattern, min_size) if reason is None]
@@ -112,3 +112,17 @@ def _reason_to_skip(name: str, module: nn.Module, *, selected: re.Pattern, min_s
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return f"it is a convolution with padding_mode {module.padding_mode}"
     return None
+
+
+def group_of(layer: str) -> str:
+    """The group of layers that one round of calibration serves: `down_blocks.1`, `mid_block` (the paper's seven)."""
+    first, *others = layer.split(".")
+    return f"{first}.{others[0]}" if others and others[0].isdigit() else first
+
+
+def in_groups(specs: Iterable[LayerSpec]) -> list[list[LayerSpec]]:
+    """The layers by their groups, both in the order of `specs`."""
+    groups: dict[str, list[LayerSpec]] = {}
+    for spec in specs:
+        groups.setdefault(group_of(spec.name), []).append(spec)
+    return list(groups.values())

@@ -9,13 +9,12 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-from vqdm.config import PROMPT_ORDERS as ORDERS
-from vqdm.config import PROMPT_SOURCES as SOURCES
+from vqdm.config.options import PROMPT_ORDERS as ORDERS
+from vqdm.config.options import PROMPT_SOURCES as SOURCES
 from vqdm.prompts.readers import READERS, Prompt, read_file
 from vqdm.prompts.text_files import decode, fault, is_text, json_lines, listed, read_bytes, short_hash
 from vqdm.seeds import numpy_generator
 
-WORLD_SEED = 0  # of the tiny world's scenes and captions; its denoiser was trained on the split "train" of this seed
 TINY_LENGTH = 1_000_000  # a split never ends; it is called a list of this length so that it can be shuffled
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 
@@ -177,7 +176,7 @@ def _finite(prompts: Sequence[Prompt], what: str, file_sha256: str | None = None
 
 def _tiny(split: str, n: int | None) -> _Source:
     from vqdm.tiny.captions import caption_of
-    from vqdm.tiny.scenes import SPLITS, draw_scene
+    from vqdm.tiny.scenes import SPLITS, WORLD_SEED, draw_scene
 
     if split not in SPLITS:
         raise fault("tiny prompts", f"unknown split {split!r}", f"choose one of {listed(SPLITS)}")
@@ -193,6 +192,6 @@ def _tiny(split: str, n: int | None) -> _Source:
 
 
 def _builtin() -> list[Prompt]:
-    lines = files("vqdm").joinpath("data/builtin_prompts.txt").read_text("utf-8").splitlines()
+    lines = files("vqdm").joinpath("prompts/builtin_prompts.txt").read_text("utf-8").splitlines()
     texts = [line for line in lines if line and not line.startswith("#")]
     return [Prompt(f"builtin-{i:03d}", text) for i, text in enumerate(texts)]

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from vqdm.report.experiments import Table
 from vqdm.report.records import protocols_of, scores_of
-from vqdm.report.tables import Table
 
 
 def sentences(table: Table, data, *, of_runs: int, model: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vqdm.atomic import atomic_write
+from vqdm.runs.files import atomic_write
 from vqdm.stages.layout import captions_of, image_path, png_bytes, readable
 
 CELL, GAP, MARGIN, TOP = 128, 6, 220, 30

@@ -17,9 +17,9 @@ from math import prod
 from pathlib import Path
 from string import Template
 
-from vqdm.atomic import atomic_write
 from vqdm.errors import UserError
 from vqdm.report.gallery import LARGEST, WEBP_QUALITY, Gallery, PageMethod, empty_gallery, fill_gallery, script_json
+from vqdm.runs.files import atomic_write
 
 FILES = Path(__file__).with_name("page_files")
 SLACK = 512  # bytes for what is said of the gallery, known only when it is filled

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 from vqdm.errors import UserError
+from vqdm.report.experiments import Table
 from vqdm.report.footnotes import about_making, about_published
-from vqdm.report.frame import DELTA, PUBLISHED, REPRODUCED, compared
-from vqdm.report.tables import Table
+from vqdm.report.numbers import DELTA, PUBLISHED, REPRODUCED, compared
 
 METRIC = "preference"  # % of votes for the left one, a tie as half a vote
 COUNTS = ("n_votes", "n_raters", "n_prompts")

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.report.tables import Table
+from vqdm.report.experiments import Table
+from vqdm.runs.store import Stage, Store
 from vqdm.stages.layout import SCORES_FILE
-from vqdm.store import Stage, Store
 
 
 def scores_of(record: dict, results: Path) -> dict:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from vqdm.report.figures.collection import figures_of
 from vqdm.report.figures.pareto import LABELS
+from vqdm.report.formats import TableContent
 from vqdm.report.gallery import PageMethod
 from vqdm.report.page import PageContent, write_page
 from vqdm.report.records import scores_of
-from vqdm.report.writers import TableContent
 from vqdm.stages.layout import IMAGES_FILE, captions_of
 
 

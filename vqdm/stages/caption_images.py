@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from vqdm.atomic import sha256_file
 from vqdm.errors import UserError
 from vqdm.prompts import Prompt
+from vqdm.runs.files import sha256_file
 
 ENDINGS = ("png", "jpg", "jpeg")
 

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vqdm.config import EvaluateConfig, SamplerConfig
+from vqdm.config.options import EvaluateConfig, SamplerConfig
 from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.reference import Reference
 from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
 from vqdm.prompts import PromptList
+from vqdm.runs.store import atomic_write, write_json
 from vqdm.stages.features import environments, load_columns
 from vqdm.stages.layout import IMAGES_FILE, MADE_BY, SCORES_FILE
-from vqdm.store import atomic_write, write_json
 
 SEED = 0  # of the bootstrap: all methods are resampled alike
 

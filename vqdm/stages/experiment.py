@@ -6,16 +6,16 @@ import json
 import logging
 from pathlib import Path
 
-from vqdm import processes
-from vqdm.config import Config
-from vqdm.device import Device
+from vqdm.config.options import Config
 from vqdm.metrics.families import FAMILIES
 from vqdm.models.location import full_precision_bytes
+from vqdm.runs import processes
+from vqdm.runs.device import Device
+from vqdm.runs.store import Store
+from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.graph import Graph, image_sampler
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
-from vqdm.stages.quantization import Models, ensure_denoiser, environment_of
-from vqdm.store import Store
-from vqdm.tracker import MAX_IMAGES
+from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
 log = logging.getLogger("vqdm")
 ON_CPU = ("tiny", "paired")  # families that run there in any case
@@ -87,9 +87,9 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
     looked_at = images_sha256(folders, count, size)
 
     def make(directory: Path) -> None:
-        from vqdm.metrics.tiny_world import load_reference
         from vqdm.stages.evaluate import Columns, evaluate
         from vqdm.stages.features import environments
+        from vqdm.tiny.evaluator import load_reference
 
         scoring = graph.scoring
         families = {

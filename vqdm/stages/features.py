@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vqdm import processes
+from vqdm.runs import processes
+from vqdm.runs.items import batches
+from vqdm.runs.store import read_item, write_item
 from vqdm.stages.generate import load_images
-from vqdm.stages.layout import batches, captions_in, image_path
-from vqdm.store import read_item, write_item
+from vqdm.stages.layout import captions_in, image_path
 
 
 def extract(

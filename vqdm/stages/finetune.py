@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqdm import processes
-from vqdm.config import FinetuneConfig, ModelConfig
+from vqdm.config.options import FinetuneConfig, ModelConfig
 from vqdm.distillation.checkpoints import State
 from vqdm.distillation.end_to_end import Distillation
 from vqdm.distillation.parameters import trained_parameters
 from vqdm.distillation.trajectories import Trajectories
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
+from vqdm.runs import processes
+from vqdm.runs.store import atomic_write, write_json
 from vqdm.seeds import torch_generator
+from vqdm.stages.finished import finished_denoiser
 from vqdm.stages.layout import png_bytes
 from vqdm.stages.own_trajectories import OwnTrajectories, computing_in
-from vqdm.stages.quantize import finished_denoiser
 from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
-from vqdm.store import atomic_write, write_json
 
 log = logging.getLogger("vqdm")
 SHOWN = 4  # of the validation's captions, sampled at every validation

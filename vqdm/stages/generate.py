@@ -6,12 +6,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vqdm import processes
-from vqdm.config import SamplerConfig
+from vqdm.config.options import SamplerConfig
 from vqdm.prompts import Prompt, PromptList
+from vqdm.runs import processes
+from vqdm.runs.items import batches
+from vqdm.runs.store import read_item, write_item
 from vqdm.seeds import torch_generator
-from vqdm.stages.layout import batches, image_path, png_bytes, readable
-from vqdm.store import read_item, write_item
+from vqdm.stages.layout import image_path, png_bytes, readable
 
 
 def copies_of(prompts: PromptList, count: int) -> list[tuple[Prompt, str]]:

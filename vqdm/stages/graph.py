@@ -10,20 +10,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm.config import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
+from vqdm.config.options import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
 from vqdm.errors import UserError
-from vqdm.identity import files_identity
+from vqdm.metrics.available import Scoring, find_scoring
 from vqdm.metrics.families import FAMILIES
-from vqdm.models.location import (
-    check_pipeline_directory,
-    configs_directory,
-    denoiser_directory,
-    model_identity,
-)
+from vqdm.models.location import check_pipeline_directory, configs_directory, denoiser_directory, model_identity
 from vqdm.prompts import PromptList, load_prompts
+from vqdm.runs.identity import files_identity
+from vqdm.runs.store import Stage
 from vqdm.stages.caption_images import images_identity
-from vqdm.stages.scoring import Scoring, find_scoring
-from vqdm.store import Stage
 
 VERSIONS = {
     "calibrate": 1, "sensitivity": 1, "quantize": 4, "tune_blocks": 2, "trajectories": 1, "finetune": 2, "generate": 2,

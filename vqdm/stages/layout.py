@@ -21,11 +21,6 @@ def image_path(directory: Path, index: int) -> Path:
     return directory / "images" / f"{index:06d}.png"
 
 
-def batches(count: int, size: int) -> list[tuple[str, range]]:
-    """Fixed index ranges, each with the name of its item."""
-    return [(f"{start:06d}", range(start, min(start + size, count))) for start in range(0, count, size)]
-
-
 def captions_in(directory: Path, name: str) -> list[str]:
     """The captions of the images of one batch, from its item's record."""
     record = json.loads((directory / "items" / f"{name}.json").read_text())["record"]

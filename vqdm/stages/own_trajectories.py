@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqdm import processes
-from vqdm.config import FinetuneConfig, SamplerConfig, TrajectoriesConfig
+from vqdm.config.options import FinetuneConfig, SamplerConfig, TrajectoriesConfig
 from vqdm.distillation.trajectories import Trajectories, pack
-from vqdm.items import item_names, remove_item
 from vqdm.prompts import PromptList
+from vqdm.runs import processes
+from vqdm.runs.items import item_names, remove_item
+from vqdm.runs.store import read_item, write_item
 from vqdm.stages.trajectories import recorded_batches, relabelled, trajectories_in
-from vqdm.store import read_item, write_item
 
 
 def sampled_steps(config: TrajectoriesConfig, sampler: SamplerConfig) -> tuple[list[int], int]:

@@ -12,7 +12,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,24 +20,29 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqdm.bits import count_bits, tensor_bytes
-from vqdm.blocks import Block
+from vqdm.calibration.blocks import Block
+from vqdm.calibration.calls import recorded_calls
+from vqdm.calibration.collect import collect, drive_student, drive_teacher, execution_groups, teacher_groups
 from vqdm.codecs import adaround
-from vqdm.config import CalibrationConfig, ModelConfig, QuantizeConfig
-from vqdm.device import MemoryGate, encoding_room, one_thread_each
-from vqdm.encode import Problem, encode_layer, encoder_bytes, make_shared, matrix_of, needs_hessians, users_of_shared
-from vqdm.hub.checkpoint import round_to_stored_
-from vqdm.hub.pipelines import save_denoiser
-from vqdm.layers import swap
+from vqdm.codecs.allocation import Assignment, assign_schemes, read_harm
+from vqdm.codecs.encode import (
+    Problem,
+    encode_layer,
+    encoder_bytes,
+    make_shared,
+    matrix_of,
+    needs_hessians,
+    users_of_shared,
+)
+from vqdm.config.options import CalibrationConfig, ModelConfig, QuantizeConfig
 from vqdm.models.loader import denoiser_of
-from vqdm.models.recording import OUTPUT, Call, play_back
 from vqdm.models.specs import LayerSpec
-from vqdm.schemes import Assignment, assign_schemes, read_harm
-from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.hessians import collect, drive_student, drive_teacher, execution_groups, teacher_groups
-from vqdm.stages.layout import DENOISER, ERRORS_FILE
-from vqdm.store import read_item, write_item, write_json
+from vqdm.runs.device import MemoryGate, encoding_room, one_thread_each
+from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.stages.finished import finished_denoiser
 from vqdm.weights.base import QuantizedWeight, SharedPart
+from vqdm.weights.bits import tensor_bytes
+from vqdm.weights.layers import swap
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
 
 log = logging.getLogger("vqdm")
@@ -169,23 +173,6 @@ def _record(spec: LayerSpec, weight: QuantizedWeight, matrix: Tensor, hessian: T
     return record
 
 
-def output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> float:
-    """Relative squared error of the denoiser's own output on the recorded calls, as stored (16-bit floats)."""
-    sums = squared_errors(denoiser, calls, device).values()
-    return sum(wrong for wrong, _ in sums) / sum(power for _, power in sums)
-
-
-def squared_errors(denoiser: nn.Module, calls: Iterable[Call], device: str) -> dict[float, tuple[float, float]]:
-    """timestep -> squared error of the output, and the squares of the original's, over its recorded calls."""
-    sums: dict[float, tuple[float, float]] = {}
-    for call in calls:
-        output, target = play_back(denoiser, call, device=device).double(), call[OUTPUT].double()
-        timestep = float(call["timestep"].flatten()[0])  # one for a whole call of sampling
-        wrong, power = sums.get(timestep, (0.0, 0.0))
-        sums[timestep] = wrong + float((output - target).square().sum()), power + float(target.square().sum())
-    return sums
-
-
 def quantize(
     directory: Path,
     pipeline,
@@ -287,19 +274,3 @@ def _finish(
         len(records), len(left), found["bits_per_weight"], found["relative_output_error"],
     )  # fmt: skip
     return found
-
-
-def finished_denoiser(directory: Path, denoiser: nn.Module, calibration: Path, *, dtype, device: str) -> dict:
-    """Write `denoiser/`, with the numbers that its file holds; returns its bits, bytes and output error.
-
-    The error is that of the denoiser as stored, cast to `dtype`, on the calibration's recorded calls.
-    """
-    bits = count_bits(denoiser)
-    round_to_stored_(denoiser)
-    nn.Module.to(denoiser, device=device, dtype=dtype)
-    sums = dict(sorted(squared_errors(denoiser, recorded_calls(calibration), device).items()))
-    error = sum(wrong for wrong, _ in sums.values()) / sum(power for _, power in sums.values())
-    errors = [wrong / power for wrong, power in sums.values()]
-    write_json(directory / ERRORS_FILE, {"timesteps": list(sums), "relative_output_errors": errors})
-    file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error_in_calibration": error})
-    return {**bits.to_dict(), "file_bytes": file_bytes, "relative_output_error": error}

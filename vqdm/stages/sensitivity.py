@@ -7,20 +7,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vqdm.calibration.calls import recorded_calls
+from vqdm.calibration.collect import collect, drive_teacher, execution_groups, teacher_groups
+from vqdm.calibration.recording import Call
 from vqdm.codecs import trellis
 from vqdm.codecs.trellis_table import load_table
-from vqdm.config import ModelConfig, QuantizeConfig
-from vqdm.device import one_thread_each
-from vqdm.layers import replace_layer, swap
+from vqdm.config.options import ModelConfig, QuantizeConfig
 from vqdm.models.loader import denoiser_of
-from vqdm.models.recording import Call
 from vqdm.models.specs import LayerSpec, layer_specs
-from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.hessians import collect, drive_teacher, execution_groups, teacher_groups
-from vqdm.stages.quantize import matrix_of, output_error
-from vqdm.store import read_item, write_item, write_json
+from vqdm.runs.device import one_thread_each
+from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.stages.finished import output_error
+from vqdm.stages.quantize import matrix_of
 from vqdm.weights.base import SHARED_NAME
-from vqdm.weights.trellis import TrellisTable, reason_to_skip, side_bits
+from vqdm.weights.layers import replace_layer, swap
+from vqdm.weights.trellis import TrellisTable
+from vqdm.weights.trellis_format import reason_to_skip, side_bits
 
 CODE_BITS = (2.0, 3.5)  # per weight beside scales and rates; log error is close to a line in between and around
 CALLS = 4  # of the recorded ones, evenly spread, that a layer is judged by

@@ -13,16 +13,16 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from vqdm.config import SamplerConfig, TrajectoriesConfig
+from vqdm.calibration.calls import sample_batches
+from vqdm.calibration.recording import LATENTS, OUTPUT, Call, Recorder, evenly_spread, play_back
+from vqdm.config.options import SamplerConfig, TrajectoriesConfig
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of
-from vqdm.models.recording import LATENTS, OUTPUT, Call, Recorder, evenly_spread, play_back
 from vqdm.prompts import Prompt, PromptList
+from vqdm.runs.store import read_item, write_item
 from vqdm.seeds import torch_generator
-from vqdm.stages.calibrate import sample_batches
 from vqdm.stages.caption_images import caption_image
-from vqdm.store import read_item, write_item
 
 TRAIN, VALIDATION = "train", "validation"
 

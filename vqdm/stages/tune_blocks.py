@@ -8,15 +8,15 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
-from vqdm.blocks import Block, blocks_of
-from vqdm.config import FinetuneConfig
-from vqdm.device import one_thread_each
+from vqdm.calibration.blocks import Block, blocks_of
+from vqdm.calibration.calls import recorded_calls
+from vqdm.config.options import FinetuneConfig
 from vqdm.distillation.blockwise import Changed, tune_blocks
-from vqdm.layers import quantized_layers
 from vqdm.models.loader import denoiser_of
-from vqdm.stages.calibrate import recorded_calls
-from vqdm.stages.quantize import finished_denoiser
-from vqdm.store import read_item, write_item, write_json
+from vqdm.runs.device import one_thread_each
+from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.stages.finished import finished_denoiser
+from vqdm.weights.layers import quantized_layers
 
 
 def tune_all_blocks(

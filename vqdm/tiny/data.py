@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqdm.prompts import WORLD_SEED
 from vqdm.tiny.captions import caption_of
-from vqdm.tiny.scenes import IMAGE_SIZE, draw_scenes, render
+from vqdm.tiny.scenes import IMAGE_SIZE, WORLD_SEED, draw_scenes, render
 
 
 class SceneSet:

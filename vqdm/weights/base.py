@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqdm.bitpack import pack, packed_bytes, unpack
 from vqdm.errors import UserError
+from vqdm.weights.bitpack import pack, packed_bytes, unpack
 
 STORED = torch.float16  # every float parameter of a quantized weight on disk
 LARGEST = torch.finfo(STORED).max

@@ -9,7 +9,7 @@ import functools
 import numba
 import numpy as np
 
-from vqdm.weights.trellis import HIGHEST_RATE, LOWEST_RATE, RATE_BITS, WINDOW_BITS
+from vqdm.weights.trellis_format import HIGHEST_RATE, LOWEST_RATE, RATE_BITS, WINDOW_BITS
 
 GROUP = 8  # values decoded from one word: 7 steps of 6 bits and a window are 54 bits
 TILE = 16  # columns decoded together: a cache line of every row

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqdm.errors import UserError
 from vqdm.weights import compiled
-from vqdm.weights.trellis import HIGHEST_RATE, column_bits, sequence_length
+from vqdm.weights.trellis_format import HIGHEST_RATE, column_bits, sequence_length
 
 
 def decode_trellis(

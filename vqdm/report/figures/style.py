@@ -10,7 +10,7 @@ import io
 import math
 from pathlib import Path
 
-from vqdm.atomic import atomic_write
+from vqdm.runs.files import atomic_write
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 # Okabe and Ito (2008): told apart with any common colour blindness. Without their yellow, which is too pale on white

@@ -14,8 +14,8 @@ from PIL import Image
 
 from vqdm.errors import UserError
 from vqdm.report.votes.study import DESTROYED, Trial
+from vqdm.runs.store import Store
 from vqdm.stages.layout import image_path, readable
-from vqdm.store import Store
 
 TILES = 4  # a destroyed image is cut into 4 × 4 tiles, which are shuffled and turned
 

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm.atomic import atomic_write, canonical_json, sha256_file, write_json
 from vqdm.errors import UserError
 from vqdm.report.votes.images import ImageSet, encode, fill_up, trial_images
 from vqdm.report.votes.study import Protocol, Trial
+from vqdm.runs.files import atomic_write, canonical_json, sha256_file, write_json
 from vqdm.seeds import numpy_generator
 
 KEY = "key.json"

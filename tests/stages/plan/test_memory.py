@@ -1,0 +1,91 @@
+"""Formulas of memory against what the codecs and the Hessians really allocate."""
+
+import pytest
+import torch
+
+from vqdm.calibration.hessian import add_second_moment
+from vqdm.codecs.encode import encoder_bytes
+from vqdm.config.options import QuantizeConfig
+from vqdm.models.specs import ConvGeometry, LayerSpec
+from vqdm.seeds import torch_generator
+from vqdm.stages.plan.encoding import _scheme
+from vqdm.stages.plan.forward import LayerInput, LiveBytes, measure
+from vqdm.stages.plan.memory import (
+    HESSIAN_WORKSPACE,
+    PROCESS,
+    Model,
+    decoder_upcasts,
+    generate_memory,
+    hessian_bytes,
+    quantize_memory,
+)
+from vqdm.stages.quantize import encode_layer, needs_hessians
+
+CONFIGS = {
+    "trellis": QuantizeConfig(kind="trellis", bits=3),
+    "gptq": QuantizeConfig(kind="gptq", bits=4),
+    "rtn": QuantizeConfig(kind="rtn", bits=4),
+    "rtn_hessian": QuantizeConfig(kind="rtn", bits=4, clip="hessian"),
+    "additive": QuantizeConfig(kind="additive", bits=3, group_size=8, codebook_bits=6),
+}
+MODEL = Model({"unet": 1000, "vae": 100}, 2, 10.0, 1000.0, True, image_numbers=48)
+
+
+def problem(shape):
+    draw = torch_generator(0, "memory")
+    factor = torch.randn(shape[1], 16, generator=draw)
+    return torch.randn(shape, generator=draw), factor @ factor.T + torch.eye(shape[1])
+
+
+@pytest.mark.parametrize("shape", [(640, 640), (160, 1280)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_an_encoder_holds(name, shape):
+    config = CONFIGS[name]
+    scheme, shared = _scheme(shape, config)
+    matrix, hessian = problem(shape)
+    hessian = hessian if needs_hessians(config) else None
+    with torch.no_grad(), LiveBytes() as live:
+        encode_layer(matrix, hessian, scheme, config=config, shared=shared, layer="layer")
+    measured = live.peak + 4 * matrix.numel()  # the matrix is the worker's own
+    assert encoder_bytes(shape, config) == pytest.approx(measured, rel=0.15)
+
+
+def test_hessians_that_layers_share_are_held_twice():
+    specs = [LayerSpec(name, "linear", (8, 16)) for name in "qkv"] + [LayerSpec("o", "linear", (16, 8))]
+    inputs = {name: LayerInput((2, 4, 16), 0) for name in "qkv"} | {"o": LayerInput((2, 4, 8), 1)}
+    assert hessian_bytes(specs, inputs) == 4 * (2 * 16**2 + 8**2)
+
+
+@pytest.mark.parametrize("limit", [None, 4096])
+def test_the_workspace_of_hessians(limit):
+    conv = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    for inputs, geometry, size in (((8, 320, 128, 128), conv, 2880), ((8, 4096, 2560), None, 2560)):
+        inputs = torch.empty(inputs, dtype=torch.float16, device="meta")
+        total = torch.empty(size, size, device="meta")
+        chosen = None if limit is None else torch.empty(limit, dtype=torch.int64, device="meta")
+        cost = measure(lambda t=total, i=inputs, g=geometry, c=chosen: add_second_moment(t, i, g, chosen=c))
+        assert cost.peak_bytes <= HESSIAN_WORKSPACE
+
+
+def test_a_decoder_that_computes_in_fp32():
+    class Settings:
+        force_upcast = True
+
+    assert decoder_upcasts(Settings, "float16") and not decoder_upcasts(Settings, "bfloat16")
+    used = generate_memory(MODEL, samples=4, images=2, device="cpu")
+    assert used.device == 0
+    assert used.host == 2 * 1100 + 2 * (1000 + 4 * 48) + 2 * 100 + 5 * 2 * 48 + PROCESS
+
+
+def test_a_gpu_keeps_hessians_and_the_host_the_encoders():
+    specs = [LayerSpec("a", "linear", (64, 4096)), LayerSpec("b", "linear", (64, 64))]
+    inputs = {"a": LayerInput((2, 4, 4096), 0), "b": LayerInput((2, 4, 64), 1)}
+    options = {"config": CONFIGS["gptq"], "samples": 2, "needs_hessians": True}
+    cpu = quantize_memory(MODEL, [specs], inputs, workers=1, room=1 << 40, device="cpu", **options)
+    gpu = quantize_memory(MODEL, [specs], inputs, workers=1, room=1 << 40, device="cuda", **options)
+    square = 4 * 4096**2
+    assert cpu.device == 0
+    assert cpu.host > 4 * square  # the Hessian, and three copies while it is put in order
+    assert gpu.device > square and gpu.host > 4 * square
+    two = quantize_memory(MODEL, [specs], inputs, workers=2, room=1 << 40, device="cuda", **options)
+    assert two.device == gpu.device and two.host > gpu.host

@@ -1,0 +1,311 @@
+"""Blocks of a denoiser: which there are, what goes into and comes out of each, and training one on that.
+
+A block is a residual unit with its quantized layers, or a layer that lies in none. Block-wise methods (AdaRound,
+distillation) go through them in the order in which the denoiser runs them (BRECQ, Li et al. 2021, section 3.2).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqdm.calibration.recording import Call, play_back
+from vqdm.errors import UserError
+from vqdm.models.specs import LayerSpec
+
+RESIDUAL_UNITS = ("ResnetBlock2D", "BasicTransformerBlock")  # class names; the output of each is input + something
+CHECK_EVERY = 100  # steps between two looks at the losses: on a GPU each look waits for it
+
+
+@dataclass(frozen=True)
+class Block:
+    """A submodule of the denoiser and the layers in it that are quantized."""
+
+    name: str
+    specs: tuple[LayerSpec, ...]
+
+
+def execution_order(denoiser: nn.Module, call: Call, names: Iterable[str]) -> list[str]:
+    """The submodules `names` in the order of their first execution in a recorded call; those not executed left out.
+
+    Module order is another one: diffusers registers a U-Net's up_blocks before its mid_block, which runs first.
+    """
+    order: dict[str, None] = {}
+    hooks = []
+    try:
+        for name in names:
+            module = denoiser.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)))
+        play_back(denoiser, call, device=device_of(denoiser))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order)
+
+
+def blocks_of(denoiser: nn.Module, specs: Iterable[LayerSpec], call: Call) -> list[Block]:
+    """The layers of `specs` partitioned into blocks, in execution order; a block keeps the order of its `specs`.
+
+    A layer belongs to the innermost residual unit around it, or is a block of its own.
+    UserError for a layer that the call does not execute: nothing is known of its inputs.
+    """
+    members: dict[str, list[LayerSpec]] = {}
+    for spec in specs:
+        members.setdefault(_unit_around(denoiser, spec.name), []).append(spec)
+    layers = [spec.name for specs in members.values() for spec in specs]
+    executed = execution_order(denoiser, call, {**members, **dict.fromkeys(layers)})
+    idle = sorted(set(layers) - set(executed))
+    if idle:
+        raise UserError(f"the recorded calls never run layer {idle[0]}: leave it out of the pattern")
+    return [Block(name, tuple(members[name])) for name in executed if name in members]
+
+
+def _unit_around(denoiser: nn.Module, name: str) -> str:
+    """The innermost ancestor of a layer that is a residual unit, else the layer itself."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        ancestor = ".".join(parts[:length])
+        if type(denoiser.get_submodule(ancestor)).__name__ in RESIDUAL_UNITS:
+            return ancestor
+    return name
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """A tensor whose first dimension is the samples', among arguments that are not."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What a block was called with and what it gave, of many calls, along the samples' dimension.
+
+    arguments: (positional, keyword) as the block was called, tensors with a row per sample wrapped, all else as it was.
+    output: [samples, …].
+    """
+
+    arguments: tuple[tuple, dict]
+    output: Tensor
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def part(self, rows: Tensor) -> "BlockData":
+        """Some of the samples."""
+
+        def of(leaf: Any) -> Any:
+            return _Samples(leaf.tensor[rows]) if isinstance(leaf, _Samples) else leaf
+
+        return BlockData(_map(of, self.arguments), self.output[rows])
+
+    def take(self, rows: Tensor | slice, *, device: torch.device) -> tuple[tuple, dict]:
+        """(positional, keyword) arguments to call the block with for some samples, on a device, floats as fp32."""
+        return _map(lambda leaf: _taken(leaf, rows, device), self.arguments)
+
+
+def _taken(leaf: Any, rows: Tensor | slice, device: torch.device) -> Any:
+    leaf = leaf.tensor[rows] if isinstance(leaf, _Samples) else leaf
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(device, torch.float32) if leaf.is_floating_point() else leaf.to(device)
+
+
+@torch.no_grad()
+def record_block(denoiser: nn.Module, name: str, calls: Iterable[Call], *, keep_on: str = "cpu") -> BlockData:
+    """Play recorded calls back and keep what the block called `name` takes and gives, on the device `keep_on`.
+
+    Tensors with a row per sample (or one row for all) are kept by sample; other tensors and everything else must be
+    the same in every call (ValueError). Each call is cut short after the block's first execution.
+    """
+    arguments, outputs = [], []
+    for call in calls:
+        taken, output = _run_until(denoiser, name, call, keep_on=keep_on)
+        arguments.append(_map(partial(_by_sample, count=len(output)), taken))
+        outputs.append(output)
+    if not outputs:
+        raise ValueError(f"no calls to record block {name} from")
+    return BlockData(_merge(arguments, name), torch.cat(outputs))
+
+
+class _CutShortError(Exception):
+    """Ends a played back call: all that was asked for has been seen."""
+
+
+def _run_until(denoiser: nn.Module, name: str, call: Call, *, keep_on: str) -> tuple[tuple[tuple, dict], Tensor]:
+    """One call's (positional, keyword) arguments and output of a block, copied to `keep_on`."""
+    seen: list = []
+
+    def keep(leaf):
+        return leaf.detach().to(keep_on, copy=True) if isinstance(leaf, Tensor) else leaf
+
+    def before(_module, args, kwargs):
+        seen.append(_map(keep, (args, kwargs)))
+
+    def after(_module, _args, output):
+        if not isinstance(output, Tensor):
+            raise TypeError(f"block {name} gives a {type(output).__name__}, not a tensor")
+        seen.append(keep(output))
+        raise _CutShortError
+
+    module = denoiser.get_submodule(name)
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        play_back(denoiser, call, device=device_of(denoiser))
+    except _CutShortError:
+        arguments, output = seen
+        return arguments, output
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise ValueError(f"the recorded call does not run block {name}")
+
+
+def _by_sample(leaf: Any, *, count: int) -> Any:
+    if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] in (1, count):
+        return _Samples(leaf.expand(count, *leaf.shape[1:]))
+    return leaf
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of every leaf of nested dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: _map(function, inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, inner) for inner in value])
+    return function(value)
+
+
+def _merge(calls: list, name: str) -> Any:
+    """The same nested value of every call as one: samples concatenated, the rest as in the first."""
+    first = calls[0]
+    if all(isinstance(value, _Samples) for value in calls):
+        return _Samples(torch.cat([value.tensor for value in calls]))
+    if all(isinstance(value, dict) and value.keys() == first.keys() for value in calls):
+        return {key: _merge([value[key] for value in calls], name) for key in first}
+    if isinstance(first, (list, tuple)) and all(type(v) is type(first) and len(v) == len(first) for v in calls):
+        return type(first)([_merge(list(values), name) for values in zip(*calls, strict=True)])
+    if not all(_same(value, first) for value in calls):
+        raise ValueError(f"block {name} takes an argument without a row per sample that changes from call to call")
+    return first
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
+    return type(value) is type(other) and not isinstance(value, (Tensor, _Samples)) and bool(value == other)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target), both [batch, …], to a scalar
+
+
+def relative_squared_error(targets: Tensor) -> Loss:
+    """Mean squared error over the variance of all `targets`: 0 is perfect, 1 as bad as their mean, at any scale."""
+    variance = max(float(targets.float().var(correction=0)), 1e-30)
+    return lambda output, target: (output.float() - target.float()).square().mean() / variance
+
+
+@torch.no_grad()
+def block_loss(
+    module: nn.Module, inputs: BlockData, targets: Tensor, *, batch_size: int = 64, loss: Loss | None = None
+) -> float:
+    """The loss of a block on all its data; `loss` as in `reconstruct`."""
+    loss = loss or relative_squared_error(targets)
+    device, total = device_of(module), 0.0
+    for start in range(0, len(inputs), batch_size):
+        rows = slice(start, min(start + batch_size, len(inputs)))
+        args, kwargs = inputs.take(rows, device=device)
+        total += float(loss(module(*args, **kwargs), targets[rows].to(device))) * (rows.stop - start)
+    return total / len(inputs)
+
+
+def reconstruct(
+    module: nn.Module,
+    inputs: BlockData,
+    targets: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+    rate: Callable[[int], float] | None = None,
+    loss: Loss | None = None,
+    regulariser: Callable[[int], Tensor | float] | None = None,
+    after_step: Callable[[int], None] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+    name: str = "",
+) -> Tensor:
+    """Train the optimizer's parameters until the block gives `targets` for `inputs`; losses fp32 [steps].
+
+    module: the block, in fp32. inputs: their arguments are used, not their output. targets: [samples, …].
+    loss: default `relative_squared_error(targets)`, of one scale for all blocks. regulariser: of a step, from 0 on, is
+    added to its loss; called after the block has run.
+    rate: the learning rate of a step, where it changes. after_step: called with the number of every step that is done.
+    generator: CPU; samples come in passes over the data, reshuffled for every pass.
+    progress: called every CHECK_EVERY steps with the steps done and their mean loss, regulariser excluded.
+    Nothing but the optimizer's parameters gets gradients, and every requires_grad is at the end what it was.
+    UserError, with the block's name, for a loss that is not finite.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss, device = loss or relative_squared_error(targets), device_of(module)
+    losses: list[Tensor] = []
+    with torch.enable_grad(), only_these_train(module, trained):
+        for step, rows in zip(range(steps), _minibatches(len(inputs), batch_size, generator), strict=False):
+            if rate is not None:
+                optimizer.param_groups[0]["lr"] = rate(step)
+            args, kwargs = inputs.take(rows, device=device)
+            error = loss(module(*args, **kwargs), targets[rows].to(device))
+            total = error if regulariser is None else error + regulariser(step)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            losses.append(error.detach())
+            if after_step is not None:
+                after_step(step + 1)
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+                _look(losses[step - step % CHECK_EVERY :], step + 1, name=name, progress=progress)
+    return torch.stack(losses).float().cpu() if losses else torch.zeros(0)
+
+
+def _look(recent: list[Tensor], steps: int, *, name: str, progress: Callable[[int, float], None] | None) -> None:
+    mean = float(torch.stack(recent).mean())
+    if not math.isfinite(mean):
+        raise UserError(
+            f"the reconstruction loss of block {name} is {mean} within {steps} steps: "
+            "lower the learning rate, or load the model in another dtype"
+        )
+    if progress is not None:
+        progress(steps, mean)
+
+
+def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers, for ever: passes over range(count), each in a new order, cut into batches of min(size, count)."""
+    size = min(size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % size].split(size)
+
+
+@contextmanager
+def only_these_train(module: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, `trained` and no other parameter of the module requires gradients; afterwards all is as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in (*module.parameters(), *trained)]
+    try:
+        module.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+        for parameter in trained:
+            parameter.grad = None

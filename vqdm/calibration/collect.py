@@ -1,0 +1,99 @@
+"""Hessians group after group: from recorded calls of the teacher, or from the student's own sampling."""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm.calibration.blocks import execution_order
+from vqdm.calibration.calls import recorded_calls, recorded_positions, sample_batches
+from vqdm.calibration.hessian import HessianRecorder, shrunk
+from vqdm.calibration.recording import play_back
+from vqdm.config.options import CalibrationConfig, QuantizeConfig, SamplerConfig
+from vqdm.models.loader import denoiser_of
+from vqdm.models.specs import LayerSpec, in_groups
+from vqdm.prompts import PromptList
+from vqdm.runs.device import one_thread_each
+
+ONE_TOKEN = re.compile(r"norm\w*\.linear$")  # adaptive norms of transformers read one token per image
+TEACHER_BYTES = 4 << 30  # of Hessians that one pass of the teacher collects, at least one layer's
+
+
+def execution_groups(denoiser: nn.Module, specs: list[LayerSpec], calibration: Path) -> list[list[LayerSpec]]:
+    """The paper's groups in the order in which the denoiser runs them (its module order differs)."""
+    by_name = {spec.name: spec for spec in specs}
+    order = execution_order(denoiser, next(recorded_calls(calibration)), by_name)
+    return in_groups(by_name[name] for name in order)
+
+
+def teacher_groups(groups: list[list[LayerSpec]]) -> list[list[LayerSpec]]:
+    """The same layers in as few groups as memory allows: the teacher does not change while they are quantized."""
+    merged: list[list[LayerSpec]] = [[]]
+    held = 0
+    for spec in (spec for group in groups for spec in group):
+        size = 4 * spec.shape[1] ** 2
+        if held + size > TEACHER_BYTES and merged[-1]:
+            merged.append([])
+            held = 0
+        merged[-1].append(spec)
+        held += size
+    return merged
+
+
+Drive = Callable[[HessianRecorder], None]
+
+
+def collect(
+    denoiser: nn.Module, group: list[LayerSpec], drive: Drive, *, config: QuantizeConfig
+) -> dict[str, torch.Tensor]:
+    """The Hessians of a group's layers by name, the same from any number of threads; those of few tokens shrunk."""
+    with (
+        one_thread_each(),
+        HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder,
+    ):
+        drive(recorder)
+    found = recorder.hessians()
+    return {name: shrunk(h, recorder.tokens[name]) if ONE_TOKEN.search(name) else h for name, h in found.items()}
+
+
+def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Drive:
+    """Plays all recorded calls back to the full-precision denoiser."""
+
+    def drive(recorder: HessianRecorder) -> None:
+        for call in recorded_calls(calibration):
+            play_back(denoiser, call, device=device)
+
+    return drive
+
+
+def drive_student(pipeline, calibration: Path, *, config: CalibrationConfig, sampler: SamplerConfig) -> Drive:
+    """Samples all calibration prompts with the partly quantized denoiser; its recorded steps count."""
+
+    prompts = PromptList.read_jsonl(calibration / "prompts.jsonl")
+
+    def drive(recorder: HessianRecorder) -> None:
+        for name, _, run in sample_batches(pipeline, prompts, config=config, sampler=sampler):
+            with _only_at(denoiser_of(pipeline), recorder, recorded_positions(config, sampler.steps, name)):
+                run()
+
+    return drive
+
+
+@contextlib.contextmanager
+def _only_at(denoiser: nn.Module, recorder: HessianRecorder, positions: set[int]):
+    """The recorder reads only while the denoiser is at one of these positions of its sampling loop."""
+    position = itertools.count()
+
+    def choose(*_) -> None:
+        recorder.enabled = next(position) in positions
+
+    hook = denoiser.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+        recorder.enabled = True

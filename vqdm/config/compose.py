@@ -1,0 +1,113 @@
+"""The Hydra side: schemas, the step from a composed configuration to plain dataclasses, and a sweep's begin and end."""
+
+import re
+import sys
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from vqdm.config import options as schema
+from vqdm.config.checks import check
+from vqdm.errors import UserError
+from vqdm.runs import processes, sweeps
+
+GROUPS = {
+    "model": schema.ModelConfig,
+    "calibration": schema.CalibrationConfig,
+    "quantize": schema.QuantizeConfig,
+    "finetune": schema.FinetuneConfig,
+    "evaluate": schema.EvaluateConfig,
+    "tracker": schema.TrackerConfig,
+    "tiny_train": schema.TinyTrainConfig,
+}
+
+
+def register_schemas() -> None:
+    """Every group's YAML starts from `base_<group>`, so an unknown key fails while composing."""
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=schema.Config)
+    for group, node in GROUPS.items():
+        store.store(group=group, name=f"base_{group}", node=node)
+
+
+def to_config(composed: DictConfig) -> schema.Config:
+    """Checked dataclasses; values that fit no option are a UserError of one line."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    check(config)
+    return config
+
+
+def overrides_for_rows(task_overrides: list[str]) -> list[str]:
+    """The user's overrides that hold for every row of a table: all but the choice of experiment, table and row."""
+    return [o for o in task_overrides if not re.match(r"\+*(experiment|table|row|name|method)=", o)]
+
+
+class NamedSweep(Callback):
+    """Gives a sweep the directory that its overrides name; at its end says which jobs failed."""
+
+    directory: Path | None = None  # of the sweep that this process leads
+
+    def on_multirun_start(self, config: DictConfig, **_) -> None:
+        overrides = [
+            *config.hydra.overrides.task,
+            *(f"{k}={v}" for k, v in (config.hydra.sweeper.params or {}).items()),
+        ]
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+        if not any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
+            where = f"${{results_dir}}/sweeps/{sweeps.sweep_name(overrides, swept)}"
+            with read_write(config), open_dict(config):
+                config.hydra.sweep.dir = where
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{where}'")  # each job is composed anew, by these
+        NamedSweep.directory = Path(config.hydra.sweep.dir)
+        try:
+            sweeps.write_sweep(NamedSweep.directory, overrides=overrides, swept=swept)
+        except (OSError, UserError) as error:  # Hydra would turn it into a warning
+            sys.exit(f"error: the sweep cannot be written down: {error}; mend that, or set results_dir=…")
+        _say(f"— sweep {NamedSweep.directory}")
+
+    def on_multirun_end(self, config: DictConfig, **_) -> None:
+        runs = Path(config.results_dir) / "tracker" / "wandb"
+        if next(runs.glob("offline-run-*"), None):
+            _say(f"tracker: offline; upload with `wandb sync {runs}`")
+        if lines := sweeps.failures(NamedSweep.directory):
+            sys.exit("\n".join(lines))
+
+
+def run_as_job(script: Path) -> None:
+    """The job of a sweep that Hydra has just composed, as the command that does the same by itself."""
+    hydra = HydraConfig.get()
+    overrides, directory = list(hydra.overrides.task), Path(hydra.runtime.output_dir)
+    label = sweeps.job_label(directory.parent, overrides)
+    command = [sys.executable, str(script), *_flags(hydra), *overrides, *_method(label, overrides)]
+    one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # of several at once, all would be talking
+    _say(f"— job {hydra.job.num}: {label}" + ("" if one_by_one else f"; its log: {directory / sweeps.LOG}"))
+    error = sweeps.run_job(command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one)
+    _say(f"— job {hydra.job.num}: " + ("done" if error is None else f"failed: {error}"))
+
+
+def _method(label: str, overrides: list[str]) -> list[str]:
+    """What tables call the job; an experiment that alone varies says it itself, and the user's word holds."""
+    if not label or re.fullmatch(r"experiment=\S*", label) or any(o.startswith("method=") for o in overrides):
+        return []
+    return ["method='{}'".format(label.replace("'", r"\'"))]
+
+
+def _flags(hydra: DictConfig) -> list[str]:
+    """What the sweep was told of other places of configurations."""
+    paths = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    searched = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+    return [*(f"--config-dir={path.removeprefix('file://')}" for path in paths), *searched]
+
+
+def _say(text: str) -> None:
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)

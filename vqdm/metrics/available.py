@@ -1,0 +1,74 @@
+"""What can be scored: the families of metrics whose weights are here, and why the others cannot. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqdm.config.options import EvaluateConfig
+from vqdm.errors import UserError
+from vqdm.metrics.families import FAMILIES
+from vqdm.metrics.reference import Reference, find_reference
+from vqdm.metrics.sources import find, identity, missing
+from vqdm.models.shipped import evaluators_directory
+from vqdm.runs.identity import files_identity
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """By families of metrics, those that can be run: paths of their weights, and the sha256 of each."""
+
+    weights: dict[str, list[Path]]
+    weights_sha256: dict[str, tuple[str, ...]]
+    reference: Reference | None
+    not_run: dict[str, str]  # {metric: why it cannot be run}
+
+    def reasons(self) -> list[str]:
+        """A line for every reason, with the metrics that are not run by it."""
+        metrics: dict[str, list[str]] = {}
+        for metric, why in self.not_run.items():
+            metrics.setdefault(why, []).append(metric)
+        return [f"{', '.join(names)}: {why}" for why, names in metrics.items()]
+
+
+def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Scoring:
+    """originals: whether there are full-precision images beside the ones to score. cache: of the files' hashes."""
+    reference = find_reference(config.reference, cache=cache)
+    scoring = Scoring({}, {}, reference, {})
+    for name in dict.fromkeys(config.metrics):
+        family = FAMILIES[name]
+        if family.pairs and not originals:
+            continue
+        asked = [metric for metric in family.metrics if originals or metric not in family.against_originals]
+        try:
+            paths, hashes = _weights(config, name, cache)
+        except UserError as error:
+            if name == "tiny":
+                raise
+            scoring.not_run.update(dict.fromkeys(asked, str(error)))
+            continue
+        scoring.not_run.update(_without_reference(reference, name, hashes))
+        scoring.weights[name], scoring.weights_sha256[name] = paths, tuple(hashes)
+    return scoring
+
+
+def _weights(config: EvaluateConfig, family: str, cache: Path) -> tuple[list[Path], list[str]]:
+    """Paths and sha256 of a family's weights; UserError, worded for a table, if one is not here."""
+    if family == "tiny":
+        directory = evaluators_directory(config.evaluators)
+        return [directory], [files_identity(directory, cache)]
+    folder = Path(config.weights)
+    found = {weights: find(weights, folder) for weights in FAMILIES[family].weights}
+    if absent := [missing(weights, folder) for weights, path in found.items() if path is None]:
+        raise UserError("; ".join(absent))
+    return list(found.values()), [identity(weights, path, cache=cache) for weights, path in found.items()]
+
+
+def _without_reference(reference: Reference | None, family: str, weights: list[str]) -> dict[str, str]:
+    """{metric: why} for those of a family that the reference does not serve; UserError if it serves them falsely."""
+    if reference is None:
+        why = "needs evaluate.reference: statistics of real images, made by scripts/make_reference_stats.py"
+        return dict.fromkeys(FAMILIES[family].against_reference, why)
+    reference.check_weights(family, weights)
+    lacking = [] if reference.serves(family) else FAMILIES[family].against_reference
+    if reference.about is None:
+        lacking = [metric for metric in FAMILIES[family].against_reference if not metric.startswith("fid")]
+    return dict.fromkeys(lacking, f"needs features of real images: {reference.path} holds none for it")

@@ -1,0 +1,168 @@
+"""A table as Markdown, LaTeX and CSV, all from one frame, and a picture beside it."""
+
+import dataclasses
+from pathlib import Path
+
+from vqdm.report.experiments import Table
+from vqdm.report.footnotes import notes, sentences
+from vqdm.report.numbers import DELTA, PUBLISHED, REPRODUCED, frame
+from vqdm.report.preference import preference_cells, preference_frame, preference_sentences
+from vqdm.report.records import check_protocols
+from vqdm.runs.files import atomic_write
+
+SIZE_COLUMNS = ("bits_per_weight", "bits_quantized", "bits_as_in_paper", "bits_published", "mib")
+DIGITS = {
+    "mib": 2, "kid": 4, "psnr_to_fp": 2, "fid_paper": 2, "fid_standard": 2, "fid_paper_to_fp": 2, "kid_standard": 5,
+    "inception_score": 2, "clip_h14": 4, "clip_l14": 2, "pickscore": 4, "pickscore_scaled": 2, "hpsv2": 4,
+}  # fmt: skip
+TEXT_COLUMNS = ("method", "left", "right")
+NOT_RUN, NOTHING = "not run", "–"
+LATEX = {
+    "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "±": r"$\pm$", "Δ": r"$\Delta$", "–": "--", "✓": r"$\checkmark$", "✗": r"$\times$", "×": r"$\times$", "²": "$^2$",
+    "≤": r"$\le$", "→": r"$\to$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TableContent:
+    """All that is written of a table. name: of its files; data: the frame of numbers; cells: the same as text;
+    below: sentences about the table; notes: the protocol.
+    """
+
+    name: str
+    title: str
+    data: object
+    cells: object
+    below: list[str]
+    notes: list[str]
+
+
+def table_content(
+    table: Table, rows: list[list[dict]], *, model: str, results: Path, mixed: bool = False
+) -> TableContent:
+    """rows: the run records of each row of the table, one per calibration seed; none = not run.
+
+    UserError where a column would mix protocols and neither the table nor `mixed` asks for it.
+    """
+    if model != table.model:  # what was published was not of this model
+        table = _unpublished(table)
+    runs = [run for of_row in rows for run in of_row]
+    check_protocols(table, runs, results, mixed=mixed)
+    name = table.name if model == table.model else f"{table.name}-{model}"
+    data, cells, below = _content(table, rows, results, model=model)
+    return TableContent(name, table.title, data, cells, below, notes(table, runs, results, model=model))
+
+
+def write_table(content: TableContent, rows: list[list[dict]], *, results: Path) -> tuple[str, list[Path]]:
+    """Write tables/<name>.md, .tex and .csv, and figures/<name>.png; returns the Markdown and the files."""
+    parts = (content.title, content.cells, content.below, content.notes)
+    markdown = to_markdown(*parts)
+    texts = {
+        "md": markdown,
+        "tex": to_latex(*parts, label=content.name),
+        "csv": content.data.to_csv(index=False, float_format="%.6g"),
+    }
+    files = [results / "tables" / f"{content.name}.{end}" for end in texts]
+    for file, text in zip(files, texts.values(), strict=True):
+        atomic_write(file, text.encode())
+    return markdown, files + _picture(results / "figures" / f"{content.name}.png", rows, results)
+
+
+def _unpublished(table: Table) -> Table:
+    rows = tuple(dataclasses.replace(row, published={}) for row in table.rows)
+    pairs = tuple(dataclasses.replace(pair, published=None) for pair in table.pairs)
+    return dataclasses.replace(table, rows=rows, pairs=pairs, source=None, tolerances={}, published_protocol={})
+
+
+def _content(table: Table, rows: list[list[dict]], results: Path, *, model: str):
+    """The frame of numbers, the same as text, and what to say below it."""
+    if table.pairs:
+        data = preference_frame(table, results)
+        return data, preference_cells(data), preference_sentences(table, data, model=model)
+    data = frame(table, rows, results)
+    run = sum(bool(runs) for runs in rows)
+    return data, to_cells(table, data), sentences(table, data, of_runs=run, model=model)
+
+
+def _picture(path: Path, rows: list[list[dict]], results: Path) -> list[Path]:
+    """Of the rows whose images are there: a table may be rebuilt where only its numbers were copied to."""
+    from vqdm.report.grid import write_grid
+
+    firsts = [runs[0] for runs in rows if runs]
+    drawn = [run for run in firsts if (results / run["directories"].get("generate", "none") / "images").is_dir()]
+    if not drawn:
+        return []
+    write_grid(path, drawn, results)
+    return [path]
+
+
+def to_cells(table: Table, data):
+    """The frame as text, with the headers that people read."""
+    import pandas as pd
+
+    lines = []
+    for row in data.astype(object).where(data.notna(), None).to_dict("records"):
+        line = {"method": row["method"]}
+        line |= {name: _number(row[name], DIGITS.get(name, 3)) for name in SIZE_COLUMNS if name in row}
+        if "bits_published" in row:
+            line["bits_published"] = NOTHING if row["bits_published"] is None else f"{row['bits_published']:g}"
+        for metric in table.metrics:
+            line[metric] = _cell(row, metric)
+            if f"{metric}_{PUBLISHED}" in row:
+                line[f"{metric} published"] = _number(row[f"{metric}_{PUBLISHED}"], _published_digits(table, metric))
+                line[f"Δ {metric}"] = _delta(row, metric)
+        lines.append(line)
+    return pd.DataFrame(lines).rename(columns={"bits_published": "bits published"})
+
+
+def _cell(row: dict, metric: str) -> str:
+    if metric in (row.get("not_run") or "").split():
+        return NOT_RUN
+    digits = DIGITS.get(metric, 3)
+    text = _number(row[metric], digits)
+    if row[metric] is not None and row[f"{metric}_se"] is not None:
+        text += f" ± {row[f'{metric}_se']:.{digits}f}"
+    return text + ("" if row[f"{metric}_seeds"] is None else f" [{row[f'{metric}_seeds']:.{digits}f}]")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _published_digits(table: Table, metric: str) -> int:
+    """As many as were published: 19.3 beside 18.99 is 19.30."""
+    values = [row.published[metric] for row in table.rows if metric in row.published]
+    return max(len(str(value).partition(".")[2]) for value in values)
+
+
+def _delta(row: dict, metric: str) -> str:
+    delta, reproduced = row[f"{metric}_{DELTA}"], row[f"{metric}_{REPRODUCED}"]
+    if delta is None:
+        return NOTHING
+    return f"{delta:+.{DIGITS.get(metric, 3)}f}" + {True: " ✓", False: " ✗"}.get(reproduced, "")
+
+
+def to_markdown(title: str, cells, below: list[str], lines: list[str]) -> str:
+    """below: sentences about the table; lines: the protocol, one bullet each."""
+    from tabulate import tabulate
+
+    body = tabulate(cells.values.tolist(), headers=list(cells.columns), tablefmt="github", disable_numparse=True)
+    bullets = "\n".join(f"- {line}" for line in lines)
+    return f"# {title}\n\n{body}\n\n" + "\n".join(below) + f"\n\n{bullets}\n"
+
+
+def to_latex(title: str, cells, below: list[str], lines: list[str], *, label: str) -> str:
+    r"""A table environment for \usepackage{booktabs,amssymb}; the notes are comments: papers have their own words."""
+    escaped = cells.map(escape_latex).rename(columns=escape_latex)
+    columns = "".join("l" if name in TEXT_COLUMNS else "r" for name in cells.columns)
+    table = escaped.style.hide(axis="index").to_latex(
+        hrules=True, column_format=columns, caption=escape_latex(title), label=f"tab:{label}", position="tb",
+        position_float="centering",
+    )  # fmt: skip
+    comments = "".join(f"% {line}\n" for line in [*below, *lines])
+    return f"% needs \\usepackage{{booktabs,amssymb}}\n{table}{comments}"
+
+
+def escape_latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)

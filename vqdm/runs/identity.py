@@ -1,0 +1,66 @@
+"""A model's identity when it has no hub revision: the hash of its files."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from vqdm.errors import UserError
+from vqdm.runs.files import canonical_json, sha256_file, write_json
+
+
+def files_identity(directory_or_file: Path, cache: Path) -> str:
+    """sha256 over (relative path, sha256) of the model's files. `cache` is a JSON file that is made when missing.
+
+    File hashes are cached by (path, size, mtime), since hashing 7 GB at every start would take longer than planning.
+    Hidden files and *.md are left out: a download's bookkeeping or an edited model card does not make another model.
+    """
+    root = Path(directory_or_file)
+    files = _model_files(root)
+    if not files:
+        raise UserError(f"{root}: no model files there; give an existing model directory or file")
+    known = _read_cache(cache)
+    fresh = {str(path.resolve()): _hashed(path, known) for path in files.values()}
+    if any(known.get(key) != value for key, value in fresh.items()):
+        write_json(cache, _read_cache(cache) | fresh)  # read again: another process may have added its own
+    pairs = [[relative, fresh[str(path.resolve())]["sha256"]] for relative, path in sorted(files.items())]
+    return hashlib.sha256(canonical_json(pairs)).hexdigest()
+
+
+def file_identity(path: Path, cache: Path) -> str:
+    """sha256 of one file's bytes, cached likewise."""
+    known, key = _read_cache(cache), str(path.resolve())
+    fresh = _hashed(path, known)
+    if known.get(key) != fresh:
+        write_json(cache, _read_cache(cache) | {key: fresh})
+    return fresh["sha256"]
+
+
+def _model_files(root: Path) -> dict[str, Path]:
+    """{path relative to the model: file}"""
+    if root.is_file():
+        return {root.name: root}
+    found = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
+    return {relative.as_posix(): path for relative, path in found.items() if _counts(relative)}
+
+
+def _counts(relative: Path) -> bool:
+    return relative.suffix != ".md" and not any(part.startswith(".") for part in relative.parts)
+
+
+def _hashed(path: Path, known: dict) -> dict:
+    """{size, mtime_ns, sha256} of a file; from `known` where size and mtime still hold."""
+    stat = path.stat()
+    now = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    cached = known.get(str(path.resolve()), {})
+    if now.items() <= cached.items():
+        return cached
+    return now | {"sha256": sha256_file(path)}
+
+
+def _read_cache(cache: Path) -> dict[str, dict]:
+    """Empty when missing or damaged: a cache can be made again."""
+    try:
+        content = json.loads(cache.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,66 @@
+"""Items: the pieces of a long stage (a layer, an image, a checkpoint), each whole or absent, so a kill costs one.
+
+An item is its files plus `items/<name>.json`, written last, which holds its record and its files' checksums.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+
+from vqdm.runs.files import atomic_write, file_fault, read_sealed, write_sealed
+
+log = logging.getLogger("vqdm")
+
+
+def _sidecar(directory: Path, name: str) -> Path:
+    return directory / "items" / f"{name}.json"
+
+
+def write_item(directory: Path, name: str, files: dict[str, bytes], record: dict) -> None:
+    """Write `files` (path relative to `directory` -> bytes), then the sidecar that makes the item count as done."""
+    sidecar = _sidecar(directory, name)
+    sidecar.unlink(missing_ok=True)  # an item written over another is not done while it is neither
+    described = {}
+    for relative, data in files.items():
+        atomic_write(directory / relative, data)
+        described[relative] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_sealed(sidecar, {"record": record, "files": described})
+
+
+def read_item(directory: Path, name: str) -> dict | None:
+    """The item's record if it is whole; None if there is none, or if it is damaged, which is said in one line."""
+    sidecar = _sidecar(directory, name)
+    try:
+        content = read_sealed(sidecar)
+        fault = None if content is None else _first_fault(directory, content["files"])
+    except ValueError as error:
+        content, fault = None, f"{sidecar.name} {error}"
+    if fault:
+        log.warning("%s: item %s is damaged (%s); it is made again", directory, name, fault)
+        sidecar.unlink(missing_ok=True)
+        return None
+    return None if content is None else content["record"]
+
+
+def item_names(directory: Path, prefix: str) -> list[str]:
+    """Those that begin so, sorted; whether they are whole, `read_item` says."""
+    return sorted(path.stem for path in (directory / "items").glob(f"{prefix}*.json"))
+
+
+def remove_item(directory: Path, name: str, files: list[str]) -> None:
+    """Its sidecar first: what is left of a removal that was cut off is no item."""
+    _sidecar(directory, name).unlink(missing_ok=True)
+    for relative in files:
+        (directory / relative).unlink(missing_ok=True)
+
+
+def _first_fault(directory: Path, files: dict[str, dict]) -> str | None:
+    for relative, expected in files.items():
+        if fault := file_fault(directory / relative, expected):
+            return f"{relative} {fault}"
+    return None
+
+
+def batches(count: int, size: int) -> list[tuple[str, range]]:
+    """Fixed index ranges, each with the name of its item."""
+    return [(f"{start:06d}", range(start, min(start + size, count))) for start in range(0, count, size)]

@@ -1,0 +1,67 @@
+"""One process at a time in a directory, by a lock of the kernel (flock): it ends with its process, even by kill -9."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vqdm.errors import UserError
+from vqdm.runs.files import full_disk_is_mendable
+
+LOCK = ".lock"
+log = logging.getLogger("vqdm")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make the directory and hold its lock; says so in one line when another process has it and this one waits."""
+    lock = FileLock(directory / LOCK)
+    if not _acquire(lock, directory, timeout=0):
+        log.info("%s: another process is working in it; waiting", directory)
+        _acquire(lock, directory, timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def lock_if_free(directory: Path) -> Iterator[bool]:
+    """Hold the lock of an existing directory, or yield False at once when another process has it."""
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
+    """Whether the lock could be had in time. Starts over when the directory was pruned meanwhile."""
+    while True:
+        try:
+            with _unwritable_is_mendable(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=timeout, poll_interval=0.2)
+        except Timeout:
+            return False
+        except FileNotFoundError:
+            continue
+        if (directory / LOCK).exists():
+            return True
+        lock.release()  # locked a file that was renamed away with its directory
+
+
+@contextmanager
+def _unwritable_is_mendable(directory: Path) -> Iterator[None]:
+    try:
+        with full_disk_is_mendable(directory):
+            yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"cannot write in {directory} ({error.strerror}); mend that, or set results_dir=…") from error

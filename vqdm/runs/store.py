@@ -1,0 +1,354 @@
+"""The store: one directory per stage, named by what went into it, done when its manifest is there.
+
+    results/stages/<stage>/<label>-<fp8>/   config.json, payload, items/*.json, manifest.json (last)
+    results/runs/<experiment>/<fp8>.json    which stage directories make one result
+
+Whatever happens to a process (Ctrl-C, kill -9, a full disk), the same call again goes on; nothing half-made counts as
+done. A `make` function overwrites what it finds, except for items that `read_item` vouches for. Imports no torch.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from vqdm.errors import UserError
+from vqdm.runs.files import (
+    TEMPORARY_SUFFIX,
+    atomic_write,
+    canonical_json,
+    describe_file,
+    file_fault,
+    full_disk_is_mendable,
+    read_sealed,
+    sha256_file,
+    write_json,
+    write_sealed,
+)
+from vqdm.runs.items import read_item, write_item
+from vqdm.runs.locks import LOCK, lock_if_free, locked
+from vqdm.runs.provenance import git_state, versions
+
+__all__ = ["Stage", "StageEntry", "Store", "atomic_write", "read_item", "sha256_file", "write_item", "write_json"]
+
+CONFIG, MANIFEST, TRASH = "config.json", "manifest.json", ".trash-"
+log = logging.getLogger("vqdm")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's output depends on. `label` is for people and is not hashed; devices and paths do not belong here.
+
+    `config` is JSON-able. An upstream that is a string is an identity by itself, such as the hash of a model's files.
+    """
+
+    name: str
+    version: int
+    label: str
+    config: dict
+    upstream: dict[str, "Stage | str"] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for part in (self.name, self.label):
+            if not re.fullmatch(r"\w[\w.+=,-]*", part):
+                raise ValueError(f"stage {self.name!r}, label {self.label!r}: {part!r} cannot be a directory's name")
+
+    @cached_property
+    def identity(self) -> dict:
+        """Everything that is hashed, in full, as plain JSON values."""
+        upstream = {key: up if isinstance(up, str) else up.fingerprint for key, up in self.upstream.items()}
+        described = {"stage": self.name, "version": self.version, "config": self.config, "upstream": upstream}
+        return json.loads(canonical_json(described))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.identity)
+
+    @property
+    def short(self) -> str:
+        return self.fingerprint[:8]
+
+    @property
+    def directory_name(self) -> str:
+        return f"{self.label}-{self.short}"
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """A stage directory as `Store.stages` finds it. `runs` are the run files, relative to results/runs."""
+
+    directory: Path
+    name: str
+    label: str
+    short: str
+    size: int  # bytes
+    age: float  # seconds since its newest file was written
+    state: Literal["done", "partial", "open"]
+    runs: tuple[str, ...]
+
+
+class Store:
+    """All stage directories and run records under one results directory."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    @property
+    def hashes(self) -> Path:
+        """The cache of model files' hashes."""
+        return self.root / "cache" / "file_hashes.json"
+
+    def directory(self, stage: Stage) -> Path:
+        return self.root / "stages" / stage.name / stage.directory_name
+
+    def status(self, stage: Stage) -> Literal["done", "partial", "missing"]:
+        """For listing a plan: looks at sizes, hashes nothing. A stage of `open` is never "done": count its items."""
+        directory = self.directory(stage)
+        _refuse_collision(directory, stage)
+        if not _faults(directory, stage.fingerprint, hashed=False):
+            return "done"
+        return "partial" if _has_work(directory) else "missing"
+
+    def ensure(
+        self, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict,
+        holds: Callable[[Path], bool] = lambda directory: True,
+    ) -> Path:  # fmt: skip
+        """The stage's directory, made now unless it is there and every file matches its checksum.
+
+        `make(directory)` writes the files; what it returns is kept in the manifest under "summary". `environment`
+        (device and its reason, dtype, …) is kept there too. holds: whether what is there is of the upstream files as
+        they are now; for upstream stages of `open`, whose files may be made again on another device.
+        Raises UserError on a full disk or a fingerprint collision.
+        """
+        directory = self.directory(stage)
+        _refuse_collision(directory, stage)
+
+        def found_faults() -> dict[str, str]:
+            faults = _faults(directory, stage.fingerprint)
+            return faults if faults or holds(directory) else {MANIFEST: "is of other files than there are now"}
+
+        if not found_faults():
+            return directory
+        with locked(directory), full_disk_is_mendable(directory):
+            _refuse_collision(directory, stage)  # again, as another process may have been here meanwhile
+            if faults := found_faults():
+                _announce(directory, faults)
+                _clear(directory, faults)
+                _write_config(directory, stage, extendable=False)
+                started = time.monotonic()
+                summary = make(directory)
+                seconds = round(time.monotonic() - started, 3)
+                _write_manifest(directory, stage, seconds=seconds, environment=environment, summary=summary)
+        return directory
+
+    def summary(self, stage: Stage) -> dict:
+        """What `make` returned when the stage, which is done, was made."""
+        return json.loads((self.directory(stage) / MANIFEST).read_bytes())["summary"]
+
+    @contextmanager
+    def open(self, stage: Stage) -> Iterator[Path]:
+        """The locked directory of a stage that can always be extended (images). Its items alone say what is done."""
+        directory = self.directory(stage)
+        with locked(directory), full_disk_is_mendable(directory):
+            _refuse_collision(directory, stage)
+            _remove_temporaries(directory)
+            _write_config(directory, stage, extendable=True)
+            yield directory
+
+    def record_run(self, experiment: str, payload: dict) -> Path:
+        """Write runs/<experiment>/<fp8>.json; fp8 from payload["fingerprint"].
+
+        payload["stages"] names *all* stage directories of the run, upstream too: `prune` spares nothing else.
+        """
+        stages = [self._relative(directory) for directory in payload["stages"]]
+        path = self.root / "runs" / experiment / f"{payload['fingerprint'][:8]}.json"
+        write_json(path, payload | {"experiment": experiment, "stages": stages})
+        return path
+
+    def _relative(self, directory: Path | str) -> str:
+        directory = Path(directory)
+        if directory.is_absolute() or directory.is_relative_to(self.root):
+            return directory.resolve().relative_to(self.root.resolve()).as_posix()
+        return directory.as_posix()
+
+    def runs(self) -> Iterator[tuple[Path, dict]]:
+        """(file, payload) of every recorded run. A damaged one is an error: `prune` must not take it for no run."""
+        for path in sorted((self.root / "runs").rglob("*.json")):
+            try:
+                payload = json.loads(path.read_bytes())
+                payload["stages"] = list(payload["stages"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: not a run record; run its experiment again, or delete the file") from error
+            yield path, payload
+
+    def stages(self) -> list[StageEntry]:
+        """Every stage directory on disk, done or not, by stage name and label."""
+        referring: dict[str, list[str]] = {}
+        for path, payload in self.runs():
+            for directory in payload["stages"]:
+                referring.setdefault(directory, []).append(path.relative_to(self.root / "runs").as_posix())
+        found = sorted((self.root / "stages").glob("*/[!.]*/"))
+        return [_entry(directory, referring.get(self._relative(directory), [])) for directory in found]
+
+    def prune(self, dry_run: bool) -> list[StageEntry]:
+        """Remove, or only list, the stage directories that no run refers to; those in use by a process stay."""
+        removed = []
+        for entry in self.stages():
+            if entry.runs:
+                continue
+            with lock_if_free(entry.directory) as free:
+                if not free:
+                    log.info("%s: kept, as another process is working in it", entry.directory)
+                    continue
+                if not dry_run:
+                    _discard(entry.directory)
+                removed.append(entry)
+        if not dry_run:
+            for leftover in (self.root / "stages").glob(f"*/{TRASH}*"):  # of a prune that was killed
+                shutil.rmtree(leftover)
+        return removed
+
+
+def _fingerprint(identity: dict) -> str:
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def _discard(directory: Path) -> None:
+    """Rename first: a kill in the middle of the deletion must not leave a stage that still looks done."""
+    trash = directory.with_name(f"{TRASH}{os.getpid()}-{directory.name}")
+    directory.rename(trash)
+    shutil.rmtree(trash)
+
+
+def _refuse_collision(directory: Path, stage: Stage) -> None:
+    """UserError if the directory belongs to another config whose hash begins with the same eight digits.
+
+    A config.json that does not hash to the directory's own name is merely damaged, and will be written anew.
+    """
+    found = _stored_identity(directory)
+    if found is None or found == stage.identity or not _fingerprint(found).startswith(stage.short):
+        return
+    raise UserError(
+        f"{directory}: made from another config with the same hash prefix {stage.short}; "
+        "move that directory away, or set results_dir=… to another place"
+    )
+
+
+def _stored_config(directory: Path) -> dict | None:
+    """None if there is none, or none that can be read: it is written anew then."""
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _stored_identity(directory: Path) -> dict | None:
+    config = _stored_config(directory) or {}
+    keys = ("stage", "version", "config", "upstream")
+    return {key: config[key] for key in keys} if set(keys) <= set(config) else None
+
+
+def _write_config(directory: Path, stage: Stage, *, extendable: bool) -> None:
+    config = stage.identity | {"label": stage.label, "fingerprint": stage.fingerprint, "extendable": extendable}
+    if _stored_config(directory) != json.loads(canonical_json(config)):
+        write_json(directory / CONFIG, config)
+
+
+def _write_manifest(directory: Path, stage: Stage, *, seconds: float, environment: dict, summary: dict | None) -> None:
+    manifest = {
+        "stage": stage.name,
+        "fingerprint": stage.fingerprint,
+        "files": {relative: describe_file(directory / relative) for relative in _files(directory)},
+        "seconds": seconds,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **git_state(),
+        "versions": versions(),
+        "environment": environment,
+        "summary": summary,
+    }
+    write_sealed(directory / MANIFEST, manifest)
+
+
+def _faults(directory: Path, fingerprint: str, *, hashed: bool = True) -> dict[str, str]:
+    """{relative path: what is wrong with it}; empty for a stage that is done."""
+    try:
+        manifest = read_sealed(directory / MANIFEST)
+    except ValueError as error:
+        return {MANIFEST: str(error)}
+    if manifest is None:
+        return {MANIFEST: "is missing"}
+    if manifest["fingerprint"] != fingerprint:
+        return {MANIFEST: "belongs to another config"}
+    found = {name: file_fault(directory / name, known, hashed=hashed) for name, known in manifest["files"].items()}
+    return {name: fault for name, fault in found.items() if fault}
+
+
+def _announce(directory: Path, faults: dict[str, str]) -> None:
+    """One line on why a directory that is there is worked on; none for a fresh one."""
+    if (directory / MANIFEST).exists():
+        name, fault = next(iter(faults.items()))
+        others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        log.warning("%s: %s %s%s; redone", directory, name, fault, others)
+    elif _has_work(directory):
+        log.info("%s: half-written; going on from what is there", directory)
+
+
+def _clear(directory: Path, faults: dict[str, str]) -> None:
+    """Remove what cannot be trusted, the manifest first, so that a kill between leaves an unfinished stage."""
+    for name in (MANIFEST, *faults):
+        (directory / name).unlink(missing_ok=True)
+    _remove_temporaries(directory)
+
+
+def _remove_temporaries(directory: Path) -> None:
+    """What an interrupted write left behind; nobody else writes here while the lock is held."""
+    for path in directory.rglob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _has_work(directory: Path) -> bool:
+    return any(relative != CONFIG for relative in _files(directory))
+
+
+def _files(directory: Path) -> list[str]:
+    """Relative paths of the payload, sorted: all but manifest, lock and temporary files."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if not name.endswith(TEMPORARY_SUFFIX):
+                found.append((Path(folder) / name).relative_to(directory).as_posix())
+    return sorted(set(found) - {MANIFEST, LOCK})
+
+
+def _entry(directory: Path, runs: list[str]) -> StageEntry:
+    label, _, short = directory.name.rpartition("-")
+    stats = [(directory / relative).stat() for relative in _files(directory)] or [directory.stat()]
+    return StageEntry(
+        directory=directory,
+        name=directory.parent.name,
+        label=label,
+        short=short,
+        size=sum(stat.st_size for stat in stats),
+        age=time.time() - max(stat.st_mtime for stat in stats),
+        state=_state(directory),
+        runs=tuple(runs),
+    )
+
+
+def _state(directory: Path) -> Literal["done", "partial", "open"]:
+    """As far as the directory itself tells; sizes only. "open" is a stage of `Store.open`, which never gets done."""
+    config = _stored_config(directory) or {}
+    if config.get("extendable"):
+        return "open"
+    return "partial" if _faults(directory, config.get("fingerprint", ""), hashed=False) else "done"

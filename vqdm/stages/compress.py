@@ -1,0 +1,41 @@
+"""The user's own model, small: quantized through the store, then written as a pipeline that diffusers loads."""
+
+import logging
+from pathlib import Path
+
+from vqdm.config.options import Config
+from vqdm.hub.pipelines import check_place, save_pipeline
+from vqdm.runs import processes
+from vqdm.runs.device import Device
+from vqdm.runs.store import Store
+from vqdm.stages.graph import Quantization
+from vqdm.stages.make import Models, ensure_denoiser, environment_of
+
+log = logging.getLogger("vqdm")
+
+
+def output_directory(config: Config, store: Store, stages: Quantization) -> Path:
+    """Where the compressed pipeline goes: `output`, or a place that its fingerprint names."""
+    return store.root / "compressed" / stages.denoiser.directory_name if config.output is None else Path(config.output)
+
+
+def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
+    """calibrate → quantize → distil → the pipeline's directory. Returns what the run's record should say."""
+    directory = output_directory(config, store, stages)
+    check_place(directory)
+    if directory.exists():
+        log.info("%s: will replace the pipeline that is there", directory)
+    models = Models(config, device.name)
+    quantized = ensure_denoiser(
+        config, store, stages, models, environment=environment_of(config, device), tracker=tracker
+    )
+    summary = store.summary(stages.denoiser)
+    if processes.is_main():
+        pipeline = models.student(quantized, decode="per_call")
+        save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
+    processes.wait_for_all()
+    log.info(
+        "wrote %s: the denoiser takes %.2f MiB, %.3f bits per weight with everything counted",
+        directory, summary["file_bytes"] / 2**20, summary["bits_per_weight"],
+    )  # fmt: skip
+    return {"bits": summary, "output": str(directory)}

@@ -1,0 +1,154 @@
+"""The stages that lead to a quantized denoiser, run through the store, and the pipelines that they need.
+
+Libraries that take seconds to import are imported when there is something to make: a run that is done says so at once.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+from vqdm.config.options import Config
+from vqdm.runs import processes
+from vqdm.runs.device import Device
+from vqdm.runs.store import Store
+from vqdm.stages.graph import Quantization
+from vqdm.stages.layout import DENOISER
+
+
+def environment_of(config: Config, device: Device) -> dict:
+    """What every manifest says of where its stage was made."""
+    return {"device": device.name, "reason": device.reason, "threads": device.threads, "dtype": config.model.dtype}
+
+
+class Models:
+    """Pipelines of one run, loaded when first needed; one at a time, so that a small GPU will do."""
+
+    def __init__(self, config: Config, device: str):
+        self.config, self.device = config, device
+
+    @functools.cached_property
+    def teacher(self):
+        from vqdm.models.loader import load_pipeline
+
+        return load_pipeline(self.config.model, device=self.device)
+
+    def release(self) -> None:
+        """The memory of a pipeline that no stage needs any more."""
+        self.__dict__.pop("teacher", None)
+
+    def own(self):
+        """A full-precision pipeline that may be changed."""
+        from vqdm.models.loader import load_pipeline
+
+        self.release()
+        return load_pipeline(self.config.model, device=self.device)
+
+    def student(self, quantized: Path | None, *, decode: str = "cached"):
+        """The teacher itself, or a pipeline of its own with the denoiser that a stage made."""
+        if quantized is None:
+            return self.teacher
+        return self.student_and_teacher(quantized, decode=decode)[0]
+
+    def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
+        """A pipeline with the denoiser that a stage made, and the full-precision denoiser that was in its place.
+
+        dtype: of the student's floats; None: the model's.
+        """
+        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
+        from vqdm.models.loader import denoiser_of
+
+        pipeline = self.own()
+        teacher = denoiser_of(pipeline)
+        student = load_denoiser(quantized / DENOISER, dtype=dtype or pipeline.dtype, decode=decode)
+        replace_denoiser(pipeline, student.to(self.device))
+        return pipeline, teacher
+
+
+def ensure_denoiser(
+    config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
+) -> Path:
+    """The directory of the last stage that makes a denoiser; it and those before it are made unless they are there."""
+
+    def make_calibration(directory: Path) -> dict:
+        from vqdm.stages.calibrate import calibrate
+
+        return calibrate(
+            directory, models.teacher, stages.prompts, config=config.calibration, sampler=config.model.sampler
+        )
+
+    def make_sensitivity(directory: Path) -> dict:
+        from vqdm.stages.sensitivity import sensitivity
+
+        return sensitivity(
+            directory, models.teacher, calibration, config=config.quantize, model=config.model, device=models.device
+        )
+
+    def make_quantized(directory: Path) -> dict:
+        from vqdm.stages.quantize import quantize
+
+        return quantize(
+            directory, models.own(), calibration, config=config.quantize, model=config.model,
+            calibration_config=config.calibration, device=models.device, harm=harm, show_layers=config.show_layers,
+        )  # fmt: skip
+
+    calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
+    harm = None
+    if stages.sensitivity is not None:
+        harm = store.ensure(stages.sensitivity, make_sensitivity, environment=environment)
+    quantized = store.ensure(stages.quantize, make_quantized, environment=environment)
+    layers = json.loads((quantized / "layers.json").read_text())["quantized"]
+    tracker.table("quantize/layers", layers)
+    if stages.denoiser is stages.quantize:
+        return quantized
+    return ensure_distilled(
+        config, store, stages, models, quantized=quantized, calibration=calibration, environment=environment,
+        tracker=tracker,
+    )  # fmt: skip
+
+
+def ensure_distilled(
+    config: Config, store: Store, stages: Quantization, models: Models, *, quantized: Path, calibration: Path,
+    environment: dict, tracker,
+) -> Path:  # fmt: skip
+    """The directory of the denoiser when its blocks are tuned and it is finetuned, as far as `stages` has these."""
+
+    def make_tuned(directory: Path) -> dict:
+        from vqdm.stages.tune_blocks import tune_all_blocks
+
+        pipeline, teacher = _student_in_fp32(models, quantized)
+        return tune_all_blocks(directory, pipeline, teacher, calibration, config=config.finetune, device=models.device)
+
+    def make_trajectories(directory: Path) -> dict:
+        from vqdm.stages.trajectories import record_trajectories
+
+        return record_trajectories(
+            directory, models.teacher, stages.finetune_prompts, config=config.finetune.trajectories,
+            sampler=config.model.sampler,
+        )  # fmt: skip
+
+    def make_finetuned(directory: Path) -> dict:
+        from vqdm.stages.finetune import finetune, teacher_runs_along
+
+        pipeline, teacher = _student_in_fp32(models, tuned)
+        if not teacher_runs_along(config.finetune):
+            teacher = None  # its memory is free now
+        return finetune(
+            directory, pipeline, teacher, trajectories,
+            stages.finetune_prompts, calibration, config=config.finetune, model=config.model, device=models.device,
+            tracker=tracker,
+        )  # fmt: skip
+
+    tuned = quantized
+    if stages.tune_blocks is not None:
+        tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment)
+    if stages.finetune is None:
+        return tuned
+    trajectories = store.ensure(stages.trajectories, make_trajectories, environment=environment)
+    return processes.together(store, stages.finetune, make_finetuned, environment=environment)
+
+
+def _student_in_fp32(models: Models, directory: Path):
+    """(pipeline of the student, the original denoiser). No decoded weights are kept: a small GPU lacks the room."""
+    import torch
+
+    return models.student_and_teacher(directory, decode="per_call", dtype=torch.float32)

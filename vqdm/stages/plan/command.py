@@ -1,0 +1,109 @@
+"""What `plan=true` prints and writes: the stages at once; then, after some imports, layers, sizes, memory and time."""
+
+import json
+import sys
+from pathlib import Path
+
+from vqdm.config.options import Config
+from vqdm.errors import UserError
+from vqdm.runs.items import batches
+from vqdm.runs.store import Store
+from vqdm.stages.graph import Graph, Quantization, build_stages
+
+
+def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
+    """Also as JSON in plans/<experiment>.json of the results. Nothing is loaded, downloaded or made.
+
+    What keeps the stages from being known (a caption file that is missing) is said; the rest is planned all the same.
+    """
+    try:
+        stages = build_stages(config, cache=store.hashes)
+    except UserError as error:
+        stages = None
+        print(f"{config.name}: the stages are known once this is mended: {error}")
+    todo = None if stages is None else _print_stages(config, store, stages)
+    sys.stdout.flush()
+    from vqdm.runs.device import resolve_device
+    from vqdm.stages.plan.report import layer_table, make_plan, summary, write_plan
+
+    device = resolve_device(config.device, threads=config.threads).name
+    plan = make_plan(
+        config, harm=_harm(store, stages, todo), **_counts(config, stages), device=device,
+        cache=store.root / "cache" / "probe.json", todo=todo,
+    )  # fmt: skip
+    file = store.root / "plans" / f"{config.name}.json"
+    write_plan(plan, file, experiment=config.name, model=config.model.name, device=device)
+    if every_layer:
+        print(layer_table(plan.denoiser))
+    print(summary(plan, device=device))
+    print(f"wrote {file}")
+
+
+def _quantization(stages: Graph | Quantization | None) -> Quantization | None:
+    return stages.quantization if isinstance(stages, Graph) else stages
+
+
+def _harm(store: Store, stages: Graph | Quantization | None, todo: set[str] | None):
+    """What the sensitivity stage measured, if it is needed and done."""
+    from vqdm.codecs.allocation import read_harm
+
+    quantization = _quantization(stages)
+    if quantization is None or quantization.sensitivity is None or "sensitivity" in todo:
+        return None
+    return read_harm(store.directory(quantization.sensitivity))
+
+
+def _counts(config: Config, stages: Graph | Quantization | None) -> dict[str, int]:
+    """Images to score, prompts of the calibration and of the trajectories: of the lists, or, while these are not there,
+    as configured.
+    """
+    own = config.finetune.trajectories
+    counts = {
+        "images": (config.evaluate.prompts.n or 0) * config.evaluate.images_per_prompt,
+        "calibration_prompts": config.calibration.n or 0,
+        "finetune_prompts": (own.n or 0) + own.validation,
+    }
+    if stages is None:
+        return counts
+    quantization = _quantization(stages)
+    counts["images"] = _image_count(config, stages) if isinstance(stages, Graph) else 0
+    counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts)
+    if quantization is not None and quantization.finetune_prompts is not None:
+        counts["finetune_prompts"] = len(quantization.finetune_prompts)
+    return counts
+
+
+def _print_stages(config: Config, store: Store, stages: Graph | Quantization) -> set[str]:
+    """One line each; returns the names, as fields of Graph, of those that are not done."""
+    todo = set()
+    for name, stage in stages.named().items():
+        state = store.status(stage)
+        if stage.name in ("generate", "features"):
+            count = _image_count(config, stages)
+            made = _images_made(store.directory(stage), count, batch_size=config.evaluate.batch_size)
+            state = "done" if made == count else f"{made} of {count} images"
+        if state != "done":
+            todo.add(name)
+        print(f"{stage.name:10s} {state if state == 'done' else f'to run ({state})':32s} {store.directory(stage)}")
+    if isinstance(stages, Graph):
+        for reason in stages.scoring.reasons():  # a run fetches weights first, where there is a network
+            print(f"not run, as things are: {reason}")
+    return todo
+
+
+def _image_count(config: Config, graph: Graph) -> int:
+    return len(graph.prompts) * config.evaluate.images_per_prompt
+
+
+def _images_made(directory: Path, count: int, *, batch_size: int) -> int:
+    """Of the first `count`, those that are there or were looked at; a shorter list's last batch was not full."""
+    return sum(min(len(rows), _batch_length(directory, name)) for name, rows in batches(count, batch_size))
+
+
+def _batch_length(directory: Path, name: str) -> int:
+    """0 for one that is not there, or that is damaged and will be made again."""
+    try:
+        record = json.loads((directory / "items" / f"{name}.json").read_bytes())["record"]
+    except (FileNotFoundError, ValueError):
+        return 0
+    return record["rows"] if "rows" in record else len(record["prompts"])

@@ -1,0 +1,297 @@
+"""Peak memory and time of every stage of an experiment, from shapes, rates and counts alone: estimates.
+
+Left out of the time: loading models, text encoders, schedulers, reading and writing files, and training codebooks that
+layers share. In fp16 a CPU's convolutions are timed on a smaller image than SDXL's.
+"""
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm.calibration.collect import teacher_groups
+from vqdm.calibration.hessian import by_displacement, output_size, token_count
+from vqdm.config.options import Config, SamplerConfig
+from vqdm.models.specs import ConvGeometry, LayerSpec, in_groups
+from vqdm.runs.device import encoding_room
+from vqdm.stages.graph import image_sampler
+from vqdm.stages.plan import memory
+from vqdm.stages.plan.distillation import DistillationPlan
+from vqdm.stages.plan.encoding import CodecSpeed, encode_seconds, probe_codec
+from vqdm.stages.plan.forward import (
+    BATCH,
+    DenoiserCost,
+    ForwardCost,
+    LayerInput,
+    latent_size,
+    measure_decoder,
+    measure_denoiser,
+)
+from vqdm.stages.plan.memory import Memory
+from vqdm.stages.plan.probe import Hardware, probe_hardware
+from vqdm.stages.plan.stage import StageCost, duration
+from vqdm.stages.quantize import needs_hessians
+from vqdm.stages.sensitivity import CALLS, CODE_BITS
+
+SCORING = 5.2e-8  # seconds per number of an image: two PNG files read, and their error; of a Zen 4 core
+DISTILLATION = ("tune_blocks", "trajectories", "finetune")
+GUIDED_INSIDE = ("FluxTransformer2DModel",)  # guidance is an input of theirs and takes no second sample
+
+
+def stage_costs(
+    config: Config,
+    denoiser: nn.Module,
+    specs: list[LayerSpec],
+    *,
+    parts: dict[str, int],
+    vae: nn.Module | None,
+    images: int,
+    calibration_prompts: int,
+    device: str,
+    threads: int,
+    cache: Path,
+    student: nn.Module | None = None,
+    finetune_prompts: int = 0,
+) -> list[StageCost]:
+    """Every stage that `config` needs, in the order of `Graph.stages`.
+
+    denoiser, vae: on meta, and cast to the model's dtype; vae None: decoding is left out. specs: the layers that are
+    quantized. parts: parameters by part of the pipeline. images: to be scored. device: cpu | cuda; a GPU that is not
+    here gets no seconds. cache: JSON file for the rates of this machine. student: the quantized denoiser on meta, which
+    changes here; needed if `config.finetune` asks for anything. finetune_prompts: the validation's included.
+    """
+    names = stage_names(config)
+    nn.Module.to(denoiser, dtype=getattr(torch, config.model.dtype))
+    cost = measure_denoiser(denoiser, specs, size=config.model.sampler.size)
+    if cost is None:
+        note = f"not estimated: the plan does not know what {type(denoiser).__name__} takes"
+        return [StageCost(name, None, None, note) for name in names]
+    hardware = codec = None
+    if device == "cpu" or torch.cuda.is_available():
+        hardware = probe_hardware(
+            device=device, dtype=config.model.dtype, threads=threads, workers=threads, cache=cache
+        )
+        codec = probe_codec(config.quantize, hardware, workers=threads, cache=cache)
+    model, decoding = _model(config, denoiser, vae, parts=parts, cost=cost)
+    guided, executed = (
+        guidance_factor(denoiser, config.model.sampler.guidance),
+        [s for s in specs if s.name in cost.inputs],
+    )
+    experiment = _Experiment(
+        config, cost, executed, model, decoding, hardware, codec, guided=guided, scored=images,
+        calibration_prompts=calibration_prompts, device=device, threads=threads,
+    )  # fmt: skip
+    found = {name: getattr(experiment, name)() for name in names if name not in DISTILLATION}
+    if any(name in DISTILLATION for name in names):
+        plan = DistillationPlan(
+            config, denoiser, student, vae, executed, cost, model, decoding, hardware, guided=guided,
+            prompts=finetune_prompts, device=device,
+        )  # fmt: skip
+        found |= {stage.name: stage for stage in plan.costs()}
+    return [found[name] for name in names]
+
+
+def stage_names(config: Config) -> list[str]:
+    """Of the stages that `config` needs, as fields of `Graph` and in its order."""
+    if config.quantize.kind == "none":
+        return ["images", "evaluate"]
+    sensitivity = ["sensitivity"] if config.quantize.allocation == "sensitivity" else []
+    distillation = ["tune_blocks"] if config.finetune.block_steps else []
+    distillation += ["trajectories", "finetune"] if config.finetune.steps else []
+    return ["calibrate", *sensitivity, "quantize", *distillation, "teacher_images", "images", "evaluate"]
+
+
+def guidance_factor(denoiser: nn.Module, guidance: float) -> int:
+    """Samples of the denoiser's batch for one image, as the pipelines of diffusers decide."""
+    inside = type(denoiser).__name__ in GUIDED_INSIDE or getattr(denoiser.config, "time_cond_proj_dim", None)
+    return 2 if guidance > 1 and not inside else 1
+
+
+def _model(
+    config: Config, denoiser: nn.Module, vae: nn.Module | None, *, parts: dict[str, int], cost: DenoiserCost
+) -> tuple[memory.Model, ForwardCost]:
+    """What memory needs to know of the pipeline, and the cost of decoding one image."""
+    dtype = getattr(torch, config.model.dtype)
+    decoding, upcast, numbers = ForwardCost(), False, 0
+    if vae is not None:
+        height, width = latent_size(denoiser, config.model.sampler.size)
+        upcast = memory.decoder_upcasts(vae.config, config.model.dtype)
+        decoding = measure_decoder(vae, (height, width), dtype=torch.float32 if upcast else dtype)
+        numbers = 3 * height * width * 4 ** (len(vae.config.block_out_channels) - 1)
+    model = memory.Model(parts, dtype.itemsize, cost.sample.peak_bytes, decoding.peak_bytes, upcast, numbers)
+    return model, decoding
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """All that the stages' costs follow from; each stage is a method."""
+
+    config: Config
+    cost: DenoiserCost
+    specs: list[LayerSpec]
+    model: memory.Model
+    decoding: ForwardCost  # of one image
+    hardware: Hardware | None  # None: there is none of the wanted kind to measure
+    codec: CodecSpeed | None
+    guided: int
+    scored: int  # images
+    calibration_prompts: int
+    device: str
+    threads: int
+
+    def calibrate(self) -> StageCost:
+        config = self.config.calibration
+        samples = self.guided * min(config.batch_size, self.calibration_prompts)
+        used = memory.generate_memory(self.model, samples, 0, device=self.device)
+        sampler = self.config.model.sampler
+        return self._stage("calibrate", used, self._sampling(self.calibration_prompts, sampler))
+
+    def sensitivity(self) -> StageCost:
+        """Hessians as for quantizing; every layer encoded and judged by some calls, for every number of bits."""
+        config = dataclasses.replace(self.config.quantize, hessian_from="teacher")
+        used = self._quantize_memory(self._groups(config), workers=1)
+        if self.hardware is None or self.codec is None:
+            return self._stage("sensitivity", used, None)
+        shapes = [spec.shape for spec in self.specs]
+        encode = encode_seconds(shapes, self.hardware, self.codec, config=config, workers=1)
+        judged = len(shapes) * CALLS * self._samples_per_call() * self._sample_seconds()
+        seconds = self._hessian_seconds(self._groups(config)) + len(CODE_BITS) * (encode + judged)
+        return self._stage("sensitivity", used, seconds, f"codec {self.codec.origin}")
+
+    def quantize(self) -> StageCost:
+        config = self.config.quantize
+        if config.kind == "adaround":
+            return StageCost("quantize", None, None, "not estimated: AdaRound trains block after block")
+        groups = self._groups(config)
+        used = self._quantize_memory(groups, workers=self.threads)
+        if self.hardware is None or self.codec is None:
+            return self._stage("quantize", used, None)
+        shapes = [[spec.shape for spec in group] for group in groups if group]
+        encode = sum(
+            encode_seconds(group, self.hardware, self.codec, config=config, workers=self.threads) for group in shapes
+        )
+        hessians, note = 0.0, ""
+        if needs_hessians(config):
+            hessians = self._hessian_seconds(groups)
+            note = f"Hessians {duration(hessians)} in {len(shapes)} pass{'es' if len(shapes) > 1 else ''}, "
+        error = self._recorded() * self._sample_seconds()
+        origin = "measured here" if self.codec.origin == "measured" else f"speed of a {self.codec.origin}"
+        note += f"encoding {duration(encode)} ({origin})"
+        return self._stage("quantize", used, hessians + encode + error, note)
+
+    def teacher_images(self) -> StageCost:
+        return dataclasses.replace(self.images(), name="teacher_images")
+
+    def images(self) -> StageCost:
+        size = self.config.evaluate.batch_size
+        used = memory.generate_memory(self.model, self.guided * size, size, device=self.device)
+        made = size * math.ceil(self.scored / size)  # the last batch is filled up
+        seconds = self._sampling(made, image_sampler(self.config))
+        if seconds is not None:
+            seconds += made * self.hardware.sampling.seconds(self.decoding)
+        return self._stage("images", used, seconds)
+
+    def evaluate(self) -> StageCost:
+        """Of comparing with the originals, image by image; what takes a network is left out."""
+        paired = "paired" in self.config.evaluate.metrics and self.config.quantize.kind != "none"
+        at_once = min(self.scored, self.config.evaluate.batch_size)
+        used = memory.evaluate_memory(self.model.image_numbers, at_once)
+        seconds = SCORING * self.scored * self.model.image_numbers if paired else 0.0
+        others = [family for family in self.config.evaluate.metrics if family != "paired"]
+        return StageCost("evaluate", used, seconds, f"without the networks of {', '.join(others)}" if others else "")
+
+    def _stage(self, name: str, used: Memory, seconds: float | None, note: str = "") -> StageCost:
+        return StageCost(name, used, seconds, note if self.hardware else "time not estimated: no GPU here to measure")
+
+    def _sample_seconds(self) -> float:
+        return self.hardware.sampling.seconds(self.cost.sample)
+
+    def _sampling(self, images: int, sampler: SamplerConfig) -> float | None:
+        """Of all steps of so many images, without decoding."""
+        if self.hardware is None:
+            return None
+        return images * sampler.steps * self.guided * self._sample_seconds()
+
+    def _samples_per_call(self) -> int:
+        return self.guided * min(self.config.calibration.batch_size, self.calibration_prompts)
+
+    def _recorded(self) -> int:
+        """Samples of all recorded calls."""
+        steps = min(self.config.calibration.recorded_steps, self.config.model.sampler.steps)
+        return self.calibration_prompts * self.guided * steps
+
+    def _groups(self, config) -> list[list[LayerSpec]]:
+        """As in vqdm/calibration/collect.py, by the order of execution; a student's groups are not merged."""
+        by_name = {spec.name: spec for spec in self.specs}
+        found = in_groups(by_name[name] for name in self.cost.inputs)
+        return found if config.hessian_from == "student" and needs_hessians(config) else teacher_groups(found)
+
+    def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
+        return memory.quantize_memory(
+            self.model, groups, self.cost.inputs, config=self.config.quantize, samples=self._samples_per_call(),
+            workers=workers, room=encoding_room(), device=self.device,
+            needs_hessians=needs_hessians(self.config.quantize),
+        )  # fmt: skip
+
+    def _hessian_seconds(self, groups: list[list[LayerSpec]]) -> float:
+        """Every group: the calls, of the teacher or of a student that samples all steps, and the sums of their inputs.
+
+        On the CPU one thread does it, so that the sums have one order.
+        """
+        speeds = self.hardware.recording
+        forwards = self._recorded()
+        if self.config.quantize.hessian_from == "student":
+            forwards = self.calibration_prompts * self.guided * self.config.model.sampler.steps
+        seconds = len(groups) * forwards * speeds.seconds(self.cost.sample)
+        samples = self._samples_per_call()
+        limit = self.config.quantize.tokens_per_call
+        costs: dict[tuple, ForwardCost] = {}  # layers of one shape cost the same
+        for spec in _readers(groups, self.cost.inputs):
+            shape = self.cost.inputs[spec.name].shape
+            key = spec.shape, spec.conv, shape
+            if key not in costs:
+                costs[key] = second_moment_cost(spec, shape, samples=samples, limit=limit)
+            sums = costs[key].times(self._recorded() / samples)
+            seconds += sums.flops / speeds.fp32_matmul + sums.written_bytes / speeds.writing
+        return seconds
+
+
+def _readers(groups: list[list[LayerSpec]], inputs: dict[str, LayerInput]) -> list[LayerSpec]:
+    """One layer for every Hessian that is summed: layers of a group that read one tensor in one geometry share it."""
+    found = {(i, inputs[spec.name].tensor, spec.conv): spec for i, group in enumerate(groups) for spec in group}
+    return list(found.values())
+
+
+def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int, limit: int | None) -> ForwardCost:
+    """Of adding one call's tokens to a layer's Hessian, as `hessian` does it; copies of its inputs only roughly.
+
+    shape: of what the layer reads in a batch of BATCH; samples: of the call's batch; limit: tokens_per_call.
+    """
+    inputs = torch.empty(shape, device="meta")
+    tokens, size = token_count(inputs, spec.conv) * samples / BATCH, spec.shape[1]
+    if limit is not None and tokens > limit:
+        return ForwardCost(matmul_flops=2 * limit * size**2, written_bytes=4 * limit * size)
+    if spec.conv is None or not by_displacement(inputs, spec.conv):
+        return ForwardCost(matmul_flops=2 * tokens * size**2, written_bytes=4 * tokens * size)
+    channels, images = inputs.shape[-3], samples / BATCH * math.prod(inputs.shape[:-3])
+    pixels = images * _pixel_products(inputs, spec.conv)
+    return ForwardCost(matmul_flops=2 * pixels * channels**2, written_bytes=4 * 4 * pixels * channels)
+
+
+def _pixel_products(inputs: torch.Tensor, conv: ConvGeometry) -> int:
+    """Pixels whose outer products are summed, per image: for every displacement what all windows see, then strips."""
+    height, width = output_size(inputs.shape[-2:], conv)
+    taps = list(itertools.product(*(range(0, d * k, d) for d, k in zip(conv.dilation, conv.kernel, strict=True))))
+    members: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for a, b in itertools.combinations_with_replacement(taps, 2):
+        members.setdefault((b[0] - a[0], b[1] - a[1]), []).append(a)
+    total = 0
+    for seen in members.values():
+        spread = [max(tap[i] for tap in seen) - min(tap[i] for tap in seen) for i in (0, 1)]
+        common = (height - spread[0]) * (width - spread[1])
+        total += common + len(seen) * (height * width - common)
+    return total

@@ -1,0 +1,86 @@
+"""How often the stages of distillation run a denoiser, in closed form."""
+
+from dataclasses import dataclass
+
+from vqdm.config.options import Config
+from vqdm.stages.finetune import SHOWN
+from vqdm.stages.own_trajectories import captions_of_a_round, sampled_steps
+
+BACKWARD = 2  # forwards that a backward pass costs
+
+
+@dataclass(frozen=True)
+class TrajectoryCounts:
+    """prompts: sampled, the validation's included. rows: of all forwards. samples: kept for training and validation."""
+
+    prompts: int
+    rows: int
+    samples: int
+    captions: int  # rows of text embeddings are kept for, once for every number of steps
+    encoded: int  # images that the VAE encodes
+
+
+def trajectory_counts(config: Config, *, prompts: int, guided: int) -> TrajectoryCounts:
+    """prompts: those to train on and the validation's. guided: rows of an image, two under guidance."""
+    own = config.finetune.trajectories
+    steps, kept = sampled_steps(config.finetune.trajectories, config.model.sampler)
+    validation = min(own.validation, prompts)
+    train = 0 if own.along == "student" else prompts - validation
+    noised = train if own.along == "data" else 0
+    return TrajectoryCounts(
+        train + validation, ((train + validation) * sum(steps) + noised * kept) * guided, (train + validation) * kept,
+        (train + validation) * len(steps), noised * len(steps),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingCounts:
+    """rows: forward and backward passes. The others are forwards: of validations, of the images they show, of the
+    student's own sampling (along=student), and of the teacher.
+    """
+
+    steps: int
+    samples: int
+    rows: int
+    parts: int  # micro-batches
+    validations: int
+    validation_rows: int
+    shown_rows: int
+    shown_images: int
+    own_rows: int
+    teacher_rows: int
+
+    def forwards(self, *, checkpointing: bool) -> int:
+        """All as forwards of a row."""
+        passes = 1 + BACKWARD + checkpointing
+        others = self.validation_rows + self.shown_rows + self.own_rows + self.teacher_rows
+        return passes * self.rows + others
+
+
+def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCounts:
+    """As `trajectory_counts`."""
+    own = config.finetune
+    steps, kept = sampled_steps(config.finetune.trajectories, config.model.sampler)
+    validation = min(own.trajectories.validation, prompts)
+    samples = own.steps * own.batch_size
+    validations = own.steps // own.check_every + 1 + (own.steps % own.check_every > 0)
+    captions = own_captions(config, train=prompts - validation) if own.trajectories.along == "student" else 0
+    relabelled = captions * kept * guided
+    shown = validations * min(SHOWN, validation)
+    return TrainingCounts(
+        own.steps, samples, samples * guided, own.steps * -(-own.batch_size // micro_batch(config)), validations,
+        validations * min(own.validation_samples, validation * kept) * guided,
+        shown * config.model.sampler.steps * guided, shown, captions * sum(steps) * guided,
+        relabelled + (samples * guided if own.feature_weight > 0 else 0),
+    )  # fmt: skip
+
+
+def own_captions(config: Config, *, train: int) -> int:
+    """Captions that the student samples in all rounds."""
+    own = config.finetune
+    return -(-own.steps // own.refresh) * captions_of_a_round(own, config.model.sampler, train=train)
+
+
+def micro_batch(config: Config) -> int:
+    own = config.finetune
+    return min(own.micro_batch_size or own.batch_size, own.batch_size)

@@ -1,0 +1,111 @@
+"""The most memory that every stage holds, in plain formulas of shapes: estimates, good to a fifth or so.
+
+On the CPU everything is the host's; on a GPU models, activations and Hessians are the device's. Not in it: fragments of
+the allocators, scratch of kernels, what text encoders need beside their weights, and recorded calls, a few megabytes.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+from vqdm.calibration.hessian import CHUNK
+from vqdm.codecs.encode import encoder_bytes
+from vqdm.config.options import QuantizeConfig
+from vqdm.models.specs import LayerSpec
+from vqdm.stages.plan.forward import LayerInput
+
+PROCESS = 700 << 20  # bytes of a process that has imported torch and diffusers, with no model
+CONTEXT = 500 << 20  # bytes of a CUDA context and its libraries' workspaces
+HESSIAN_WORKSPACE = (
+    4 * 4 * CHUNK
+)  # bytes: the chunk of rows or patches in fp32, another shifted by a displacement, copies
+PSNR_BYTES = 26  # of a number of an image: two of uint8, two of float64 and their difference
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; device is 0 on the CPU."""
+
+    device: int
+    host: int
+
+
+def placed(on_device: float, on_host: float, *, device: str) -> Memory:
+    """The sum of both in the host's memory if the device is the CPU; a process and a CUDA context come on top."""
+    if device == "cpu":
+        return Memory(0, int(on_device + on_host + PROCESS))
+    return Memory(int(on_device + CONTEXT), int(on_host + PROCESS))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline as memory sees it."""
+
+    parts: dict[str, int]  # name -> parameters: unet, text_encoder, vae, …
+    item_size: int  # bytes of a number in the model's dtype
+    activations: float  # bytes of the denoiser's forward, of one sample
+    decoder: float  # bytes of the decoder's forward, of one image, in the dtype that it computes in
+    decoder_upcast: bool  # SDXL's decoder computes in fp32 where the model is fp16: `decoder_upcasts`
+    image_numbers: int = 0  # of an image: 3 · height · width
+
+    @property
+    def weights(self) -> int:
+        return self.item_size * sum(self.parts.values())
+
+
+def decoder_upcasts(vae_config, dtype: str) -> bool:
+    """As diffusers' SDXL pipeline decides."""
+    return dtype == "float16" and bool(getattr(vae_config, "force_upcast", False))
+
+
+def sampling_bytes(model: Model, samples: int, images: int) -> float:
+    """Of a pipeline: weights, and the larger of the denoiser's forward and the decoder's, if it decodes (images > 0).
+
+    samples: of the denoiser's batch, two for an image under guidance.
+    """
+    upcast = (4 - model.item_size) * model.parts.get("vae", 0) if model.decoder_upcast else 0
+    decoding = images * (model.decoder + 4 * model.image_numbers) + upcast if images else 0
+    return model.weights + max(samples * model.activations, decoding)
+
+
+def generate_memory(model: Model, samples: int, images: int, *, device: str) -> Memory:
+    """Host: a batch's images as fp32 and as uint8. Loading to a GPU passes through the host and is left out."""
+    return placed(sampling_bytes(model, samples, images), 5 * images * model.image_numbers, device=device)
+
+
+def hessian_bytes(group: list[LayerSpec], inputs: dict[str, LayerInput]) -> int:
+    """fp32 [in, in] of every tensor that the layers of a group read; two, past and present, where layers share one."""
+    readers: dict[tuple, list[LayerSpec]] = {}
+    for spec in group:
+        readers.setdefault((inputs[spec.name].tensor, spec.conv), []).append(spec)
+    return sum(4 * specs[0].shape[1] ** 2 * min(len(specs), 2) for specs in readers.values())
+
+
+def quantize_memory(
+    model: Model, groups: list[list[LayerSpec]], inputs: dict[str, LayerInput], *, config: QuantizeConfig,
+    samples: int, workers: int, room: int, device: str, needs_hessians: bool,
+) -> Memory:  # fmt: skip
+    """The worst group: Hessians, and either the forward that fills them or the workers that encode its layers.
+
+    room: bytes that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian
+    to the host. At the end the student: decoded weights in the model's dtype beside its codes, and its file in the
+    host's memory.
+    """
+    copied = 1 if device != "cpu" and needs_hessians else 0
+    forward = samples * model.activations
+    on_device, on_host = model.weights + forward, 0.0
+    for group in groups:
+        held = hessian_bytes(group, inputs) if needs_hessians else 0
+        each = [encoder_bytes(spec.shape, config) + copied * 4 * spec.shape[1] ** 2 for spec in group]
+        working = max(min(sum(heapq.nlargest(workers, each)), room), max(each))
+        recording = held + forward + (HESSIAN_WORKSPACE if needs_hessians else 0)
+        if device == "cpu":
+            on_device = max(on_device, model.weights + max(recording, held + working))
+        else:
+            on_device, on_host = max(on_device, model.weights + recording), max(on_host, working)
+    codes = config.bits / 8 * sum(spec.size for group in groups for spec in group)
+    return placed(max(on_device, model.weights + codes + forward), max(on_host, 2 * codes), device=device)
+
+
+def evaluate_memory(image_numbers: int, images: int) -> Memory:
+    """A batch of images and of the originals, and the error in float64; the metrics' networks are left out."""
+    return Memory(0, int(PSNR_BYTES * images * image_numbers + PROCESS))

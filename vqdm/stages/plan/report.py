@@ -1,0 +1,132 @@
+"""`plan=true`: what a run will make, how large, with how much memory and in what time, before anything is loaded."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from vqdm.codecs.allocation import Assignment, Harm
+from vqdm.config.options import Config
+from vqdm.models.loader import denoiser_on_meta
+from vqdm.models.location import DENOISERS, configs_directory
+from vqdm.models.single_file import component_on_meta
+from vqdm.runs.store import write_json
+from vqdm.stages.plan.cost import DISTILLATION, stage_costs, stage_names
+from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
+from vqdm.stages.plan.stage import StageCost, duration, gibibytes
+from vqdm.weights.layers import swap_empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    denoiser: DenoiserPlan
+    costs: list[StageCost]
+    todo: set[str] | None  # names of the stages that are not done; None: not known
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages that are still to run; None if one of them cannot be estimated."""
+        known = [cost.seconds for cost in self.costs if self.todo is None or cost.name in self.todo]
+        return None if None in known else sum(known)
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most that a stage takes of the GPU's memory, or, without one, of the host's."""
+        known = [cost.memory.device or cost.memory.host for cost in self.costs if cost.memory is not None]
+        return max(known, default=None)
+
+
+def make_plan(
+    config: Config, *, harm: Harm | None, images: int, calibration_prompts: int, finetune_prompts: int, device: str,
+    cache: Path, todo: set[str] | None,
+) -> Plan:  # fmt: skip
+    """harm: what the sensitivity stage measured, if it is needed and done. cache: of this machine's rates.
+
+    UserError for a model whose configs are not here, and for a scheme that does not fit a layer.
+    """
+    model, denoiser = config.model, denoiser_on_meta(config.model)
+    assignment = assignment_of(denoiser, config.quantize, pattern=model.layers, min_size=model.min_size, harm=harm)
+    directory = configs_directory(model)
+    parts = [part for part in directory.iterdir() if (part / "config.json").is_file()]
+    modules = {part.name: component_on_meta(part) for part in parts if part.name not in DENOISERS}
+    modules |= {"denoiser": denoiser}
+    costs = stage_costs(
+        config, denoiser, assignment.specs, parts={name: _parameters(module) for name, module in modules.items()},
+        vae=modules.get("vae"), images=images, calibration_prompts=calibration_prompts, device=device,
+        threads=torch.get_num_threads(), cache=cache, student=_student(config, assignment),
+        finetune_prompts=finetune_prompts,
+    )  # fmt: skip
+    wanted = ("calibrate", "sensitivity", "quantize", *DISTILLATION) if config.task == "compress" else None
+    costs = [cost for cost in costs if wanted is None or cost.name in wanted]
+    return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo)
+
+
+def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
+    """The quantized denoiser on meta, as distillation loads it; None where nothing is distilled."""
+    if not any(name in DISTILLATION for name in stage_names(config)):
+        return None
+    return swap_empty(denoiser_on_meta(config.model), assignment.quantized)
+
+
+def _parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def layer_table(plan: DenoiserPlan) -> str:
+    """A line for every Linear and Conv2d."""
+    width = max(len(layer.name) for layer in plan.layers)
+    return "\n".join(
+        f"{layer.name:{width}s} {'×'.join(map(str, layer.shape)):>16s}  {layer.scheme:>12s} {layer.bits:7.3f} bits "
+        f"{layer.bytes:>11,} bytes{f'  stays: {layer.reason}' if layer.reason else ''}"
+        for layer in plan.layers
+    )
+
+
+def summary(plan: Plan, *, device: str) -> str:
+    """The totals, and what every stage takes."""
+    denoiser, counts = plan.denoiser, plan.denoiser.counts
+    weights = sum(layer.weights for layer in denoiser.quantized)
+    original = round(8 * counts.bytes / counts.bits_per_weight)
+    rest = ", ".join(f"{name} {size:,}" for name, size in denoiser.rest.items())
+    lines = [
+        f"{len(denoiser.quantized)} layers quantized, {weights:,} weights, {weights / original:.2%} of {original:,}; "
+        f"{len(denoiser.layers) - len(denoiser.quantized)} layers stay in 16 bit",
+        "bytes by group: " + ", ".join(f"{name} {size:,}" for name, size in denoiser.groups().items()),
+        f"bytes beside the layers' weights: {rest}",
+        f"the denoiser's file: {denoiser.bytes:,} bytes ({denoiser.bytes / 2**20:.2f} MiB, "
+        f"{denoiser.bytes / (2 * original):.3f} × its weights at 16 bit)",
+        f"bits_per_weight {counts.bits_per_weight:.3f}, bits_quantized {counts.bits_quantized:.3f}, "
+        f"bits_as_in_paper {counts.bits_as_in_paper:.3f}",
+        f"estimates for {device}:",
+        *(_cost_line(cost, plan.todo) for cost in plan.costs),
+    ]
+    if plan.seconds is not None:
+        lines.append(f"  what is still to run: {duration(plan.seconds)}")
+    return "\n".join(lines)
+
+
+def _cost_line(cost: StageCost, todo: set[str] | None) -> str:
+    memory = "memory not estimated"
+    if cost.memory is not None:
+        on_device = f"{gibibytes(cost.memory.device)} on the device and " if cost.memory.device else ""
+        memory = f"{on_device}{gibibytes(cost.memory.host)} of memory"
+    time = "time not estimated" if cost.seconds is None else duration(cost.seconds)
+    state = " (done)" if todo is not None and cost.name not in todo else ""
+    return f"  {cost.name:14s} {memory}, {time}{state}{f'; {cost.note}' if cost.note else ''}"
+
+
+def write_plan(plan: Plan, file: Path, *, experiment: str, model: str, device: str) -> None:
+    """The same as JSON."""
+    layers = [
+        {"name": n.name, "shape": list(n.shape), "scheme": n.scheme, "bits": n.bits, "bytes": n.bytes}
+        | ({"reason": n.reason} if n.reason else {})
+        for n in plan.denoiser.layers
+    ]
+    stages = [
+        dataclasses.asdict(cost) | {"done": None if plan.todo is None else cost.name not in plan.todo}
+        for cost in plan.costs
+    ]
+    counts = plan.denoiser.counts.to_dict() | {"bytes": plan.denoiser.bytes}
+    found = {"experiment": experiment, "model": model, "device": device} | counts
+    found |= {"peak_memory_bytes": plan.peak_memory_bytes, "seconds": plan.seconds}
+    write_json(file, found | {"rest": plan.denoiser.rest, "stages": stages, "layers": layers})

@@ -1,0 +1,203 @@
+"""Train the whole tiny world: VAE, text encoders, denoiser, few-step student, evaluators, reference features.
+
+Every part is kept when it is done; a killed run goes on from its last checkpoint. The result is laid out as the
+package ships it: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
+"""
+
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save as to_bytes
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from vqdm.config.options import TinyTrainConfig
+from vqdm.models.location import check_pipeline_directory
+from vqdm.runs.store import atomic_write, write_json
+from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
+from vqdm.stages.tiny_train.text import train_text_encoders
+from vqdm.stages.tiny_train.turbo import distil_turbo
+from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, train_unet
+from vqdm.stages.tiny_train.vae import train_vae
+from vqdm.tiny.attributes import AttributeNet
+from vqdm.tiny.clip import CLIP_CONFIG, CLIP_NAME
+from vqdm.tiny.data import SceneSet
+from vqdm.tiny.evaluator import TinyWorld
+
+log = logging.getLogger("vqdm")
+DDIM = SCHEDULE | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # as SDXL's
+TRAILING = SCHEDULE | {"timestep_spacing": "trailing"}  # as SDXL-Turbo's
+EVALUATOR_SEED = 1  # of the evaluators' scenes: none of them is drawn like the denoiser's
+
+
+def _part(path: Path, train: Callable, load: Callable):
+    """Load a finished part, or train and keep it (written beside, then renamed)."""
+    if not path.exists():
+        made = train()
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        made.save_pretrained(partial)
+        partial.replace(path)
+    return load(path)
+
+
+def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
+    """Fill a stage directory; returns the step counts for the manifest.
+
+    With `init_from`, VAE and text encoders are that pipeline's, and its U-Net goes on from there.
+    """
+    work = directory / "training"
+    work.mkdir(parents=True, exist_ok=True)
+    start = None if config.init_from is None else check_pipeline_directory(Path(config.init_from))
+    vae = _vae(work, config, start)
+    tokenizer, text_encoder, text_encoder_2 = _text_encoders(work, config, start)
+    _train_evaluators(directory, work, tokenizer, config=config)
+    shared = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    unet, turbo = _denoisers(work, config, start, shared=shared)
+    save_pipeline(directory / "tiny", unet, DDIMScheduler(**DDIM), **shared)
+    save_pipeline(directory / "tiny_turbo", turbo, EulerAncestralDiscreteScheduler(**TRAILING), **shared)
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    return {"steps": {name: value for name, value in vars(config).items() if name.endswith("_steps")}}
+
+
+def _scenes(config: TinyTrainConfig, count: int) -> SceneSet:
+    return SceneSet(seed=config.seed, split="train", n=count)
+
+
+def _vae(work: Path, config: TinyTrainConfig, start: Path | None) -> AutoencoderKL:
+    def make() -> AutoencoderKL:
+        if start is not None:
+            return AutoencoderKL.from_pretrained(start / "vae")
+        return train_vae(
+            _scenes(config, config.vae_scenes), directory=work / "checkpoints", steps=config.vae_steps,
+            batch_size=config.vae_batch_size, seed=config.seed,
+        )  # fmt: skip
+
+    return _part(work / "vae", make, AutoencoderKL.from_pretrained)
+
+
+TEXT_PARTS = {
+    "tokenizer": CLIPTokenizer,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+
+
+def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> tuple:
+    """(tokenizer, text_encoder, text_encoder_2)."""
+
+    @functools.cache
+    def made() -> dict:
+        if start is not None:
+            loaded = {name: kind.from_pretrained(start / name) for name, kind in TEXT_PARTS.items()}
+            # transformers keeps the 16 bit of the files
+            return {name: part if name == "tokenizer" else part.float() for name, part in loaded.items()}
+        parts = train_text_encoders(
+            _scenes(config, config.text_scenes), directory=work / "checkpoints", steps=config.text_steps,
+            batch_size=config.batch_size, seed=config.seed,
+        )  # fmt: skip
+        return dict(zip(TEXT_PARTS, parts, strict=True))
+
+    return tuple(
+        _part(work / name, lambda name=name: made()[name], kind.from_pretrained) for name, kind in TEXT_PARTS.items()
+    )
+
+
+def _denoisers(work: Path, config: TinyTrainConfig, start: Path | None, *, shared: dict) -> tuple:
+    """(unet, turbo)."""
+    settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
+
+    @functools.cache
+    def latents() -> LatentSet:
+        path = work / "checkpoints" / "latents.safetensors"
+        return LatentSet(_scenes(config, config.scenes), **shared, path=path)
+
+    unet = _part(
+        work / "unet",
+        lambda: train_unet(
+            latents(), steps=config.unet_steps, init_from=None if start is None else start / "unet", **settings
+        ),
+        UNet2DConditionModel.from_pretrained,
+    )
+    turbo = _part(
+        work / "turbo",
+        lambda: distil_turbo(unet, latents(), steps=config.turbo_steps, guidance=config.turbo_guidance, **settings),
+        UNet2DConditionModel.from_pretrained,
+    )
+    return unet, turbo
+
+
+def evaluator_scenes(count: int) -> SceneSet:
+    """Scenes of the evaluators' own seed, a fifth of them with the pairs that the denoiser never sees."""
+    seen = SceneSet(seed=EVALUATOR_SEED, split="train", n=count)
+    unseen = SceneSet(seed=EVALUATOR_SEED, split="unseen_pairs", n=max(1, count // 4))
+    seen.scenes += unseen.scenes
+    seen.captions += unseen.captions
+    seen.pixels = np.concatenate([seen.pixels, unseen.pixels])
+    return seen
+
+
+def _train_evaluators(directory: Path, work: Path, tokenizer, *, config: TinyTrainConfig) -> None:
+    folder = directory / "tiny_evaluators"
+    if (folder / "reference.safetensors").exists():  # written last
+        return
+    scenes = evaluator_scenes(config.evaluator_scenes)
+    settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
+    net = train_attribute_net(scenes, steps=config.attribute_steps, **settings)
+    clip = train_clip(scenes, tokenizer, steps=config.clip_steps, **settings)
+    save_evaluators(folder, net, clip, tokenizer, reference_scenes=config.reference_scenes)
+
+
+def _half(module: torch.nn.Module) -> bytes:
+    return to_bytes({name: tensor.half().contiguous() for name, tensor in module.state_dict().items()})
+
+
+@torch.no_grad()
+def save_evaluators(folder: Path, net: AttributeNet, clip, tokenizer, *, reference_scenes: int) -> None:
+    """fp16 weights, and what they see of real renders: what FID, KID and CMMD compare with."""
+    (folder / "open_clip").mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "open_clip" / f"{CLIP_NAME}.json", CLIP_CONFIG)
+    atomic_write(folder / "open_clip" / f"{CLIP_NAME}.safetensors", _half(clip))
+    atomic_write(folder / "attribute_net.safetensors", _half(net))
+    write_reference(folder, scenes=reference_scenes)
+
+
+def write_reference(folder: Path, *, scenes: int) -> None:
+    """`reference.safetensors`, from the evaluators as they lie in the folder: features and CLIP vectors in fp16."""
+    world, renders = TinyWorld(folder), SceneSet(seed=0, split="reference", n=scenes).pixels
+    parts = [world.columns(list(renders[start : start + 256])) for start in range(0, scenes, 256)]
+    seen = {name: torch.cat([part[name] for part in parts]).half() for name in ("features", "image")}
+    about = {"split": "reference", "seed": 0, "scenes": scenes}
+    about |= {"features": "AttributeNet, 64, fp16", "image": "unit vectors of open_clip, 64, fp16"}
+    write_json(folder / "reference.json", about)
+    atomic_write(folder / "reference.safetensors", to_bytes(seen))
+
+
+def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_encoder, text_encoder_2) -> None:
+    """A StableDiffusionXLPipeline in fp16 safetensors."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer,
+        unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False,
+    )  # fmt: skip
+    parts = (unet, vae, text_encoder, text_encoder_2)
+    for part in parts:
+        torch.nn.Module.to(part, torch.float16)
+    shutil.rmtree(directory, ignore_errors=True)
+    pipeline.save_pretrained(directory)
+    for path in directory.glob("*/config.json"):  # diffusers notes where a part was loaded from: a path of this machine
+        write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
+    for part in parts:
+        torch.nn.Module.to(part, torch.float32)
