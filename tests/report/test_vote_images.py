@@ -50,6 +50,14 @@ def test_sets_that_cannot_be_compared_are_refused(tmp_path, other, asked, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_batch_is_refused(tmp_path):
+    directory = write_run(tmp_path, "one")
+    sidecar = directory / "items" / "000000.json"
+    sidecar.write_text(sidecar.read_text().replace(CAPTIONS[7], CAPTIONS[8]))
+    with pytest.raises(UserError, match=r"000000\.json does not match .*; run its experiment again"):
+        image_set(tmp_path, "one", "tiny")
+
+
 def test_a_missing_image_is_refused(tmp_path):
     write_run(tmp_path, "one")
     directory = write_run(tmp_path, "other")

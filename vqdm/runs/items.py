@@ -6,10 +6,19 @@ An item is its files plus `items/<name>.json`, written last, which holds its rec
 import hashlib
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
+from vqdm.errors import UserError
 from vqdm.runs.files import atomic_write, file_fault, read_sealed, write_sealed
 
 log = logging.getLogger("vqdm")
+
+
+class Item(NamedTuple):
+    """What an item's sidecar holds: its record, and {path relative to the directory: {size, sha256}} of its files."""
+
+    record: dict
+    files: dict[str, dict]
 
 
 def _sidecar(directory: Path, name: str) -> Path:
@@ -42,8 +51,24 @@ def read_item(directory: Path, name: str) -> dict | None:
     return None if content is None else content["record"]
 
 
-def item_names(directory: Path, prefix: str) -> list[str]:
-    """Those that begin so, sorted; whether they are whole, `read_item` says."""
+def peek(directory: Path, name: str) -> Item:
+    """An item's record and its files' checksums, without a look at the files: for those who only read the directory.
+
+    Raises UserError if the sidecar is missing or does not match its own checksum: the run that made it mends it.
+    """
+    sidecar = _sidecar(directory, name)
+    try:
+        content = read_sealed(sidecar)
+        fault = "is missing" if content is None else None
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise UserError(f"{sidecar} {fault}; run its experiment again, which makes this item anew")
+    return Item(content["record"], content["files"])
+
+
+def item_names(directory: Path, prefix: str = "") -> list[str]:
+    """Names of the items that begin with `prefix`, sorted; whether they are whole, `read_item` says."""
     return sorted(path.stem for path in (directory / "items").glob(f"{prefix}*.json"))
 
 

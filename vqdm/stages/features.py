@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vqdm.runs import processes
-from vqdm.runs.items import batches
+from vqdm.runs.items import batches, peek
 from vqdm.runs.store import read_item, write_item
 from vqdm.stages.generate import load_images
 from vqdm.stages.layout import captions_in, image_path
@@ -63,16 +63,16 @@ def load_columns(directory: Path, count: int, batch_size: int) -> dict:
 
 def environments(directory: Path, count: int, batch_size: int) -> list[dict]:
     """The different environments that batches were made in, in their order."""
-    records = (read_item(directory, name) for name, _ in batches(count, batch_size))
+    records = (peek(directory, name).record for name, _ in batches(count, batch_size))
     return list({json.dumps(record["environment"]): record["environment"] for record in records}.values())
 
 
 def images_sha256(folders: list[Path], count: int, batch_size: int) -> str:
-    """Over the checksums of the first `count` images of each folder, as their items keep them."""
+    """Checksum over those of the first `count` images of each folder, as their items keep them."""
     digest = hashlib.sha256()
     for folder in folders:
         for name, rows in batches(count, batch_size):
-            files = json.loads((folder / "items" / f"{name}.json").read_bytes())["files"]
+            files = peek(folder, name).files
             digest.update("".join(files[image_path(Path(), i).as_posix()]["sha256"] for i in rows).encode())
     return digest.hexdigest()
 
@@ -82,11 +82,11 @@ def _file(name: str) -> str:
 
 
 def _identity(sources: list[Path], name: str) -> str:
-    """Of the images of a batch: their files' checksums, as their items keep them, and their captions."""
+    """Checksum over a batch of images: their files' checksums, as their items keep them, and their captions."""
     digest = hashlib.sha256()
     for folder in sources:
-        item = json.loads((folder / "items" / f"{name}.json").read_bytes())
-        digest.update(json.dumps([item["record"]["prompts"], item["files"]], sort_keys=True).encode())
+        item = peek(folder, name)
+        digest.update(json.dumps([item.record["prompts"], item.files], sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from vqdm.errors import UserError
+from vqdm.runs.items import item_names, peek
 
 DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
 ERRORS_FILE = "errors.json"  # of a stage that makes a denoiser: its output's relative squared error by timestep
@@ -23,15 +23,14 @@ def image_path(directory: Path, index: int) -> Path:
 
 def captions_in(directory: Path, name: str) -> list[str]:
     """The captions of the images of one batch, from its item's record."""
-    record = json.loads((directory / "items" / f"{name}.json").read_text())["record"]
-    return [text for _, text in record["prompts"]]
+    return [text for _, text in peek(directory, name).record["prompts"]]
 
 
 def captions_of(directory: Path, count: int) -> list[str]:
     """The captions of the first `count` images."""
     texts: list[str] = []
-    for item in sorted((directory / "items").glob("*.json")):
-        texts += captions_in(directory, item.stem)
+    for name in item_names(directory):
+        texts += captions_in(directory, name)
         if len(texts) >= count:
             break
     return texts[:count]

@@ -14,5 +14,8 @@ def test_a_shorter_lists_last_batch_does_not_count_as_full(tmp_path):
 
 def test_a_damaged_batch_does_not_count(tmp_path):
     write_item(tmp_path, "000000", {}, {"rows": 4})
-    (tmp_path / "items" / "000000.json").write_text(json.dumps({"record": {}})[:5])
-    assert _images_made(tmp_path, 4, batch_size=4) == 0
+    sidecar = tmp_path / "items" / "000000.json"
+    whole = sidecar.read_text()
+    for damaged in (json.dumps({"record": {}})[:5], whole.replace('"rows": 4', '"rows": 3')):
+        sidecar.write_text(damaged)
+        assert damaged != whole and _images_made(tmp_path, 4, batch_size=4) == 0

@@ -5,7 +5,6 @@ anew from their pixels alone, and filled up with random bytes to the size of the
 """
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from vqdm.errors import UserError
 from vqdm.report.votes.study import DESTROYED, Trial
+from vqdm.runs.items import item_names, peek
 from vqdm.runs.store import Store
 from vqdm.stages.layout import image_path, readable
 
@@ -55,9 +55,9 @@ def image_set(results: Path, name: str, model: str) -> ImageSet:
     directory = results / record["directories"]["generate"]
     images: dict[tuple[str, int], Made] = {}
     copies: dict[str, int] = {}
-    for item in sorted((directory / "items").glob("*.json")):
-        made = json.loads(item.read_text())["record"]
-        for index, (prompt, text) in enumerate(made["prompts"], start=int(item.stem)):  # an item is named by its first
+    for item in item_names(directory):
+        made = peek(directory, item).record
+        for index, (prompt, text) in enumerate(made["prompts"], start=int(item)):  # an item is named by its first
             copy = copies.get(prompt, 0)  # images of one prompt follow each other
             images[prompt, copy], copies[prompt] = Made(index, text, made["seed"]), copy + 1
     if not images:

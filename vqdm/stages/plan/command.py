@@ -1,12 +1,11 @@
 """What `plan=true` prints and writes: the stages at once; then, after some imports, layers, sizes, memory and time."""
 
-import json
 import sys
 from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.errors import UserError
-from vqdm.runs.items import batches
+from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Graph, Quantization, build_stages
 
@@ -103,7 +102,7 @@ def _images_made(directory: Path, count: int, *, batch_size: int) -> int:
 def _batch_length(directory: Path, name: str) -> int:
     """0 for one that is not there, or that is damaged and will be made again."""
     try:
-        record = json.loads((directory / "items" / f"{name}.json").read_bytes())["record"]
-    except (FileNotFoundError, ValueError):
+        record = peek(directory, name).record
+    except UserError:
         return 0
     return record["rows"] if "rows" in record else len(record["prompts"])
