@@ -59,6 +59,10 @@ def test_the_stages_follow_each_other(finished):
     stages = {p.parent.parent.name: p.parent for p in finished.glob("stages/*/*/manifest.json")}
     made = {"calibrate", "quantize", "tune_blocks", "trajectories", "finetune", "evaluate"}
     assert made <= stages.keys()
+    weights = {str(path.relative_to(stages["quantize"])) for path in stages["quantize"].rglob("*.safetensors")}
+    assert weights == {WEIGHTS}, "each once"
+    tuned = {path.name for path in stages["tune_blocks"].iterdir() if path.name != ".lock"}
+    assert tuned == {"config.json", "manifest.json", "blocks.json", "errors.json", "denoiser"}
     config = json.loads((stages["finetune"] / "config.json").read_text())
     assert config["upstream"]["student"] == fingerprint(stages["tune_blocks"])
     images = json.loads((only(finished, "stages/generate/*finetuned*") / "config.json").read_text())

@@ -7,6 +7,7 @@ Whatever happens to a process (Ctrl-C, kill -9, a full disk), the same call agai
 done. A `make` function overwrites what it finds, except for items that `read_item` vouches for. Imports no torch.
 """
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -120,14 +121,21 @@ class Store:
         return "partial" if _has_work(directory) else "missing"
 
     def ensure(
-        self, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict,
+        self,
+        stage: Stage,
+        make: Callable[[Path], dict | None],
+        *,
+        environment: dict,
         holds: Callable[[Path], bool] = lambda directory: True,
-    ) -> Path:  # fmt: skip
+        scratch: tuple[str, ...] = (),
+    ) -> Path:
         """The stage's directory, made now unless it is there and every file matches its checksum.
 
         `make(directory)` writes the files; what it returns is kept in the manifest under "summary". `environment`
         (device and its reason, dtype, …) is kept there too. holds: whether what is there is of the upstream files as
-        they are now; for upstream stages of `open`, whose files may be made again on another device.
+        they are now; for upstream stages of `open`, whose files may be made again on another device. scratch: patterns
+        of paths below the directory that serve only to go on after a stop: they are removed once the manifest, which
+        does not list them, says that the rest is whole.
         Raises UserError on a full disk or a fingerprint collision.
         """
         directory = self.directory(stage)
@@ -138,6 +146,7 @@ class Store:
             return faults if faults or holds(directory) else {MANIFEST: "is of other files than there are now"}
 
         if not found_faults():
+            _remove_scratch(directory, scratch)
             return directory
         with locked(directory), full_disk_is_mendable(directory):
             _refuse_collision(directory, stage)  # again, as another process may have been here meanwhile
@@ -148,7 +157,9 @@ class Store:
                 started = time.monotonic()
                 summary = make(directory)
                 seconds = round(time.monotonic() - started, 3)
-                _write_manifest(directory, stage, seconds=seconds, environment=environment, summary=summary)
+                files = [relative for relative in _files(directory) if not _matches(relative, scratch)]
+                _write_manifest(directory, stage, files, seconds=seconds, environment=environment, summary=summary)
+        _remove_scratch(directory, scratch)
         return directory
 
     def summary(self, stage: Stage) -> dict:
@@ -265,11 +276,13 @@ def _write_config(directory: Path, stage: Stage, *, extendable: bool) -> None:
         write_json(directory / CONFIG, config)
 
 
-def _write_manifest(directory: Path, stage: Stage, *, seconds: float, environment: dict, summary: dict | None) -> None:
+def _write_manifest(
+    directory: Path, stage: Stage, files: list[str], *, seconds: float, environment: dict, summary: dict | None
+) -> None:
     manifest = {
         "stage": stage.name,
         "fingerprint": stage.fingerprint,
-        "files": {relative: describe_file(directory / relative) for relative in _files(directory)},
+        "files": {relative: describe_file(directory / relative) for relative in files},
         "seconds": seconds,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(),
@@ -309,6 +322,28 @@ def _clear(directory: Path, faults: dict[str, str]) -> None:
     for name in (MANIFEST, *faults):
         (directory / name).unlink(missing_ok=True)
     _remove_temporaries(directory)
+
+
+def _matches(relative: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns)
+
+
+def _remove_scratch(directory: Path, scratch: tuple[str, ...]) -> None:
+    """Remove the scratch files of a stage that is done, also those that a kill left; not those in its manifest.
+
+    Manifests made before there was scratch list such files, and a listed file that is gone is a fault. Items' sidecars
+    go with their files; the order does not matter, since nothing reads them once there is a manifest.
+    """
+    if not any(_matches(relative, scratch) for relative in _files(directory)):
+        return
+    with locked(directory):  # a process that makes the stage anew may hold it; then its manifest is what counts
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        for relative in _files(directory):
+            if _matches(relative, scratch) and relative not in manifest["files"]:
+                (directory / relative).unlink(missing_ok=True)
+        for folder in {(directory / pattern).parent for pattern in scratch} - {directory}:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _remove_temporaries(directory: Path) -> None:

@@ -12,6 +12,10 @@ from vqdm.runs.items import item_names, peek
 
 DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
 ERRORS_FILE = "errors.json"  # of a stage that makes a denoiser: its output's relative squared error by timestep
+SCRATCH = {  # by stage: what serves to go on after a stop, and holds the weights of `denoiser/` a second time
+    "quantize": ("items/*", "layers/*", "shared_*.safetensors"),
+    "tune_blocks": ("items/*", "blocks/*"),
+}
 MADE_BY = ("torch", "diffusers")  # libraries whose versions the environment of a batch of images says
 SCORES_FILE = "metrics.json"  # of an evaluate stage: every metric with its protocol
 IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores

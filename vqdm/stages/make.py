@@ -12,7 +12,7 @@ from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Quantization
-from vqdm.stages.layout import DENOISER
+from vqdm.stages.layout import DENOISER, SCRATCH
 
 
 def environment_of(config: Config, device: Device) -> dict:
@@ -95,7 +95,7 @@ def ensure_denoiser(
     harm = None
     if stages.sensitivity is not None:
         harm = store.ensure(stages.sensitivity, make_sensitivity, environment=environment)
-    quantized = store.ensure(stages.quantize, make_quantized, environment=environment)
+    quantized = store.ensure(stages.quantize, make_quantized, environment=environment, scratch=SCRATCH["quantize"])
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
     tracker.table("quantize/layers", layers)
     if stages.denoiser is stages.quantize:
@@ -140,7 +140,8 @@ def ensure_distilled(
 
     tuned = quantized
     if stages.tune_blocks is not None:
-        tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment)
+        scratch = SCRATCH["tune_blocks"]
+        tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
     if stages.finetune is None:
         return tuned
     trajectories = store.ensure(stages.trajectories, make_trajectories, environment=environment)
