@@ -37,6 +37,26 @@ print(sorted(new - sys.stdlib_module_names))
     assert done.stdout.strip() == "['vqdm']", done.stderr
 
 
+def test_set_decode_is_reached_by_the_name_that_the_readme_gives():
+    """Nobody has imported the submodules by then, and `import vqdm` has imported no torch for their sake."""
+    code = """
+import sys
+import vqdm
+print("torch" in sys.modules, "hub" in dir(vqdm))
+print(callable(vqdm.hub.pipelines.set_decode), "torch" in sys.modules)
+for module in (vqdm, vqdm.hub):
+    try:
+        module.no_such_name
+    except AttributeError as error:
+        print(error)
+"""
+    done = run(code)
+    assert done.stdout.splitlines() == [
+        "False True", "True True",
+        "module 'vqdm' has no attribute 'no_such_name'", "module 'vqdm.hub' has no attribute 'no_such_name'",
+    ], done.stderr  # fmt: skip
+
+
 def test_torchvision_is_imported_and_its_operator_known():
     code = """
 import vqdm, torchvision, torch

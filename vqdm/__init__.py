@@ -3,6 +3,7 @@
 import vqdm                                            # then from_pretrained loads what vqdm has saved
 vqdm.compress(pipeline, "trellis3", prompts)           # quantizes a diffusers pipeline's denoiser in place
 vqdm.VQDMConfig("trellis3")                            # a quantization_config for from_pretrained, without data
+vqdm.hub.pipelines.set_decode(pipeline.unet, "cached") # keeps the weights decoded: faster, with more memory
 """
 
 import importlib
@@ -16,10 +17,12 @@ wait_for_imports()
 
 
 def __getattr__(name: str):
+    if name == "hub":
+        return importlib.import_module("vqdm.hub")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vqdm' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *_PUBLIC, "hub"})
