@@ -1,6 +1,6 @@
 """The true bits at which trellis codes equal each rival: the trellis_bits table read at the rivals' scores.
 
-python run.py +experiment=codecs && python run.py +experiment=trellis_bits   # and adaround, if there
+python run.py table=codecs && python run.py table=trellis_bits   # and adaround, if there
 python scripts/equal_bits.py [--model tiny_outlier] [--results results]
 
 Bits are bits_quantized: of the quantized layers, all that is stored for them counted. Between the bits that were run,

@@ -1,6 +1,6 @@
 """Which metric to trust at which n: how each orders compressed variants, against caption fidelity at the largest n.
 
-python run.py +experiment=codecs seeds=1 evaluate.prompts.n=2048
+python run.py table=codecs seeds=1 evaluate.prompts.n=2048
 python scripts/metric_agreement.py [--prefix ""] [--model tiny] [--n 32 … 2048] [--results results]
 
 Spearman's rank correlation over the compressed variants; where lower is better, the sign is turned.

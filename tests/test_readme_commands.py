@@ -1,4 +1,4 @@
-"""Every command of the README is executed, made small; so is its Python. What the README says of it must be true.
+"""Every command of README and docs/running.md is executed, made small; so is their Python. What they say must be true.
 
 `@rule` says, pattern by pattern, what makes a command small: a few captions, one layer group, one row of a table, only
 the plan, or no network, where the command ends in the one line that says what is missing. A new command needs a rule.
@@ -18,8 +18,9 @@ from readme_commands import Checkout, Done, Rule, blocks_of, commands_of, inline
 from report.vote_studies import ballot, write_ballot
 from tiny_world import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = commands_of(README)
+README, RUNNING = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/running.md"))
+TEXT = f"{README}\n{RUNNING}"
+COMMANDS = commands_of(TEXT)
 TINY = ROOT / "vqdm" / "models" / "tiny"
 SMALL = (
     "evaluate.prompts.n=4", "evaluate.batch_size=4", "evaluate.bootstrap=3", "calibration.n=2",
@@ -54,7 +55,7 @@ def checkout(tmp_path_factory) -> Checkout:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:90])
-def test_the_command_does_what_the_readme_says(command, checkout):
+def test_the_command_does_what_the_page_says(command, checkout):
     done = checkout.execute(command)
     checkout.rule_of(command).check(done)
 
@@ -62,8 +63,16 @@ def test_the_command_does_what_the_readme_says(command, checkout):
 def test_no_rule_is_left_over_and_no_block_of_another_language_is_overlooked():
     unused = [rule.pattern for rule in RULES if not any(re.fullmatch(rule.pattern, c) for c in COMMANDS)]
     assert not unused
-    assert {language for language, _ in blocks_of(README)} == {"sh", "python", ""}, "only these are executed"
-    assert not [line for language, body in blocks_of(README) if not language for line in commands_of(f"`{body}`")]
+    assert {language for language, _ in blocks_of(TEXT)} == {"sh", "python", ""}, "only these are executed"
+    assert not [line for language, body in blocks_of(TEXT) if not language for line in commands_of(f"`{body}`")]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def records(place: Path, experiment: str) -> list[dict]:
@@ -200,7 +209,9 @@ def the_plan_says_what_the_readme_says_of_sdxl(done: Done):
     assert "GiB of memory" in done.out and "what is still to run" in done.out
     quantized = [line for line in done.out.splitlines() if " 3x8g8 " in line]
     assert len(quantized) == 771, "a line for every layer"
-    assert all(said in README for said in ("771 layers", "and the 23", "1,018,859,064", "3.15 bits", "(3.17 with"))
+    assert all(
+        said in one_line(README) for said in ("771 layers", "and the 23", "1,018,859,064", "3.15 bits", "(3.17 with")
+    )
 
 
 @rule(r"python scripts/stages\.py", after=(DEMO,))
@@ -221,7 +232,7 @@ def captions_of_a_user(checkout: Checkout) -> None:
     *PAIRED, prepare=captions_of_a_user,
 )  # fmt: skip
 def ones_own_captions_calibrate(done: Done):
-    assert "calibration: captions_val2017.json" in done.err and "blue squares" not in README
+    assert "calibration: captions_val2017.json" in done.err and "blue squares" not in TEXT
     record = next(r for r in records(done.place, "tiny_vq3") if "-file-" in r["directories"]["calibrate"])
     prompts = (done.place / "results" / record["directories"]["calibrate"]).rglob("*.json*")
     assert any("blue squares" in file.read_text() for file in prompts)
@@ -411,22 +422,27 @@ def the_frontiers_rows_compare(done: Done):
     assert re.search(r"^ *psnr_to_fp( +\S+){8}$", done.out, re.M)
 
 
-@rule(r"python run\.py \+experiment=turbo", *SMALL, "row=turbo_2_none_1", "plan=true")
+@rule(r"python run\.py table=turbo", *SMALL, "row=turbo_2_none_1", "plan=true")
 def a_row_of_the_few_step_table_is_planned(done: Done):
     assert re.findall(r"^— (.*)", done.out, re.M) == ["turbo_2_none_1, trellis 2 bit, 1 step"]
     bits = re.search(r"bits_quantized (\S+),", done.out)[1]
     assert 1.9 < float(bits) <= 2 and "/tiny_turbo-trellis2-" in done.out
 
 
-@rule(r"python run\.py \+experiment=frontier", *SMALL, "row=frontier_fp", after=(DEMO,))
+@rule(r"python run\.py table=frontier", *SMALL, "row=frontier_fp", after=(DEMO,))
 def a_row_of_the_frontier_is_run(done: Done, name: str = "frontier", rows: int = 11):
     table = pd.read_csv(done.place / "results" / "tables" / f"{name}.csv", index_col="method")
     assert list(table.index[table["fid"].notna()]) == ["full precision"] and len(table) == rows
 
 
-@rule(r"python run\.py \+experiment=distillation", *SMALL, "row=distil_fp", after=(DEMO,))
+@rule(r"python run\.py table=distillation", *SMALL, "row=distil_fp", after=(DEMO,))
 def a_row_of_the_recipes_is_run(done: Done):
     a_row_of_the_frontier_is_run(done, "distillation", 21)
+
+
+@rule(r"python run\.py table=trellis_bits", *SMALL, "row=bits_fp", after=(DEMO,))
+def a_row_of_the_trellis_from_bit_to_bit_is_run(done: Done):
+    a_row_of_the_frontier_is_run(done, "trellis_bits", 14)
 
 
 # SDXL on a GPU
@@ -460,7 +476,7 @@ def distillation_as_in_the_paper_is_planned(done: Done):
     said = next(line for line in done.out.splitlines() if line.split()[:1] == ["finetune"])
     assert "= 102,400 samples" in said and "on a GPU 6.6 GiB" in said
     assert "15 GPU-hours" in said and "assumed: 200 TFLOP/s" in said
-    assert "102,400 samples, 6.6 GiB on a GPU and 15 GPU-hours at an assumed 200 TFLOP/s" in README
+    assert "102,400 samples, 6.6 GiB on a GPU and 15 GPU-hours at an assumed 200 TFLOP/s" in one_line(README)
 
 
 # The tiny model
@@ -520,8 +536,8 @@ def test_the_readmes_python_does_what_it_says(checkout):
     What the README leaves out as … is filled in; fewer steps and layers make it small.
     """
     checkout.execute(DISTILLED_MODEL)
-    (block,) = [body for language, body in blocks_of(README) if language == "python"]
-    code = {name: next(c for c in inline_code(README) if c.startswith(begin)) for name, begin in PROSE.items()}
+    (block,) = [body for language, body in blocks_of(TEXT) if language == "python"]
+    code = {name: next(c for c in inline_code(TEXT) if c.startswith(begin)) for name, begin in PROSE.items()}
     code["compress"] = code["compress"].replace(")", ", steps=2, layers='mid_block.*resnets.0.conv')")
     code["save"] = code["save"].replace("…", "'saved'")
     code["from_pretrained"] = code["from_pretrained"].replace("…", repr(str(TINY / "unet"))).replace("trellis3", "rtn4")
@@ -536,7 +552,7 @@ def test_the_readmes_python_does_what_it_says(checkout):
 def test_the_schemes_that_the_readme_names_are_known():
     from vqdm.config.names import parse_scheme
 
-    listed = re.search(r"Schemes are\s+(.*?)\.\n", README, re.S)[1]
+    listed = re.search(r"Schemes are\s+(.*?)\.\n", TEXT, re.S)[1]
     names = re.findall(r"`([^`]+)`", listed)
     assert len(names) >= 6 and all(parse_scheme(name).kind != "none" for name in names)
 
