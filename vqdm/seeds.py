@@ -25,7 +25,7 @@ def torch_generator(seed: int, purpose: str, item: int | str = 0):
 
 @contextlib.contextmanager
 def seeded_initialisation(seed: int, purpose: str):
-    """Libraries initialise modules from torch's global generator: seed it inside, restore it after."""
+    """Seed torch's global generator inside and restore it after: libraries initialise modules from it."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

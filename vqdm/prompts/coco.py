@@ -1,6 +1,6 @@
-"""Captions of MS-COCO, one an image: official JSON (2014, 2017) and Karpathy's split (dataset_coco.json).
+"""Captions of MS-COCO, one per image: official JSON (2014, 2017) and Karpathy's split (dataset_coco.json).
 
-Both rules choose the same caption of an image, since COCO's annotation ids are the sentids of Karpathy's file.
+Both rules choose the same caption for an image, since Karpathy's sentids are COCO's annotation ids.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ AGAIN = "mend or fetch it again"
 
 
 def read_coco(text: str, name: str, *, column: str | None, split: str) -> tuple[list[Row], str]:
-    """`split` is for Karpathy's file only: in the official format each split is a file of its own."""
+    """Read the captions; `split` is for Karpathy's file only, as the official format has a file for each split."""
     no_column(name, column, "a COCO .json file")
     document = parse_json(text, name)
     return _karpathy(document, name, split) if _is_karpathy(document) else _official(document, name)
@@ -48,7 +48,7 @@ def _check_annotation(item: dict, name: str) -> None:
 
 
 def _official(document: Any, name: str) -> tuple[list[Row], str]:
-    """The annotation with the lowest id; images in the order of `images`."""
+    """For each image the annotation with the lowest id, in the order of `images`."""
     annotations = _objects(document, "annotations", name)
     images = _objects(document, "images", name)
     if not all(is_integer(image.get("id")) for image in images):
@@ -79,7 +79,7 @@ def _is_karpathy(document: Any) -> bool:
 
 
 def _sentence(image: dict, where: str) -> dict | None:
-    """The one with the lowest sentid, or None if the image has none."""
+    """The image's sentence with the lowest sentid, or None if it has none."""
     sentences = _objects(image, "sentences", where)
     for item in sentences:
         if not is_integer(item.get("sentid")):
@@ -90,7 +90,7 @@ def _sentence(image: dict, where: str) -> dict | None:
 
 
 def _karpathy(document: dict, name: str, split: str) -> tuple[list[Row], str]:
-    """The sentence with the lowest sentid of each image of a split: train (without restval), val, test or restval."""
+    """For each image of a split the sentence with the lowest sentid: train (without restval), val, test or restval."""
     images = list(enumerate(_objects(document, "images", name)))
     for number, image in images:
         if not isinstance(image.get("split"), str):

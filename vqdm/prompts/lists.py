@@ -15,7 +15,7 @@ from vqdm.prompts.readers import READERS, Prompt, read_file
 from vqdm.prompts.text_files import decode, fault, is_text, json_lines, listed, read_bytes, short_hash
 from vqdm.seeds import numpy_generator
 
-TINY_LENGTH = 1_000_000  # a split never ends; it is called a list of this length so that it can be shuffled
+TINY_LENGTH = 1_000_000  # a split never ends; it passes for a list of this length so that it can be shuffled
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -25,7 +25,7 @@ class PromptList:
 
     prompts: tuple[Prompt, ...]
     origin: str
-    source: str | None = None  # None: these prompts are all there is
+    source: str | None = None  # None: these prompts are all there are
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -36,24 +36,24 @@ class PromptList:
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the list: ids and texts in order, not where they came from."""
+        """Identity of the list: its ids and texts in order, but not where they came from."""
         return hashlib.sha256(self.to_jsonl()).hexdigest()
 
     @property
     def source_id(self) -> str:
-        """Identity of what this is a beginning of: of two lists with the same one, the shorter begins the longer.
+        """Identity of the full source: of two lists with the same source, the shorter is the beginning of the longer.
 
-        It does not depend on n. Files and the builtin list: sha256 over all their prompts, as of a list.
+        It does not depend on n. For files and the builtin list it is the sha256 of the list of all their prompts.
         """
         return self.source or self.sha256
 
     def to_jsonl(self) -> bytes:
-        """Canonical: one `{"id":…,"text":…}` a line, UTF-8, no spaces."""
+        """The list in canonical form: one `{"id":…,"text":…}` per line, UTF-8, no spaces."""
         return b"".join(map(_line, self.prompts))
 
     @classmethod
     def read_jsonl(cls, path: str | Path) -> "PromptList":
-        """Read back what `to_jsonl` wrote, to the byte."""
+        """Read back a file of exactly the bytes that `to_jsonl` writes."""
         data, name = read_bytes(Path(path)), Path(path).name
         prompts = []
         for line, row in json_lines(decode(data, name), name):
@@ -73,7 +73,7 @@ def _line(prompt: Prompt) -> bytes:
 
 @dataclass(frozen=True)
 class _Source:
-    """All prompts there are, in their own order."""
+    """All prompts of a source, in its own order."""
 
     available: int
     prompt_at: Callable[[int], Prompt]
@@ -94,11 +94,11 @@ def load_prompts(
     seed: int = 0,
     sha256: str | None = None,
 ) -> PromptList:
-    """The first n prompts of a source, in its order or in one drawn from `seed`; n = None takes all.
+    """The first n prompts of a source, in its own order or in one drawn from `seed`; n = None takes all.
 
     `path` and `column` belong to source "file", `split` to source "tiny" and to Karpathy's file. With `sha256` the
-    prompts must be the list of that hash or its beginning, or come from a file of that hash. Cheap enough to call
-    before any long work, so that a bad path fails first. Raises UserError.
+    prompts must be the list with that hash, or its beginning, or come from a file with that hash. It is cheap enough to
+    call before any long work, so that a bad path fails first. Raises UserError.
     """
     _check_request(source, path, column, n=n, order=order, sha256=sha256)
     whole = _source(source, path, column, split=split, n=n)
@@ -123,7 +123,7 @@ def load_prompts(
 
 
 def _check_pin(prompts: PromptList, pin: str, *, longer: Iterable[Prompt], file_sha256: str | None) -> None:
-    """UserError unless `pin` is the sha256 of the file, of the list, or of the list with some of `longer` after it."""
+    """Raise UserError unless `pin` is the sha256 of the file, of the list, or of the list continued by `longer`."""
     if pin in (file_sha256, prompts.sha256):
         return
     digest = hashlib.sha256(prompts.to_jsonl())
@@ -136,7 +136,7 @@ def _check_pin(prompts: PromptList, pin: str, *, longer: Iterable[Prompt], file_
 
 
 def prompt_list(texts: Iterable[str]) -> PromptList:
-    """Texts given in Python as prompts, numbered. UserError unless they are some strings with text in them."""
+    """Number texts given in Python as prompts. UserError unless they are one or more strings that are not blank."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts or not all(is_text(text) and text.strip() for text in texts):
         raise fault("prompts", "must be one or more strings with text in them", "give captions")

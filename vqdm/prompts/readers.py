@@ -1,4 +1,4 @@
-"""All prompts of a file: read by its suffix, cleaned, with ids that are unique."""
+"""The prompts of a file: read according to its suffix, cleaned, with unique ids."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from vqdm.prompts.coco import read_coco
 from vqdm.prompts.tables import Row, read_jsonl, read_table, read_text
 from vqdm.prompts.text_files import decode, fault, is_text, listed, read_bytes
 
-MAX_CHARACTERS = 10_000  # of one prompt; longer is a broken file, and text encoders see some 300 characters
+MAX_CHARACTERS = 10_000  # in one prompt; a longer one means a broken file, and text encoders see some 300 characters
 _PLAIN_ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 READERS: dict[str, Callable[..., tuple[list[Row], str]]] = {
@@ -26,11 +26,11 @@ READERS: dict[str, Callable[..., tuple[list[Row], str]]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and what to call it; `image` is no part of its identity."""
+    """A text and its id; `image` is not part of its identity."""
 
     id: str
     text: str
-    image: str | None = field(default=None, compare=False)  # of the file: name of the image it is a caption of
+    image: str | None = field(default=None, compare=False)  # name of the image it describes, if known
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PromptFile:
 
 
 def read_file(path: Path, *, column: str | None, split: str) -> PromptFile:
-    """All prompts of a file that are not empty, and one line on where they come from."""
+    """Read all prompts of a file that are not empty, and say in one line where they come from."""
     data = read_bytes(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -67,7 +67,7 @@ def _ids(rows: Sequence[Row], kept: Sequence[int]) -> list[str]:
 
 
 def _clean(row: Row) -> str:
-    """White space collapsed; refuses what cannot be a prompt."""
+    """The row's text with white space collapsed; UserError if it cannot be a prompt."""
     if len(row.text) > MAX_CHARACTERS:
         size = f"a prompt of {len(row.text)} characters, more than {MAX_CHARACTERS}"
         raise fault(row.where, size, "shorten it (is a quote left open, or is this not a text file?)")
@@ -77,7 +77,7 @@ def _clean(row: Row) -> str:
 
 
 def _image(name: Any) -> str | None:
-    """A file's name, perhaps below folders, that cannot lead out of where it is looked up; else None."""
+    """The image's file name, perhaps below folders; None if it could lead out of the folder it is looked up in."""
     if not is_text(name) or not name.strip() or "\\" in name or ":" in name:
         return None
     path = PurePosixPath(name.strip())

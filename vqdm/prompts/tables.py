@@ -1,4 +1,4 @@
-"""Prompts of .csv, .tsv, .jsonl and .txt files: every row is one, as it is."""
+"""Prompts from .csv, .tsv, .jsonl and .txt files: every row is one, as it stands."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ _QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file, before it is checked; `where` is what an error calls it."""
+    """One row of a file, not yet checked; `where` names it in errors."""
 
     where: str
     text: str
@@ -62,14 +62,17 @@ def read_jsonl(text: str, name: str, *, column: str | None, **_: Any) -> tuple[l
 
 
 def _is_plain_tsv(text: str) -> bool:
-    """Many .tsv files (PartiPrompts) know no quoting: there, a quote that opens a prompt is part of the prompt."""
+    """True for a .tsv file without quoting, like PartiPrompts', where a quote that opens a prompt is part of it."""
     rows = [line.rstrip("\n").split("\t") for line in io.StringIO(text, newline=None) if line.strip()]
     as_wide = all(len(row) == len(rows[0]) for row in rows)
     return as_wide and not any(_QUOTED_FIELD.fullmatch(field) for row in rows for field in row)
 
 
 def read_table(text: str, name: str, *, column: str | None, delimiter: str = ",", **_: Any) -> tuple[list[Row], str]:
-    """Quoted fields may hold delimiters, doubled quotes and line breaks; every row is as wide as the header."""
+    """Read a table whose quoted fields may hold delimiters, doubled quotes and line breaks.
+
+    All rows are equally wide.
+    """
     quoting = csv.QUOTE_NONE if delimiter == "\t" and _is_plain_tsv(text) else csv.QUOTE_MINIMAL
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     rows: list[Row] = []

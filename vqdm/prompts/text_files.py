@@ -1,4 +1,4 @@
-"""Bytes, text and JSON of a file that nobody vouches for; every fault is one line that names the file."""
+"""Bytes, text and JSON from an untrusted file; every fault is one line that names the file."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates that UTF-8 ca
 
 
 def fault(where: str | Path, problem: str, cure: str) -> UserError:
-    """One line whatever names and texts an untrusted file puts into it."""
+    """A UserError of one line, whatever names and texts an untrusted file puts into it."""
     return UserError(" ".join(f"{where}: {problem}; {cure}".split()))
 
 
@@ -52,7 +52,7 @@ def read_bytes(path: Path) -> bytes:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise fault(path, f"is larger than {MAX_FILE_BYTES // 2**20} MiB", "keep the rows that are needed")
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~name of nobody
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a ~name that is no user
         raise fault(path, f"cannot be read ({error})", "correct the path or its permissions") from error
 
 
@@ -68,19 +68,19 @@ def decode(data: bytes, name: str) -> str:
 
 
 def parse_json(text: str, name: str, line: int | None = None) -> Any:
-    """`line` is where the text stands in its file, when it is one line of it."""
+    """Parse JSON; `line` is the text's line number in its file, if it is one line of it."""
     where = name if line is None else f"{name} line {line}"
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
         raise fault(name, f"is not JSON ({place}: {error.msg})", "mend or fetch it again") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or brackets thousands deep
         raise fault(where, f"is JSON that cannot be read ({error})", "mend or fetch it again") from error
 
 
 def json_lines(text: str, name: str) -> Iterable[tuple[int, dict]]:
-    """(line number from 1, object); only line feeds end a line, as U+2028 may stand inside a JSON string."""
+    """(line number from 1, object) for each line; only line feeds end one, as a JSON string may hold U+2028."""
     for line, content in enumerate(io.StringIO(text, newline=None), 1):
         if not content.strip():
             continue

@@ -1,4 +1,4 @@
-"""How many tokens prompts have, and what a text encoder does not see of them."""
+"""Token counts of prompts, and how much of them a text encoder does not see."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +7,10 @@ from vqdm.prompts.lists import PromptList
 
 
 def token_report(prompts: PromptList | Iterable[str], tokenizer: Any, max_length: int) -> dict[str, int]:
-    """What a text encoder of `max_length` tokens does not see of the prompts.
+    """Counts of tokens in the prompts, of unknown ones, and of those that a text encoder of `max_length` does not see.
 
-    Counts are of content tokens, without start and end. CLIP names its end token as the unknown one too, and
-    being byte-level knows every text: there `unknown` is 0.
+    Start and end tokens are not counted. CLIP's end token is also its unknown token, but CLIP works on bytes and knows
+    every text: there `unknown` is 0.
     """
     texts = prompts.texts if isinstance(prompts, PromptList) else list(prompts)
     room = max_length - tokenizer.num_special_tokens_to_add()
@@ -30,7 +30,7 @@ def token_report(prompts: PromptList | Iterable[str], tokenizer: Any, max_length
 
 
 def one_line(report: dict[str, int]) -> str:
-    """A `token_report` as a person reads it."""
+    """A `token_report` as a line for people."""
     text = f"{report['prompts']} prompts, {report['tokens']} tokens, {report['unknown']} unknown"
     if not report["truncated_prompts"]:
         return f"{text}, none truncated"

@@ -1,4 +1,4 @@
-"""Which device, and why: decided once, printed, and kept in every manifest."""
+"""The device and the reason for it: decided once, printed, and kept in every manifest."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ class Device:
 
 
 def resolve_device(wanted: str, *, threads: int | None) -> Device:
-    """`auto` takes a GPU where torch sees one; also sets torch's CPU threads."""
+    """The device to run on; `auto` takes a GPU where torch sees one. Also sets torch's number of CPU threads."""
     import torch
 
     from vqdm.runs import processes
@@ -38,14 +38,14 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
 
 
 def encoding_room() -> int:
-    """Bytes of the host's memory that layers which are encoded at the same time may take together."""
+    """Bytes of the host's memory that all layers encoded at the same time may take together."""
     import psutil
 
     return int(0.8 * psutil.virtual_memory().available)
 
 
 class MemoryGate:
-    """Lets threads through as long as what they hold together is within `room` bytes; one alone always."""
+    """Lets threads through while the memory they hold together stays within `room` bytes; one alone always passes."""
 
     def __init__(self, room: int):
         self.room, self._held, self._changed = room, 0, threading.Condition()
@@ -65,7 +65,7 @@ class MemoryGate:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """torch computes on one CPU thread inside, in threads that are started inside too: sums then have one order."""
+    """Limit torch to one CPU thread inside, also in threads started inside: sums are then always in the same order."""
     import torch
 
     threads = torch.get_num_threads()
@@ -78,7 +78,7 @@ def one_thread_each() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Convolutions on a GPU in float32 inside; by default cuDNN rounds what goes into them to the 10 bits of TF32."""
+    """Keep GPU convolutions in float32 inside; by default cuDNN rounds their inputs to the 10 bits of TF32."""
     import torch
 
     before = torch.backends.cudnn.allow_tf32

@@ -50,28 +50,31 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, obj) -> None:
-    """Indented, since these files are read by people too."""
+    """Write JSON, indented, since people read these files too."""
     atomic_write(path, (json.dumps(obj, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def canonical_json(obj) -> bytes:
-    """The same bytes for equal JSON values. The round trip first makes tuples lists and number keys strings."""
+    """JSON bytes that are equal for equal values.
+
+    The round trip first turns tuples into lists and number keys into text.
+    """
     plain = json.loads(json.dumps(obj))
     return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
 
 def write_sealed(path: Path, obj: dict) -> None:
-    """`write_json` with the sha256 of everything else under "sha256", since nothing else vouches for this file."""
+    """Write JSON with the sha256 of all its other content under "sha256", since nothing else vouches for this file."""
     write_json(path, obj | {"sha256": hashlib.sha256(canonical_json(obj)).hexdigest()})
 
 
 def read_sealed(path: Path) -> dict | None:
-    """What `write_sealed` wrote, without the seal; None if there is no file, ValueError if it was damaged."""
+    """Content that `write_sealed` wrote, without the seal; None if there is no file, ValueError if it is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+    except ValueError as error:  # the parent of both UnicodeDecodeError and JSONDecodeError
         raise ValueError("is not readable as JSON") from error
     seal = content.pop("sha256", None) if isinstance(content, dict) else None
     if seal != hashlib.sha256(canonical_json(content)).hexdigest():
@@ -90,7 +93,10 @@ def describe_file(path: Path) -> dict:
 
 
 def file_fault(path: Path, expected: dict, *, hashed: bool = True) -> str | None:
-    """What is wrong with a file against its `describe_file`, in words, or None. Without `hashed`: its size only."""
+    """A description of how a file differs from its `describe_file`, or None.
+
+    Without `hashed` only its size is compared.
+    """
     try:
         size = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):

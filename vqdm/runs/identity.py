@@ -1,4 +1,4 @@
-"""A model's identity when it has no hub revision: the hash of its files."""
+"""The identity of a model without a hub revision: the hash of its files."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from vqdm.runs.files import canonical_json, sha256_file, write_json
 
 
 def files_identity(directory_or_file: Path, cache: Path) -> str:
-    """sha256 over (relative path, sha256) of the model's files. `cache` is a JSON file that is made when missing.
+    """sha256 over (relative path, sha256) of the model's files. `cache` is a JSON file, made when it is missing.
 
     File hashes are cached by (path, size, mtime), since hashing 7 GB at every start would take longer than planning.
     Hidden files and *.md are left out: a download's bookkeeping or an edited model card does not make another model.
@@ -27,7 +27,7 @@ def files_identity(directory_or_file: Path, cache: Path) -> str:
 
 
 def file_identity(path: Path, cache: Path) -> str:
-    """sha256 of one file's bytes, cached likewise."""
+    """sha256 of one file's bytes, cached in the same way."""
     known, key = _read_cache(cache), str(path.resolve())
     fresh = _hashed(path, known)
     if known.get(key) != fresh:

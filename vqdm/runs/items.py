@@ -28,7 +28,7 @@ def _sidecar(directory: Path, name: str) -> Path:
 def write_item(directory: Path, name: str, files: dict[str, bytes], record: dict) -> None:
     """Write `files` (path relative to `directory` -> bytes), then the sidecar that makes the item count as done."""
     sidecar = _sidecar(directory, name)
-    sidecar.unlink(missing_ok=True)  # an item written over another is not done while it is neither
+    sidecar.unlink(missing_ok=True)  # while the files are those of neither item, nothing may count as done
     described = {}
     for relative, data in files.items():
         atomic_write(directory / relative, data)
@@ -37,7 +37,7 @@ def write_item(directory: Path, name: str, files: dict[str, bytes], record: dict
 
 
 def read_item(directory: Path, name: str) -> dict | None:
-    """The item's record if it is whole; None if there is none, or if it is damaged, which is said in one line."""
+    """The item's record if the item is whole; None if there is none, or if it is damaged (logged in one line)."""
     sidecar = _sidecar(directory, name)
     try:
         content = read_sealed(sidecar)
@@ -52,7 +52,7 @@ def read_item(directory: Path, name: str) -> dict | None:
 
 
 def peek(directory: Path, name: str) -> Item:
-    """An item's record and its files' checksums, without a look at the files: for those who only read the directory.
+    """An item's record and its files' checksums without a look at the files, for code that only reads the directory.
 
     Raises UserError if the sidecar is missing or does not match its own checksum: the run that made it mends it.
     """
@@ -68,12 +68,12 @@ def peek(directory: Path, name: str) -> Item:
 
 
 def item_names(directory: Path, prefix: str = "") -> list[str]:
-    """Names of the items that begin with `prefix`, sorted; whether they are whole, `read_item` says."""
+    """Names of the items that begin with `prefix`, sorted; `read_item` tells whether they are whole."""
     return sorted(path.stem for path in (directory / "items").glob(f"{prefix}*.json"))
 
 
 def remove_item(directory: Path, name: str, files: list[str]) -> None:
-    """Its sidecar first: what is left of a removal that was cut off is no item."""
+    """Remove an item, its sidecar first: whatever an interrupted removal leaves then no longer counts as an item."""
     _sidecar(directory, name).unlink(missing_ok=True)
     for relative in files:
         (directory / relative).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One process at a time in a directory, by a lock of the kernel (flock): it ends with its process, even by kill -9."""
+"""One process at a time in a directory, by a kernel lock (flock), which ends with its process, even after kill -9."""
 
 import logging
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ log = logging.getLogger("vqdm")
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make the directory and hold its lock; says so in one line when another process has it and this one waits."""
+    """Make the directory and hold its lock; logs one line when it has to wait for another process."""
     lock = FileLock(directory / LOCK)
     if not _acquire(lock, directory, timeout=0):
         log.info("%s: another process is working in it; waiting", directory)
@@ -43,7 +43,10 @@ def lock_if_free(directory: Path) -> Iterator[bool]:
 
 
 def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
-    """Whether the lock could be had in time. Starts over when the directory was pruned meanwhile."""
+    """Acquire the lock and return True, or False when time runs out.
+
+    Starts over if the directory was pruned meanwhile.
+    """
     while True:
         try:
             with _unwritable_is_mendable(directory):
@@ -55,7 +58,7 @@ def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
             continue
         if (directory / LOCK).exists():
             return True
-        lock.release()  # locked a file that was renamed away with its directory
+        lock.release()  # the locked file was renamed away with its directory
 
 
 @contextmanager

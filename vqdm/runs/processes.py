@@ -1,7 +1,7 @@
-"""The processes of one run, started by `torchrun` or `accelerate launch`; without these there is one.
+"""The processes of one run, as started by `torchrun` or `accelerate launch`; without these there is just one.
 
-A stage that one process can make is made by whichever takes the store's lock first; the others wait and find it done.
-Distillation works on one stage together: `together`. Images and their features are shared out: `opened`, `my_share`.
+A stage for one process is made by whichever takes the store's lock first; the others wait and find it done.
+In distillation all work on one stage (`together`); images and their features are shared out (`opened`, `my_share`).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ LONGEST_WAIT = datetime.timedelta(days=7)  # for a process that makes a stage al
 
 
 def launched() -> bool:
-    """Whether there are others; before torch is imported."""
+    """True if this is one of several processes; works before torch is imported."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -32,7 +32,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def is_main() -> bool:
-    """Whether this one speaks and writes."""
+    """True for the one process that logs and writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -45,7 +45,7 @@ def join(*, cpu: bool) -> None:
 
 
 def leave() -> None:
-    """Part from the others; without it they may wait for each other for ever when Python ends."""
+    """Leave the group of processes; without this they may wait for each other for ever when Python ends."""
     if (group := _group()) is not None:
         group.destroy_process_group()
 
@@ -74,7 +74,7 @@ def sum_over(tensor):
 
 
 def _announced(value):
-    """What the main process says; the others give None."""
+    """Broadcast the main process's value to all; the other processes pass None."""
     told = [value]
     if (group := _group()) is not None:
         group.broadcast_object_list(told, src=0)
@@ -91,13 +91,13 @@ def opened(store: Store, stage: Stage) -> Iterator[Path]:
 
 
 def my_share(find_pending: Callable[[], list]) -> list:
-    """Every n-th of what the main process finds to do. The others do not look: it may be writing there by then."""
+    """Every n-th item that the main process finds pending. The others do not look: it may already be writing there."""
     rank, count = rank_and_count()
     return _announced(find_pending() if rank == 0 else None)[rank::count]
 
 
 def check_agreement(identity: str) -> None:
-    """UserError in a process that would make something else than the main one, and so wait for it for ever."""
+    """Raise UserError in a process whose result would differ from the main one's; it would wait for ever."""
     if _announced(identity) != identity:
         raise UserError(
             "this process would make something else than the main one: files of models, prompts or metrics' weights "
@@ -106,7 +106,7 @@ def check_agreement(identity: str) -> None:
 
 
 def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], **options) -> Path:
-    """`Store.ensure`, with its options, by the main process, which the others wait for."""
+    """Run `Store.ensure`, with its options, in the main process, while the others wait for it."""
     if is_main():
         store.ensure(stage, make, **options)
     wait_for_all()
@@ -114,7 +114,10 @@ def by_main(store: Store, stage: Stage, make: Callable[[Path], dict | None], **o
 
 
 def together(store: Store, stage: Stage, make: Callable[[Path], dict | None], *, environment: dict) -> Path:
-    """`Store.ensure` for a stage that all processes make at once: they all call `make`, the main one with the lock."""
+    """Run `Store.ensure` for a stage that all processes make at once.
+
+    All call `make`, and the main one holds the lock.
+    """
     if not is_main():
         directory = store.directory(stage)
         if _announced(None):

@@ -1,4 +1,4 @@
-"""Which code made an artifact: git commit and library versions, found out without importing any of the libraries."""
+"""The code that made an artifact: git commit and library versions, found without importing any of the libraries."""
 
 import platform
 import subprocess

@@ -48,9 +48,9 @@ log = logging.getLogger("vqdm")
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage's output depends on. `label` is for people and is not hashed; devices and paths do not belong here.
+    """Everything a stage's output depends on. `label` is for people and not hashed; no devices or paths here.
 
-    `config` is JSON-able. An upstream that is a string is an identity by itself, such as the hash of a model's files.
+    `config` can be written as JSON. An upstream that is a string is itself an identity, such as a hash of files.
     """
 
     name: str
@@ -113,7 +113,10 @@ class Store:
         return self.root / "stages" / stage.name / stage.directory_name
 
     def status(self, stage: Stage) -> Literal["done", "partial", "missing"]:
-        """For listing a plan: looks at sizes, hashes nothing. A stage of `open` is never "done": count its items."""
+        """State of a stage, for listing a plan, from file sizes alone.
+
+        A stage of `open` is never "done": count its items.
+        """
         directory = self.directory(stage)
         _refuse_collision(directory, stage)
         if not _faults(directory, stage.fingerprint, hashed=False):
@@ -132,10 +135,10 @@ class Store:
         """The stage's directory, made now unless it is there and every file matches its checksum.
 
         `make(directory)` writes the files; what it returns is kept in the manifest under "summary". `environment`
-        (device and its reason, dtype, …) is kept there too. holds: whether what is there is of the upstream files as
-        they are now; for upstream stages of `open`, whose files may be made again on another device. scratch: patterns
-        of paths below the directory that serve only to go on after a stop: they are removed once the manifest, which
-        does not list them, says that the rest is whole.
+        (device and its reason, dtype, …) is kept there too. `holds` tells whether a finished stage was made from the
+        upstream files as they are now: those of `open` may be remade on another device.
+        scratch: patterns of paths below the directory that serve only to go on after a stop. They are removed once the
+        manifest, which does not list them, says that the rest is whole.
         Raises UserError on a full disk or a fingerprint collision.
         """
         directory = self.directory(stage)
@@ -149,7 +152,7 @@ class Store:
             _remove_scratch(directory, scratch)
             return directory
         with locked(directory), full_disk_is_mendable(directory):
-            _refuse_collision(directory, stage)  # again, as another process may have been here meanwhile
+            _refuse_collision(directory, stage)  # checked again: another process may have been here meanwhile
             if faults := found_faults():
                 _announce(directory, faults)
                 _clear(directory, faults)
@@ -163,12 +166,15 @@ class Store:
         return directory
 
     def summary(self, stage: Stage) -> dict:
-        """What `make` returned when the stage, which is done, was made."""
+        """The summary of a finished stage: what `make` returned."""
         return json.loads((self.directory(stage) / MANIFEST).read_bytes())["summary"]
 
     @contextmanager
     def open(self, stage: Stage) -> Iterator[Path]:
-        """The locked directory of a stage that can always be extended (images). Its items alone say what is done."""
+        """Lock and yield the directory of a stage that can always be extended (images).
+
+        Its items alone tell what is done.
+        """
         directory = self.directory(stage)
         with locked(directory), full_disk_is_mendable(directory):
             _refuse_collision(directory, stage)
@@ -177,9 +183,9 @@ class Store:
             yield directory
 
     def record_run(self, experiment: str, payload: dict) -> Path:
-        """Write runs/<experiment>/<fp8>.json; fp8 from payload["fingerprint"].
+        """Write runs/<experiment>/<fp8>.json, with fp8 from payload["fingerprint"].
 
-        payload["stages"] names *all* stage directories of the run, upstream too: `prune` spares nothing else.
+        payload["stages"] names *all* stage directories of the run, upstream ones included: `prune` keeps nothing else.
         """
         stages = [self._relative(directory) for directory in payload["stages"]]
         path = self.root / "runs" / experiment / f"{payload['fingerprint'][:8]}.json"
@@ -193,7 +199,10 @@ class Store:
         return directory.as_posix()
 
     def runs(self) -> Iterator[tuple[Path, dict]]:
-        """(file, payload) of every recorded run. A damaged one is an error: `prune` must not take it for no run."""
+        """(file, payload) of every recorded run.
+
+        A damaged file is an error: `prune` must not treat it as no run at all.
+        """
         for path in sorted((self.root / "runs").rglob("*.json")):
             try:
                 payload = json.loads(path.read_bytes())
@@ -225,7 +234,7 @@ class Store:
                     _discard(entry.directory)
                 removed.append(entry)
         if not dry_run:
-            for leftover in (self.root / "stages").glob(f"*/{TRASH}*"):  # of a prune that was killed
+            for leftover in (self.root / "stages").glob(f"*/{TRASH}*"):  # left by a prune that was killed
                 shutil.rmtree(leftover)
         return removed
 
@@ -235,14 +244,14 @@ def _fingerprint(identity: dict) -> str:
 
 
 def _discard(directory: Path) -> None:
-    """Rename first: a kill in the middle of the deletion must not leave a stage that still looks done."""
+    """Delete a stage, renaming it first: a kill halfway must not leave a stage that still looks done."""
     trash = directory.with_name(f"{TRASH}{os.getpid()}-{directory.name}")
     directory.rename(trash)
     shutil.rmtree(trash)
 
 
 def _refuse_collision(directory: Path, stage: Stage) -> None:
-    """UserError if the directory belongs to another config whose hash begins with the same eight digits.
+    """Raise UserError if the directory belongs to another config whose hash begins with the same eight digits.
 
     A config.json that does not hash to the directory's own name is merely damaged, and will be written anew.
     """
@@ -256,7 +265,7 @@ def _refuse_collision(directory: Path, stage: Stage) -> None:
 
 
 def _stored_config(directory: Path) -> dict | None:
-    """None if there is none, or none that can be read: it is written anew then."""
+    """The directory's config.json; None if it is missing or unreadable, in which case it is written anew."""
     try:
         config = json.loads((directory / CONFIG).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -308,7 +317,7 @@ def _faults(directory: Path, fingerprint: str, *, hashed: bool = True) -> dict[s
 
 
 def _announce(directory: Path, faults: dict[str, str]) -> None:
-    """One line on why a directory that is there is worked on; none for a fresh one."""
+    """Log in one line why an existing directory is worked on; nothing for a fresh one."""
     if (directory / MANIFEST).exists():
         name, fault = next(iter(faults.items()))
         others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
@@ -318,7 +327,7 @@ def _announce(directory: Path, faults: dict[str, str]) -> None:
 
 
 def _clear(directory: Path, faults: dict[str, str]) -> None:
-    """Remove what cannot be trusted, the manifest first, so that a kill between leaves an unfinished stage."""
+    """Remove files that cannot be trusted, the manifest first, so that a kill in between leaves an unfinished stage."""
     for name in (MANIFEST, *faults):
         (directory / name).unlink(missing_ok=True)
     _remove_temporaries(directory)
@@ -347,7 +356,7 @@ def _remove_scratch(directory: Path, scratch: tuple[str, ...]) -> None:
 
 
 def _remove_temporaries(directory: Path) -> None:
-    """What an interrupted write left behind; nobody else writes here while the lock is held."""
+    """Remove what an interrupted write left behind; nobody else writes here while the lock is held."""
     for path in directory.rglob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
@@ -382,7 +391,10 @@ def _entry(directory: Path, runs: list[str]) -> StageEntry:
 
 
 def _state(directory: Path) -> Literal["done", "partial", "open"]:
-    """As far as the directory itself tells; sizes only. "open" is a stage of `Store.open`, which never gets done."""
+    """State of a directory, judged by itself and by sizes only.
+
+    "open" is a stage of `Store.open`, which is never done.
+    """
     config = _stored_config(directory) or {}
     if config.get("extendable"):
         return "open"

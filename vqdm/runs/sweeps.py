@@ -21,7 +21,7 @@ from pathlib import Path
 from vqdm.runs.files import canonical_json, write_json
 
 SWEEP, JOB, LOG = "sweep.json", "job.json", "log.txt"
-RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: where it says which run record is its own
+RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: the file in which the job names its own run record
 UNKNOWN = "has not said how it ended: killed with its launcher, or still at work"
 # overrides that change no result: the same sweep goes on under the same name
 UNNAMED = ("results_dir.", "threads.", "device.", "show_layers.", "tracker.")
@@ -33,7 +33,7 @@ def _key(override: str) -> str:
 
 
 def sweep_name(overrides: list[str], swept: list[str]) -> str:
-    """A directory's name, the same for the same sweep: experiment, what varies, and a hash of all that counts."""
+    """A directory name that is the same for the same sweep: experiment, what varies, and a hash of all that counts."""
     counting = [o for o in overrides if _key(o) in swept or not f"{_key(o)}.".startswith(UNNAMED)]
     values = {_key(o): o.partition("=")[2] for o in overrides}
     first = values.get("name") or values.get("experiment") or values.get("table") or "sweep"
@@ -47,7 +47,7 @@ def write_sweep(directory: Path, *, overrides: list[str], swept: list[str]) -> N
 
 
 def job_label(directory: Path, overrides: list[str]) -> str:
-    """What tells a job from its siblings: its own values of the keys that vary, if any do. directory: the sweep's."""
+    """The label that tells a job from its siblings: its values of the keys that vary. directory: the sweep's."""
     swept = json.loads((directory / SWEEP).read_text())["swept"]
     return " ".join(o.lstrip("+") for o in overrides if _key(o) in swept)
 
@@ -55,10 +55,10 @@ def job_label(directory: Path, overrides: list[str]) -> str:
 def run_job(
     command: list[str], directory: Path, *, number: int, overrides: list[str], label: str, show: bool
 ) -> str | None:
-    """One job to its end, in a process of its own. Returns its error, None if it is done.
+    """Run one job to its end in a process of its own. Returns its error, or None if it succeeded.
 
-    directory: the job's. show: what it says comes to this terminal too, beside its log. W&B groups the runs by the
-    sweep, unless told otherwise.
+    directory: the job's. show: print its output on this terminal too, besides writing it to its log. W&B groups the
+    runs by sweep, unless told otherwise.
     """
     directory.mkdir(parents=True, exist_ok=True)
     job = {"number": number, "overrides": overrides, "label": label, "error": UNKNOWN}
@@ -90,7 +90,7 @@ def _run(command: list[str], log: Path, environment: dict[str, str], *, show: bo
 
 
 def _tee(stream, log: Path) -> None:
-    """As it comes, so that progress bars move."""
+    """Copy a stream to the log and to stderr as it comes, so that progress bars move."""
     with log.open("wb") as file:
         for chunk in iter(stream.read1, b""):
             file.write(chunk)
@@ -101,7 +101,7 @@ def _tee(stream, log: Path) -> None:
 
 @contextlib.contextmanager
 def _stopped_with_us(process: subprocess.Popen):
-    """Ctrl-C reaches a job by itself, another signal does not; it gets time to finish its tracker."""
+    """Stop the job when this process is stopped. Ctrl-C reaches it anyway; it gets time to finish its tracker."""
     try:
         yield
     except BaseException:
@@ -110,24 +110,24 @@ def _stopped_with_us(process: subprocess.Popen):
                 process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 stop()
-        process.wait()  # after a Ctrl-C `with` alone would not
+        process.wait()  # after Ctrl-C, `with` alone would not wait
         raise
 
 
 def say_run(record: dict | None) -> None:
-    """In a job's process: which run record is its own, for `jobs_of_sweep`."""
+    """Tell the sweep, from within a job's process, which run record is the job's own (read by `jobs_of_sweep`)."""
     if record is not None and RUN_FILE in os.environ:
         name = f"runs/{record['experiment']}/{record['fingerprint'][:8]}.json"
         write_json(Path(os.environ[RUN_FILE]), {"run": name})
 
 
 def jobs_of_sweep(directory: Path) -> list[dict]:
-    """What is known of each job, by number; `run` is relative to results."""
+    """Everything known about each job, in order of their numbers; `run` is relative to results."""
     return sorted((json.loads(path.read_text()) for path in directory.glob(f"*/{JOB}")), key=lambda job: job["number"])
 
 
 def failures(directory: Path) -> list[str]:
-    """One line for each job that is not done, and one on how to go on; empty when all are."""
+    """Lines for the user: one for each job that is not done, and one on how to go on; empty when all are done."""
     jobs = jobs_of_sweep(directory)
     lines = [
         f"error: job {job['number']} ({job['label']}): {job['error']}; its log: {directory / str(job['number']) / LOG}"

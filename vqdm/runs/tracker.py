@@ -1,4 +1,4 @@
-"""Experiment tracking: the only file that imports wandb. Without it, a tracker that does nothing."""
+"""Experiment tracking. The only file that imports wandb; with tracking off, a tracker that does nothing."""
 
 import json
 import logging
@@ -11,29 +11,29 @@ from vqdm.runs import processes
 
 log = logging.getLogger("vqdm")
 MAX_IMAGES = 32
-MAX_NAME = 128  # characters of an artifact
+MAX_NAME = 128  # characters in the name of an artifact
 
 
 class NullTracker:
     id: str | None = None
 
     def log(self, values: dict) -> None:
-        """Numbers, by name; slashes make sections."""
+        """Log numbers by name; slashes make sections."""
 
     def table(self, name: str, rows: list[dict]) -> None:
-        """A table of records; a key that a record lacks is an empty cell."""
+        """Log a table of records; a key that a record lacks becomes an empty cell."""
 
     def images(self, name: str, paths: list[Path], captions: list[str]) -> None:
-        """At most 32 images with captions."""
+        """Log images with captions, at most 32."""
 
     def figures(self, paths: list[Path]) -> None:
-        """Pictures of plots, those that are there, by the names of their files."""
+        """Log pictures of plots by their file names; missing files are passed over."""
 
     def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
-        """Where a stage left a denoiser, and what it came from. A reference: no weights leave the machine."""
+        """Log a reference to a denoiser that a stage made, and what it came from; no weights leave the machine."""
 
     def finish(self, *, failed: bool) -> None:
-        """Always called, also when the run fails."""
+        """End the run; always called, also when it fails."""
 
 
 class WandbTracker(NullTracker):
@@ -65,9 +65,9 @@ class WandbTracker(NullTracker):
             self.run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in there})
 
     def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
-        """Digests are of places, not of bytes: a place names what went into it, and its manifest holds every sha256.
+        """Log the reference by path, without hashing bytes: the path names what went into it.
 
-        `use_artifact` would say what a run started from, but wandb refuses it offline: `metadata` says that.
+        `use_artifact` would tell what a run started from, but wandb refuses it offline, so `metadata` does.
         """
         import wandb
 
@@ -81,12 +81,12 @@ class WandbTracker(NullTracker):
 
 
 def _cell(value):
-    """Numbers stay numbers, so that W&B can sort and plot them."""
+    """A table cell: numbers stay numbers, so that W&B can sort and plot them; other values become JSON."""
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
 def _mode(mode: str) -> str:
-    """Offline unless a key is there: without network, an online start blocks for minutes."""
+    """The W&B mode: offline unless there is a key, since an online start without network blocks for minutes."""
     if mode != "auto":
         return mode
     asked = os.environ.get("WANDB_MODE")
@@ -98,7 +98,7 @@ def _mode(mode: str) -> str:
 def start_tracker(
     *, kind: str, mode: str, project: str, group: str | None, name: str, run_id: str, settings: dict, directory: Path
 ) -> NullTracker:
-    """One run per experiment; its id is the result's fingerprint, so a resumed run continues the same one.
+    """Start the tracker's run of an experiment; its id is the result's fingerprint, so a resumed run continues it.
 
     kind, mode, project, group: as in `TrackerConfig`.
     """

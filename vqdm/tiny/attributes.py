@@ -1,4 +1,4 @@
-"""What is in a picture of the tiny world, and does it match the caption?
+"""A network that reads the attributes of a picture of the tiny world, and their agreement with the caption.
 
 `AttributeNet` is the tiny world's evaluator: its 64 features serve FID and KID, its heads serve caption fidelity.
 It takes part in no training loss of the denoiser, the VAE or the text encoders.
@@ -56,7 +56,7 @@ class AttributeNet(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the network sees: things are (shape, colour, size); the first is left of / above the second."""
+    """The attributes the network sees: things are (shape, colour, size); the first is left of or above the second."""
 
     layout: str
     things: tuple[tuple[str, str, str], ...]
@@ -66,13 +66,13 @@ class Seen:
 
 @torch.no_grad()
 def labels(net: AttributeNet, features: torch.Tensor) -> torch.Tensor:
-    """Most probable value of each attribute of each row of features: int64 [n, attributes], in the order of VALUES."""
+    """Most probable value of each attribute for each row of features: int64 [n, attributes], in the order of VALUES."""
     logits = net.logits(features)
     return torch.stack([logits[name].argmax(-1) for name in VALUES], dim=1)
 
 
 def seen_by(found: torch.Tensor) -> list[Seen]:
-    """What `labels` say, in words."""
+    """The indices of `labels` turned into words."""
     columns = zip(VALUES.values(), found.T.tolist(), strict=True)
     named = dict(zip(VALUES, ([values[i] for i in indices] for values, indices in columns), strict=True))
     slots = [list(zip(named[f"shape{s}"], named[f"colour{s}"], named[f"size{s}"], strict=True)) for s in (0, 1)]
@@ -85,12 +85,12 @@ def seen_by(found: torch.Tensor) -> list[Seen]:
 
 
 def look(net: AttributeNet, features: torch.Tensor) -> list[Seen]:
-    """Most probable attributes of each row of features."""
+    """Most probable attributes for each row of features."""
     return seen_by(labels(net, features))
 
 
 def as_seen(scene: Scene) -> Seen:
-    """The truth about a rendered scene."""
+    """The true attributes of a scene, in the form in which the network reports what it sees."""
     things = tuple((t.shape, t.colour, t.size) for t in scene.things)
     return Seen(scene.layout, things, scene.background, scene.pattern)
 
@@ -110,7 +110,7 @@ def targets_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 
 def _pairings(request: Request, seen: Seen) -> list[list[tuple]]:
-    """Ways to pair requested with seen things, the one that agrees with the layout first."""
+    """Ways to pair the requested things with those seen, the pairing that fits the layout first."""
     if len(request.things) == 1:
         return [[(request.things[0], thing)] for thing in seen.things]
     first, second = seen.things if len(seen.things) == 2 else (*seen.things, MISSING)
@@ -127,7 +127,7 @@ def _agreements(pairs: list[tuple]) -> list[tuple[str, bool]]:
 
 
 def fidelity(request: Request, seen: Seen) -> dict[str, tuple[int, int]]:
-    """Per attribute kind (found, asked). Things are paired the best way; a swap costs the relation, not the colours."""
+    """(found, asked) for each kind of attribute. Things are paired the best way: a swap costs the relation only."""
     options = _pairings(request, seen)
     scored = [(sum(ok for _, ok in _agreements(pairs)), -order, pairs) for order, pairs in enumerate(options)]
     _, order, pairs = max(scored, key=lambda option: option[:2])

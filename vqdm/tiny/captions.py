@@ -1,4 +1,4 @@
-"""Captions of the tiny world, and their inverse: which attributes does a caption ask for?
+"""Captions of the tiny world, and the way back: the attributes that a caption asks for.
 
 The grammar is small, but leaves things out as people do: a size or the background may go unsaid.
 `requested` reads a caption back, so an evaluator needs the text alone.
@@ -41,7 +41,7 @@ class RequestedThing:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a caption asks for; None = left open."""
+    """The attributes that a caption asks for; None where it leaves them open."""
 
     things: tuple[RequestedThing, ...]
     layout: str
@@ -60,7 +60,7 @@ def _noun_phrase(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """One caption; at most 22 words."""
+    """A caption for a scene, at most 22 words."""
     things = [_noun_phrase(thing, rng) for thing in scene.things]
     text = things[0] if scene.layout == "single" else _pick(rng, RELATIONS[scene.layout]).format(*things)
     if rng.random() < 0.85:
@@ -77,7 +77,7 @@ def caption_of(scene: Scene, *, seed: int, split: str, index: int) -> str:
 
 
 def requested(caption: str) -> Request | None:
-    """The attributes a caption asks for, or None when it is no caption of the tiny world."""
+    """The attributes that a caption asks for, or None if it is not a caption of the tiny world."""
     things: list[RequestedThing] = []
     size = colour = background = pattern = relation = None
     words = caption.lower().split()

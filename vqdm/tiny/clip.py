@@ -13,7 +13,7 @@ CLIP_CONFIG = {
 
 
 def clip_tokens(tokenizer, captions: list[str]) -> torch.Tensor:
-    """int64 [n, 24], zero padded: open_clip pools at the highest id, which is the end-of-text token's."""
+    """Token ids int64 [n, 24], padded with zeros: open_clip pools at the highest id, which is the end-of-text token."""
     length = CLIP_CONFIG["text_cfg"]["context_length"]
     rows = torch.zeros(len(captions), length, dtype=torch.int64)
     for row, ids in zip(rows, tokenizer(captions, truncation=True, max_length=length).input_ids, strict=True):

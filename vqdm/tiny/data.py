@@ -12,7 +12,7 @@ from vqdm.tiny.scenes import IMAGE_SIZE, WORLD_SEED, draw_scenes, render
 
 
 class SceneSet:
-    """n scenes of a split from `start` on: renders as uint8, one caption each."""
+    """n scenes of a split from `start` on: their renders as uint8, and one caption each."""
 
     def __init__(self, *, seed: int, split: str, n: int, start: int = 0):
         self.scenes = draw_scenes(seed, split, range(start, start + n))
@@ -26,12 +26,12 @@ class SceneSet:
         return torch.randint(len(self), (count,), generator=generator)
 
     def images(self, indices: torch.Tensor) -> torch.Tensor:
-        """float [n, 3, 32, 32] in [-1, 1]."""
+        """Chosen renders as float [n, 3, 32, 32] in [-1, 1]."""
         return torch.from_numpy(self.pixels[indices.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def scene_pixels(prompt_id: str) -> np.ndarray:
-    """The render of the scene that a prompt of the tiny world, `<split>-<index>`, describes: uint8 [32, 32, 3]."""
+    """The render of the scene behind a prompt id `<split>-<index>` of the tiny world: uint8 [32, 32, 3]."""
     split, _, index = prompt_id.rpartition("-")
     return render(draw_scenes(WORLD_SEED, split, [int(index)]))[0]
 

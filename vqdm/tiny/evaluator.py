@@ -1,4 +1,4 @@
-"""What the tiny world's two networks see of images, and the reference they are compared with."""
+"""The tiny world's two evaluation networks applied to images, and the reference to compare with."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from vqdm.tiny.clip import clip_tokens, load_clip
 
 
 class TinyWorld:
-    """What both networks see of images; they run on the CPU."""
+    """Both evaluation networks, run on the CPU."""
 
     def __init__(self, directory: Path):
         self.net = AttributeNet()
@@ -21,8 +21,9 @@ class TinyWorld:
 
     @torch.no_grad()
     def columns(self, images: list[np.ndarray], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
-        """uint8 [32, 32, 3] each -> {"features": [n, 64], "labels": [n, attributes], "image": unit vectors [n, 64],
-        "cosine": [n], if there are captions}.
+        """Features of images, uint8 [32, 32, 3] each, by name.
+
+        {"features": [n, 64], "labels": [n, attributes], "image": unit vectors [n, 64], "cosine": [n] with captions}.
         """
         pixels = to_tensor(np.stack(images))
         features = self.net(pixels)
@@ -40,5 +41,5 @@ def load_reference(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [n, h, w, 3] -> float [n, 3, h, w] in [-1, 1]."""
+    """Images uint8 [n, h, w, 3] as float [n, 3, h, w] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

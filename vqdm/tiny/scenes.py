@@ -14,7 +14,7 @@ import numpy as np
 from vqdm.seeds import numpy_generator
 
 IMAGE_SIZE = 32
-WORLD_SEED = 0  # of all scenes and captions; the tiny denoiser was trained on the split "train" of this seed
+WORLD_SEED = 0  # seeds all scenes and captions; the tiny denoiser was trained on the split "train" of this seed
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOURS = {
@@ -35,7 +35,7 @@ BACKGROUNDS = {
     "brown": (125, 85, 55),
 }
 PATTERNS = ("plain", "striped", "dotted", "checkered")
-LAYOUTS = ("single", "left", "above")  # of two objects, the first is left of / above the second
+LAYOUTS = ("single", "left", "above")  # the first of two objects is left of, or above, the second
 
 UNSEEN_PAIRS = frozenset(
     {
@@ -113,7 +113,7 @@ def _draw(rng: np.random.Generator) -> Scene:
 
 
 def draw_scene(seed: int, split: str, index: int) -> Scene:
-    """Scene number `index` of a split; rejects until the scene belongs to the split."""
+    """Scene number `index` of a split, drawn again until it belongs to that split."""
     rng = numpy_generator(seed, f"scene/{split}", index)
     while True:
         scene = _draw(rng)
@@ -145,7 +145,7 @@ def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndar
 
 
 def _pattern_tile(pattern: str) -> np.ndarray:
-    """[32, 32] in {0, 1}: where the background is darkened."""
+    """A mask [32, 32] of 0 and 1 that says where the background is darkened."""
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
     if pattern == "plain":
         return np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
@@ -159,7 +159,7 @@ def _pattern_tile(pattern: str) -> np.ndarray:
 
 
 def render(scenes: Sequence[Scene]) -> np.ndarray:
-    """uint8 [n, 32, 32, 3], edges antialiased."""
+    """Render scenes as uint8 [n, 32, 32, 3], with antialiased edges."""
     tiles = np.stack([_pattern_tile(pattern) for pattern in PATTERNS])
     base = np.array([BACKGROUNDS[s.background] for s in scenes], np.float32)
     dark = tiles[[PATTERNS.index(s.pattern) for s in scenes]]

@@ -40,7 +40,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """All bytes, all bytes that end a word, then the merges: any text can be encoded, nothing is unknown."""
+    """Build the tokenizer: all bytes, all bytes that end a word, then the merges, so that no text is unknown."""
     alphabet = _byte_alphabet()
     merges = _learn_merges(vocabulary())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
