@@ -1,7 +1,7 @@
-"""Blocks of a denoiser: which there are, what goes into and comes out of each, and training one on that.
+"""Blocks of a denoiser: finding them, recording what goes in and comes out of each, and training one on that.
 
-A block is a residual unit with its quantized layers, or a layer that lies in none. Block-wise methods (AdaRound,
-distillation) go through them in the order in which the denoiser runs them (BRECQ, Li et al. 2021, section 3.2).
+A block is a residual unit with its quantized layers, or a single layer outside of any. Block-wise methods (AdaRound,
+distillation) take them in the order in which the denoiser runs them (BRECQ, Li et al. 2021, section 3.2).
 """
 
 import math
@@ -18,8 +18,8 @@ from vqdm.calibration.recording import Call, play_back
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
 
-RESIDUAL_UNITS = ("ResnetBlock2D", "BasicTransformerBlock")  # class names; the output of each is input + something
-CHECK_EVERY = 100  # steps between two looks at the losses: on a GPU each look waits for it
+RESIDUAL_UNITS = ("ResnetBlock2D", "BasicTransformerBlock")  # class names; each one's output is its input + something
+CHECK_EVERY = 100  # steps between two looks at the losses, as each look waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Block:
 
 
 def execution_order(denoiser: nn.Module, call: Call, names: Iterable[str]) -> list[str]:
-    """The submodules `names` in the order of their first execution in a recorded call; those not executed left out.
+    """The submodules `names` in the order of their first execution in a recorded call, without those never executed.
 
-    Module order is another one: diffusers registers a U-Net's up_blocks before its mid_block, which runs first.
+    This is not module order: diffusers registers a U-Net's up_blocks before its mid_block, which runs first.
     """
     order: dict[str, None] = {}
     hooks = []
@@ -49,10 +49,10 @@ def execution_order(denoiser: nn.Module, call: Call, names: Iterable[str]) -> li
 
 
 def blocks_of(denoiser: nn.Module, specs: Iterable[LayerSpec], call: Call) -> list[Block]:
-    """The layers of `specs` partitioned into blocks, in execution order; a block keeps the order of its `specs`.
+    """The layers of `specs` divided into blocks, in execution order; within a block they keep their order.
 
     A layer belongs to the innermost residual unit around it, or is a block of its own.
-    UserError for a layer that the call does not execute: nothing is known of its inputs.
+    UserError for a layer that the call does not execute, as nothing is known about its inputs.
     """
     members: dict[str, list[LayerSpec]] = {}
     for spec in specs:
@@ -77,17 +77,17 @@ def _unit_around(denoiser: nn.Module, name: str) -> str:
 
 @dataclass(frozen=True)
 class _Samples:
-    """A tensor whose first dimension is the samples', among arguments that are not."""
+    """A tensor with one row per sample, marked as such among a block's other arguments."""
 
     tensor: Tensor
 
 
 @dataclass(frozen=True)
 class BlockData:
-    """What a block was called with and what it gave, of many calls, along the samples' dimension.
+    """A block's inputs and outputs from many calls, joined along the samples' dimension.
 
-    arguments: (positional, keyword) as the block was called, tensors with a row per sample wrapped, all else as it was.
-    output: [samples, …].
+    arguments: (positional, keyword) as the block was called; tensors with a row per sample are wrapped, the rest is
+    kept. output: [samples, …].
     """
 
     arguments: tuple[tuple, dict]
@@ -97,7 +97,7 @@ class BlockData:
         return len(self.output)
 
     def part(self, rows: Tensor) -> "BlockData":
-        """Some of the samples."""
+        """The data of some of the samples."""
 
         def of(leaf: Any) -> Any:
             return _Samples(leaf.tensor[rows]) if isinstance(leaf, _Samples) else leaf
@@ -105,7 +105,7 @@ class BlockData:
         return BlockData(_map(of, self.arguments), self.output[rows])
 
     def take(self, rows: Tensor | slice, *, device: torch.device) -> tuple[tuple, dict]:
-        """(positional, keyword) arguments to call the block with for some samples, on a device, floats as fp32."""
+        """(positional, keyword) arguments for calling the block on some samples, on a device, with floats as fp32."""
         return _map(lambda leaf: _taken(leaf, rows, device), self.arguments)
 
 
@@ -118,7 +118,7 @@ def _taken(leaf: Any, rows: Tensor | slice, device: torch.device) -> Any:
 
 @torch.no_grad()
 def record_block(denoiser: nn.Module, name: str, calls: Iterable[Call], *, keep_on: str = "cpu") -> BlockData:
-    """Play recorded calls back and keep what the block called `name` takes and gives, on the device `keep_on`.
+    """Play back recorded calls and keep the inputs and outputs of the block `name`, on the device `keep_on`.
 
     Tensors with a row per sample (or one row for all) are kept by sample; other tensors and everything else must be
     the same in every call (ValueError). Each call is cut short after the block's first execution.
@@ -134,11 +134,11 @@ def record_block(denoiser: nn.Module, name: str, calls: Iterable[Call], *, keep_
 
 
 class _CutShortError(Exception):
-    """Ends a played back call: all that was asked for has been seen."""
+    """Ends a played-back call once all that was asked for has been seen."""
 
 
 def _run_until(denoiser: nn.Module, name: str, call: Call, *, keep_on: str) -> tuple[tuple[tuple, dict], Tensor]:
-    """One call's (positional, keyword) arguments and output of a block, copied to `keep_on`."""
+    """A block's (positional, keyword) arguments and output in one call, copied to `keep_on`."""
     seen: list = []
 
     def keep(leaf):
@@ -173,7 +173,7 @@ def _by_sample(leaf: Any, *, count: int) -> Any:
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` of every leaf of nested dicts, lists and tuples."""
+    """Apply `function` to every leaf of nested dicts, lists and tuples."""
     if isinstance(value, dict):
         return {key: _map(function, inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -182,7 +182,7 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _merge(calls: list, name: str) -> Any:
-    """The same nested value of every call as one: samples concatenated, the rest as in the first."""
+    """Merge the same nested value of several calls: samples are concatenated, the rest is taken from the first."""
     first = calls[0]
     if all(isinstance(value, _Samples) for value in calls):
         return _Samples(torch.cat([value.tensor for value in calls]))
@@ -205,11 +205,14 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target), both [batch, …], to a scalar
+Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target), both [batch, …] -> scalar
 
 
 def relative_squared_error(targets: Tensor) -> Loss:
-    """Mean squared error over the variance of all `targets`: 0 is perfect, 1 as bad as their mean, at any scale."""
+    """Mean squared error divided by the variance of all `targets`.
+
+    0 is perfect, 1 is as bad as predicting their mean.
+    """
     variance = max(float(targets.float().var(correction=0)), 1e-30)
     return lambda output, target: (output.float() - target.float()).square().mean() / variance
 
@@ -218,7 +221,7 @@ def relative_squared_error(targets: Tensor) -> Loss:
 def block_loss(
     module: nn.Module, inputs: BlockData, targets: Tensor, *, batch_size: int = 64, loss: Loss | None = None
 ) -> float:
-    """The loss of a block on all its data; `loss` as in `reconstruct`."""
+    """The loss of a block over all its data; `loss` as in `reconstruct`."""
     loss = loss or relative_squared_error(targets)
     device, total = device_of(module), 0.0
     for start in range(0, len(inputs), batch_size):
@@ -244,15 +247,15 @@ def reconstruct(
     progress: Callable[[int, float], None] | None = None,
     name: str = "",
 ) -> Tensor:
-    """Train the optimizer's parameters until the block gives `targets` for `inputs`; losses fp32 [steps].
+    """Train the optimizer's parameters so that the block gives `targets` for `inputs`; returns losses, fp32 [steps].
 
-    module: the block, in fp32. inputs: their arguments are used, not their output. targets: [samples, …].
-    loss: default `relative_squared_error(targets)`, of one scale for all blocks. regulariser: of a step, from 0 on, is
-    added to its loss; called after the block has run.
-    rate: the learning rate of a step, where it changes. after_step: called with the number of every step that is done.
-    generator: CPU; samples come in passes over the data, reshuffled for every pass.
-    progress: called every CHECK_EVERY steps with the steps done and their mean loss, regulariser excluded.
-    Nothing but the optimizer's parameters gets gradients, and every requires_grad is at the end what it was.
+    module: the block, in fp32. inputs: only their arguments are used, not their output. targets: [samples, …].
+    loss: default `relative_squared_error(targets)`, which has one scale for all blocks.
+    regulariser: maps a step, counted from 0, to a term added to its loss; called after the block has run.
+    rate: maps a step to its learning rate, if that changes. after_step: called with the number of every finished step.
+    generator: on the CPU; samples come in passes over the data, reshuffled for every pass.
+    progress: called every CHECK_EVERY steps with the steps done and their mean loss, without the regulariser.
+    Only the optimizer's parameters get gradients, and every requires_grad is restored at the end.
     UserError, with the block's name, for a loss that is not finite.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -288,7 +291,7 @@ def _look(recent: list[Tensor], steps: int, *, name: str, progress: Callable[[in
 
 
 def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers, for ever: passes over range(count), each in a new order, cut into batches of min(size, count)."""
+    """Row numbers without end: passes over range(count), each in a new order, cut into batches of min(size, count)."""
     size = min(size, count)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -297,7 +300,7 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
 
 @contextmanager
 def only_these_train(module: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, `trained` and no other parameter of the module requires gradients; afterwards all is as it was."""
+    """Let `trained` and no other parameter of the module require gradients inside; restore them all afterwards."""
     before = [(parameter, parameter.requires_grad) for parameter in (*module.parameters(), *trained)]
     try:
         module.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The calls of a denoiser that calibrate: which prompts are sampled, which steps are kept, and reading them back."""
+"""The denoiser calls used for calibration: sampling the prompts, choosing the steps to keep, and reading them back."""
 
 import functools
 import inspect
@@ -16,7 +16,10 @@ from vqdm.seeds import numpy_generator, torch_generator
 
 
 def token_limit(pipeline) -> int:
-    """Tokens that the first text encoder sees: its tokenizer's, or fewer where the pipeline cuts by itself."""
+    """Number of tokens that the first text encoder sees.
+
+    Its tokenizer's limit, or less where the pipeline cuts earlier.
+    """
     own = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     limit = pipeline.tokenizer.model_max_length
     return limit if own is None else min(limit, own.default)
@@ -25,7 +28,10 @@ def token_limit(pipeline) -> int:
 def sample_batches(
     pipeline, prompts: PromptList, *, config: CalibrationConfig, sampler: SamplerConfig
 ) -> list[tuple[str, list[Prompt], Callable[[], None]]]:
-    """Every batch of calibration prompts: its name, its prompts, and what samples it from its own noise."""
+    """Batches of calibration prompts.
+
+    Each one's name, its prompts, and a function that samples it from its own noise.
+    """
 
     def run(batch: list[Prompt]) -> None:
         generators = [torch_generator(config.noise_seed, "calibration", p.id) for p in batch]
@@ -39,9 +45,10 @@ def sample_batches(
 
 
 def recorded_positions(config: CalibrationConfig, total: int, batch: str) -> set[int]:
-    """Which of `total` sampling steps of a batch are kept; 0 is the first, the noisiest.
+    """The positions, among `total` sampling steps, that are kept for a batch; 0 is the first and noisiest.
 
-    timesteps=normal is PTQ4DM's: every batch draws its own, t ~ N(0.4 T, 0.4 T) within [0, T], T the noisiest.
+    timesteps=normal is PTQ4DM's rule: every batch draws its own, t ~ N(0.4 T, 0.4 T) within [0, T], where T is
+    noisiest.
     """
     if config.timesteps == "uniform":
         return evenly_spread(total, config.recorded_steps)
@@ -55,6 +62,6 @@ def recorded_positions(config: CalibrationConfig, total: int, batch: str) -> set
 
 
 def recorded_calls(directory: Path) -> Iterator[Call]:
-    """The recorded calls in order, one in memory at a time."""
+    """The recorded calls in order, with one in memory at a time."""
     for path in sorted((directory / "calls").glob("*.safetensors")):
         yield load_file(path)

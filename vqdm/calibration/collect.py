@@ -1,4 +1,7 @@
-"""Hessians group after group: from recorded calls of the teacher, or from the student's own sampling."""
+"""Hessians, one group of layers after another.
+
+From the teacher's recorded calls, or from the student's own sampling.
+"""
 
 import contextlib
 import itertools
@@ -20,18 +23,18 @@ from vqdm.prompts import PromptList
 from vqdm.runs.device import one_thread_each
 
 ONE_TOKEN = re.compile(r"norm\w*\.linear$")  # adaptive norms of transformers read one token per image
-TEACHER_BYTES = 4 << 30  # of Hessians that one pass of the teacher collects, at least one layer's
+TEACHER_BYTES = 4 << 30  # limit for the Hessians that one pass of the teacher collects; one layer always passes
 
 
 def execution_groups(denoiser: nn.Module, specs: list[LayerSpec], calibration: Path) -> list[list[LayerSpec]]:
-    """The paper's groups in the order in which the denoiser runs them (its module order differs)."""
+    """The paper's groups in the order in which the denoiser runs them, which is not module order."""
     by_name = {spec.name: spec for spec in specs}
     order = execution_order(denoiser, next(recorded_calls(calibration)), by_name)
     return in_groups(by_name[name] for name in order)
 
 
 def teacher_groups(groups: list[list[LayerSpec]]) -> list[list[LayerSpec]]:
-    """The same layers in as few groups as memory allows: the teacher does not change while they are quantized."""
+    """Join groups into as few as memory allows, since the teacher does not change while layers are quantized."""
     merged: list[list[LayerSpec]] = [[]]
     held = 0
     for spec in (spec for group in groups for spec in group):
@@ -50,7 +53,10 @@ Drive = Callable[[HessianRecorder], None]
 def collect(
     denoiser: nn.Module, group: list[LayerSpec], drive: Drive, *, config: QuantizeConfig
 ) -> dict[str, torch.Tensor]:
-    """The Hessians of a group's layers by name, the same from any number of threads; those of few tokens shrunk."""
+    """The Hessians of a group's layers by name, the same with any number of threads.
+
+    Those from few tokens are shrunk.
+    """
     with (
         one_thread_each(),
         HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder,
@@ -61,7 +67,7 @@ def collect(
 
 
 def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Drive:
-    """Plays all recorded calls back to the full-precision denoiser."""
+    """A function that plays all recorded calls back to the full-precision denoiser."""
 
     def drive(recorder: HessianRecorder) -> None:
         for call in recorded_calls(calibration):
@@ -71,7 +77,7 @@ def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Dri
 
 
 def drive_student(pipeline, calibration: Path, *, config: CalibrationConfig, sampler: SamplerConfig) -> Drive:
-    """Samples all calibration prompts with the partly quantized denoiser; its recorded steps count."""
+    """A function that samples the calibration prompts with the partly quantized denoiser, read at its recorded steps."""
 
     prompts = PromptList.read_jsonl(calibration / "prompts.jsonl")
 
@@ -85,7 +91,7 @@ def drive_student(pipeline, calibration: Path, *, config: CalibrationConfig, sam
 
 @contextlib.contextmanager
 def _only_at(denoiser: nn.Module, recorder: HessianRecorder, positions: set[int]):
-    """The recorder reads only while the denoiser is at one of these positions of its sampling loop."""
+    """Enable the recorder only while the denoiser is at one of these positions of its sampling loop."""
     position = itertools.count()
 
     def choose(*_) -> None:

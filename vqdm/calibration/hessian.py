@@ -1,4 +1,4 @@
-"""Second moments of what layers read: H, the mean over tokens of x xᵀ, fp32 [in, in].
+"""Second moments of layers' inputs: H, the mean of x xᵀ over tokens, fp32 [in, in].
 
 A token of a Linear is a row of its input; of a Conv2d, the patch under one output position, zero padding included, in
 the column order of `specs.weight_to_matrix`: [kh·kw·in_channels], channels last.
@@ -19,16 +19,16 @@ from vqdm.errors import UserError
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.seeds import torch_generator
 
-CHUNK = 1 << 24  # numbers of patches or rows held at once, in fp32
-LARGE = 4  # outputs along either side, in reaches of the kernel, from which displacements are cheaper than patches
+CHUNK = 1 << 24  # fp32 numbers held at once as patches or rows
+LARGE = 4  # displacements are cheaper than patches from this size on: outputs along each side, in reaches of the kernel
 
 
 class HessianRecorder:
-    """Context: sums up the second moments of what the layers of `specs` read while somebody calls the denoiser.
+    """Context that sums the second moments of the inputs of the layers in `specs` while somebody calls the denoiser.
 
-    Layers that read the very same tensors (convolutions: in the same geometry), call by call, share one matrix.
-    tokens_per_call: of each call that many tokens, drawn at random, stand for all; None: every token counts.
-    While `enabled` is False calls pass unread.
+    Layers that read the very same tensors in every call (convolutions: with the same geometry) share one matrix.
+    tokens_per_call: this many tokens, drawn at random, stand for all those of a call; None: every token counts.
+    While `enabled` is False, calls are not read.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class HessianRecorder:
                 raise ValueError(f"layer {spec.name}: only convolutions of one group, padded by zeros, have a Hessian")
         self.tokens_per_call, self.seed = tokens_per_call, seed
         self.enabled = True
-        self.tokens: dict[str, int] = {}  # behind each layer's Hessian, once the recording has ended
+        self.tokens: dict[str, int] = {}  # number of tokens in each layer's Hessian, once the recording has ended
         self._problems: list[_Problem] = []
         self._problem_of: dict[str, _Problem] = {}
         self._hooks: list = []
@@ -60,7 +60,7 @@ class HessianRecorder:
         self._hooks.clear()
 
     def hessians(self) -> dict[str, Tensor]:
-        """By layer name, in the order of `specs`, on the device of the inputs; ends the recording.
+        """The Hessians by layer name, in the order of `specs`, on the device of the inputs; ends the recording.
 
         UserError, with the layer's name, if an activation was infinite or NaN, or if the layer was never called.
         """
@@ -84,14 +84,14 @@ class HessianRecorder:
             self._problem_of.clear()
         return self._hessians
 
-    @torch.inference_mode(False)  # sums made in inference mode could not be changed outside of it
+    @torch.inference_mode(False)  # sums made in inference mode could not be changed outside it
     @torch.no_grad()
     def _read(self, spec: LayerSpec, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.enabled:
             return
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         problem = self._problem_of.get(spec.name)
-        if problem is None:  # it may share with layers that have no past either
+        if problem is None:  # it may share with other layers that have no past yet
             joined = (p for p in self._problems if p.calls == 1 and p.conv == spec.conv and p.reads(inputs))
             problem = next(joined, None) or _Problem(spec.conv, {spec.name})
             self._place(problem, spec.name)
@@ -99,9 +99,9 @@ class HessianRecorder:
             if problem.reads(inputs):
                 problem.readers.add(spec.name)
                 return
-            if problem.readers:  # the others read another tensor in this call
+            if problem.readers:  # the other layers read another tensor in this call
                 problem = self._split(problem, {spec.name})
-        else:  # a second time: the next call; who has not read in the last one shares no longer
+        else:  # read a second time: this is the next call, and layers that did not read in the last one no longer share
             self._split(problem, problem.absent())
         problem.start_call(inputs, spec.name)
         generator = torch_generator(self.seed, "hessian", f"{problem.leader}/{problem.calls}")
@@ -114,7 +114,7 @@ class HessianRecorder:
         self._problem_of[layer] = problem
 
     def _split(self, problem: "_Problem", layers: set[str]) -> "_Problem | None":
-        """The problem that `layers` have to themselves: with the same past, but not with the present call."""
+        """A problem for `layers` alone, with the same past but without the present call."""
         if not layers:
             return None
         own = problem.without_present(layers)
@@ -125,10 +125,10 @@ class HessianRecorder:
 
 
 class _Problem:
-    """Layers that have read the same tensors in every call, and the sum over them.
+    """Layers that have read the same tensors in every call so far, and the sum over those tensors.
 
-    While several layers share it, the sum of the present call is kept apart from that of the calls before, so that a
-    layer that turns out to read another tensor takes the past with it. Sums are pairs (Σ x xᵀ, number of tokens).
+    While several layers share it, the present call's sum is kept apart from that of earlier calls, so that a layer
+    that turns out to read another tensor can take the past with it. Sums are pairs (Σ x xᵀ, number of tokens).
     """
 
     def __init__(self, conv: ConvGeometry | None, layers: set[str]):
@@ -140,7 +140,7 @@ class _Problem:
         self._tensor, self._version = (lambda: None), -1
 
     def reads(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is the one of the present call, unchanged (inference tensors cannot tell)."""
+        """True if `tensor` is that of the present call, unchanged (inference tensors cannot tell)."""
         return self._tensor() is tensor and not tensor.is_inference() and self._version == tensor._version
 
     def absent(self) -> set[str]:
@@ -156,7 +156,7 @@ class _Problem:
         self.calls += 1
 
     def add(self, inputs: Tensor, size: int, limit: int | None, generator: torch.Generator) -> None:
-        """The tokens of one call; if they are more than `limit`, so many drawn ones with the weight of all."""
+        """Add the tokens of one call; if there are more than `limit`, draw that many and let them stand for all."""
         if self._present is None:
             self._present = (torch.zeros(size, size, device=inputs.device), 0)
         total, tokens = self._present
@@ -182,16 +182,16 @@ class _Problem:
 
 
 def _plus(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> tuple[Tensor, int] | None:
-    """The sum of two sums, in the memory of the first; None is the empty sum."""
+    """Add one sum to another, in the memory of the first; None is the empty sum."""
     if one is None or other is None:
         return other if one is None else one
     return one[0].add_(other[0]), one[1] + other[1]
 
 
 def shrunk(hessian: Tensor, tokens: int) -> Tensor:
-    """A Hessian [in, in] of few tokens, drawn towards its mean diagonal: as if `in` more had been alike all round.
+    """A Hessian [in, in] from few tokens, shrunk towards its mean diagonal as if by `in` more tokens without direction.
 
-    Without it, errors go where these tokens see nothing and others would (measured in tests/test_transformers.py).
+    Otherwise errors go into directions that these tokens do not see but others would (tests/test_transformers.py).
     """
     size = len(hessian)
     share = size / (size + tokens)
@@ -211,8 +211,8 @@ def add_second_moment(
 ) -> None:
     """Add Σ x xᵀ over the tokens of `inputs` to fp32 `total` [in, in], in place.
 
-    inputs: [..., in], or [batch, channels, height, width]; chosen: the numbers of some tokens, whose sum is scaled up
-    to that of all.
+    inputs: [..., in], or [batch, channels, height, width]; chosen: indices of some tokens, whose sum is scaled up to
+    stand for all.
     """
     weight = 1.0 if chosen is None else token_count(inputs, conv) / len(chosen)
     if chosen is None and conv is not None and by_displacement(inputs, conv):
@@ -230,15 +230,15 @@ def _rows(inputs: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _padding(conv: ConvGeometry) -> list[tuple[int, int]]:
-    """(before, after), of the rows and of the columns."""
-    if conv.padding == "same":  # torch puts the odd one at the end
+    """Padding (before, after) for the rows and for the columns."""
+    if conv.padding == "same":  # torch puts the odd pixel at the end
         reach = _reach(conv)
         return [(r // 2, r - r // 2) for r in reach]
     return [(p, p) for p in ((0, 0) if conv.padding == "valid" else conv.padding)]
 
 
 def _reach(conv: ConvGeometry) -> list[int]:
-    """From the first tap to the last, down and across."""
+    """Distance from the kernel's first tap to its last, down and across."""
     return [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel, strict=True)]
 
 
@@ -248,7 +248,7 @@ def output_size(size: Iterable[int], conv: ConvGeometry) -> list[int]:
 
 
 def _padded(inputs: Tensor, conv: ConvGeometry) -> Tensor:
-    """[batch, height, width, channels], zeros around."""
+    """Inputs as [batch, height, width, channels] with zeros around them."""
     rows, columns = _padding(conv)
     return F.pad(inputs, (*columns, *rows)).permute(0, 2, 3, 1).contiguous()
 
@@ -269,16 +269,16 @@ def _patches(inputs: Tensor, conv: ConvGeometry, chosen: Tensor | None) -> Itera
 
 
 def by_displacement(inputs: Tensor, conv: ConvGeometry) -> bool:
-    """Whether a convolution's sum is made by `_add_by_displacement`: it applies and pays."""
+    """True if `_add_by_displacement` applies to a convolution and is worth it."""
     sizes = zip(output_size(inputs.shape[-2:], conv), _reach(conv), strict=True)
     return conv.stride == (1, 1) and conv.kernel != (1, 1) and all(n >= LARGE * reach for n, reach in sizes)
 
 
 def _add_by_displacement(total: Tensor, inputs: Tensor, conv: ConvGeometry) -> None:
-    """As by patches, for stride 1, with 13 large products instead of 81 for a 3×3 kernel.
+    """Add the same sum as by patches, for stride 1, with 13 large products instead of 81 for a 3×3 kernel.
 
-    The block of taps (a, b) sums x_q x_{q+b−a}ᵀ over the pixels q that tap a sees. Blocks of one displacement b − a
-    differ by strips along the borders only: what all their windows have in common is summed once, then the strips.
+    The block of taps (a, b) is the sum of x_q x_{q+b−a}ᵀ over the pixels q that tap a sees. Blocks with the same
+    displacement b − a differ only in strips along the borders: their common window is summed once, then the strips.
     """
     height, width = output_size(inputs.shape[-2:], conv)
     taps = [(y * conv.dilation[0], x * conv.dilation[1]) for y, x in itertools.product(*map(range, conv.kernel))]
@@ -308,7 +308,10 @@ def _add_by_displacement(total: Tensor, inputs: Tensor, conv: ConvGeometry) -> N
 
 
 def _pixels(image: Tensor, windows: Iterable[tuple[int, int, int, int]], shift: tuple[int, int] = (0, 0)) -> Tensor:
-    """The pixels of some windows (top, bottom, left, right) of [batch, height, width, channels]: fp32 [m, channels]."""
+    """The pixels in windows (top, bottom, left, right) of an image [batch, height, width, channels].
+
+    Fp32 [m, channels].
+    """
     y, x = shift
     parts = (image[:, y + top : y + bottom, x + left : x + right] for top, bottom, left, right in windows)
     return torch.cat([part.flatten(0, 2) for part in parts]).float()

@@ -13,16 +13,16 @@ from vqdm.errors import UserError
 
 Call = dict[str, torch.Tensor]  # "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs.text_embeds", …
 OUTPUT = "output"
-LATENTS = ("sample", "hidden_states")  # what U-Nets and transformers call them
-PLAIN = "plain"  # uint8: JSON of the arguments that are not tensors or dicts of tensors alone, as `_described`
+LATENTS = ("sample", "hidden_states")  # the names of the latents in U-Nets and in transformers
+PLAIN = "plain"  # uint8: JSON of the arguments that are neither tensors nor dicts of tensors only, made by `_described`
 _NOT_KEPT = ("return_dict",)
 
 
 class Recorder:
-    """Context: keeps the calls of `denoiser` whose position in the sampling loop is in `steps`.
+    """Context that keeps the calls of `denoiser` whose position in the sampling loop is in `steps`.
 
-    UserError, with its name, for an argument that cannot be kept: all but tensors, None, numbers, text, and lists,
-    tuples and dicts of them.
+    UserError, with its name, for an argument that cannot be kept. Kept are tensors, None, numbers, text, and lists,
+    tuples and dicts of these.
     """
 
     def __init__(self, denoiser: nn.Module, *, steps: set[int]):
@@ -46,7 +46,7 @@ class Recorder:
 
 
 def record_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> Call:
-    """The arguments of one call by name, without those that are None by default and None."""
+    """The arguments of one call by name, leaving out those that are None and are so by default."""
     parameters = inspect.signature(denoiser.forward).parameters
     call: Call = {}
     plain: dict = {}
@@ -68,14 +68,17 @@ def record_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> Call:
 
 
 def _is_tensors(value) -> bool:
-    """A tensor, or a dict, not empty, of such: names alone say how to put it together again."""
+    """True for a tensor, or a non-empty dict of such values: names alone then tell how to put it together again."""
     if isinstance(value, dict):
         return bool(value) and all(map(_is_tensors, value.values()))
     return isinstance(value, torch.Tensor)
 
 
 def _described(name: str, value, into: Call, denoiser: nn.Module) -> dict:
-    """How to make the value again, as JSON: {its kind: its content}; its tensors go `into` the call."""
+    """A JSON description from which the value can be remade, {its kind: its content}.
+
+    Its tensors go `into` the call.
+    """
     if isinstance(value, torch.Tensor):
         into[name] = _kept(value)
         return {"tensor": name}
@@ -97,7 +100,7 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _made(described: dict, tensors: Call, device: torch.device):
-    """The inverse of `_described`."""
+    """Remake a value from its description: the inverse of `_described`."""
     ((kind, content),) = described.items()
     if kind == "tensor":
         return tensors[content].to(device, copy=True)
@@ -110,9 +113,9 @@ def _made(described: dict, tensors: Call, device: torch.device):
 
 
 def call_arguments(call: Call, *, device: str | torch.device) -> dict:
-    """The keyword arguments that a call was recorded from, on a device.
+    """The keyword arguments from which a call was recorded, on a device.
 
-    Tensors are copies: a file's lie at odd addresses, from which kernels of the CPU compute other last bits.
+    Tensors are copies: those of a file lie at odd addresses, for which CPU kernels give other last bits.
     """
     plain = json.loads(bytes(call[PLAIN].tolist())) if PLAIN in call else {}
     arguments: dict = {name: _made(described, call, device) for name, described in plain.items()}
@@ -129,7 +132,7 @@ def call_arguments(call: Call, *, device: str | torch.device) -> dict:
 
 
 def in_fp32(call: Call) -> Call:
-    """The call for a denoiser in fp32, whatever it was recorded in."""
+    """The call with floats in fp32, whatever dtype it was recorded in."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in call.items()}
 
 
@@ -145,6 +148,6 @@ def play(denoiser: nn.Module, arguments: dict) -> torch.Tensor:
 
 
 def evenly_spread(total: int, count: int) -> set[int]:
-    """`count` positions of range(total), the middle of equal parts."""
+    """`count` positions of range(total), each in the middle of one of `count` equal parts."""
     count = min(total, count)
     return {int((i + 0.5) * total / count) for i in range(count)}

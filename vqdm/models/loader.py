@@ -16,7 +16,7 @@ from vqdm.models.single_file import load_single_file
 
 
 def denoiser_part(pipeline) -> str:
-    """The name of the pipeline's part that denoises: unet or transformer. UserError for what has neither."""
+    """The name of the pipeline's part that denoises: unet or transformer. UserError if it has neither."""
     found = next((name for name in DENOISERS if getattr(pipeline, name, None) is not None), None)
     if found is None:
         raise UserError(f"{type(pipeline).__name__} has no {' or '.join(DENOISERS)}: give a diffusers pipeline")
@@ -63,7 +63,7 @@ def _from_files(config: ModelConfig, directory: Path):
 
 
 def _check_whole(pipeline, place: Path) -> None:
-    """UserError for weights that no file held: diffusers leaves them on meta, and only warns."""
+    """Raise UserError for weights that no file held: diffusers leaves them on meta, and only warns."""
     for part, module in pipeline.components.items():
         state = module.state_dict() if isinstance(module, nn.Module) else {}
         if missing := [name for name, tensor in state.items() if tensor.is_meta]:
@@ -73,12 +73,12 @@ def _check_whole(pipeline, place: Path) -> None:
 
 
 def denoiser_on_meta(config: ModelConfig) -> nn.Module:
-    """The denoiser with shapes, in the model's dtype, and no values, from its config file alone."""
+    """The denoiser made from its config file alone: shapes in the model's dtype, but no values."""
     import diffusers
 
     directory = denoiser_directory(configs_directory(config))
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(diffusers, settings["_class_name"], None)  # diffusers imports it now: not on the meta device
+    kind = getattr(diffusers, settings["_class_name"], None)  # imported here, not on the meta device
     if kind is None:
         raise UserError(
             f"{directory}/config.json names {settings['_class_name']}, which diffusers {diffusers.__version__} lacks"
@@ -91,9 +91,10 @@ def denoiser_on_meta(config: ModelConfig) -> nn.Module:
 def sample(
     pipeline, texts: list[str], *, sampler: SamplerConfig, generators: list[torch.Generator], output: str = "pil"
 ):
-    """Images of the prompts; every image draws all its noise from its own CPU generator.
+    """Sample images of the prompts; every image draws all its noise from its own CPU generator.
 
-    PixArt gets captions as they are, not cleaned where packages for that happen to be installed, and the very size.
+        PixArt gets captions as they are (diffusers would clean them where packages for that happen to be installed) and
+    exactly the size that was asked for.
     """
     arguments = {
         "prompt": texts,

@@ -1,4 +1,4 @@
-"""Where a model's files are, and what identifies them. Imports no torch."""
+"""The place of a model's files, and their identity. Imports no torch."""
 
 import hashlib
 import json
@@ -16,7 +16,10 @@ DENOISERS = ("unet", "transformer")
 
 
 def check_pipeline_directory(directory: Path) -> Path:
-    """A diffusers directory: a model_index.json that names a denoiser whose config is there."""
+    """Check that a directory is a diffusers pipeline.
+
+    A model_index.json that names a denoiser whose config is there.
+    """
     index = directory / "model_index.json"
     if not directory.is_dir():
         raise UserError(f"model.path={directory} is no directory; give a diffusers pipeline directory")
@@ -34,7 +37,7 @@ def check_pipeline_directory(directory: Path) -> Path:
 
 
 def check_original(directory: Path) -> Path:
-    """A pipeline directory whose denoiser has not been quantized: its weights are what quantizing starts from."""
+    """Check that a pipeline directory's denoiser is not quantized yet: quantizing starts from its weights."""
     file = denoiser_directory(check_pipeline_directory(directory)) / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -47,7 +50,7 @@ def check_original(directory: Path) -> Path:
 
 
 def denoiser_directory(directory: Path, parts: Sequence[str] = DENOISERS) -> Path:
-    """The one of a pipeline directory's `parts` that holds its U-Net or transformer."""
+    """The folder among a pipeline directory's `parts` that holds its U-Net or transformer."""
     for part in parts:
         if (directory / part / "config.json").is_file():
             return directory / part
@@ -57,7 +60,7 @@ def denoiser_directory(directory: Path, parts: Sequence[str] = DENOISERS) -> Pat
 
 
 def single_file(config: ModelConfig) -> Path | None:
-    """The checkpoint of a model that is one file; `model_directory` is then that of its configs."""
+    """The checkpoint of a model that is one file, else None; `model_directory` is then that of its configs."""
     path = None if config.path is None else Path(config.path)
     return path if path is not None and (path.is_file() or path.suffix == ".safetensors") else None
 
@@ -83,7 +86,7 @@ def local_directory(config: ModelConfig) -> Path | None:
 
 
 def configs_directory(config: ModelConfig) -> Path:
-    """Where the model's configs lie; for a hub model that is not here yet, those that model.configs names."""
+    """The directory of the model's configs; for a hub model not downloaded yet, the one that model.configs names."""
     if config.hub_id is None or config.configs is None:
         return model_directory(config, allow_network=False)
     try:
@@ -93,12 +96,12 @@ def configs_directory(config: ModelConfig) -> Path:
 
 
 def model_directory(config: ModelConfig, *, allow_network: bool = True) -> Path:
-    """Where the model's files lie, downloaded if need be."""
+    """The directory of the model's files, downloaded if need be."""
     return local_directory(config) or check_original(download(config, allow_network=allow_network))
 
 
 def model_identity(config: ModelConfig, *, cache: Path) -> str:
-    """sha256 of the files, or the hub id at its pinned revision."""
+    """Identity of a model: sha256 of its files, or its hub id at the pinned revision."""
     directory, file = local_directory(config), single_file(config)
     if directory is None:
         return f"{config.hub_id}@{config.revision}"
@@ -109,11 +112,11 @@ def model_identity(config: ModelConfig, *, cache: Path) -> str:
 
 
 def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
-    """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line where neither works."""
+    """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line if neither works."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    # in the parts' folders only: some repositories have the whole model once more as one file
+    # only in the parts' folders: some repositories hold the whole model a second time as one file
     weights = "*/*.safetensors" if config.variant is None else f"*/*.{config.variant}*.safetensors"
     wanted = {
         "repo_id": config.hub_id,
@@ -129,12 +132,12 @@ def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
     except HFValidationError as error:
         raise UserError(f"model.hub_id={config.hub_id!r} is no hub id; give owner/name") from error
     try:
-        # one question first: a download out of reach would be tried again for half a minute, at many lines
+        # ask once first: a download without network would be retried for half a minute, with many lines of output
         HfApi().model_info(config.hub_id, revision=config.revision, timeout=10)
         return check_pipeline_directory(Path(snapshot_download(**wanted)))
     except UserError:
         raise
-    except Exception as error:  # of requests, httpx or httpx2, by the version of huggingface_hub
+    except Exception as error:  # from requests, httpx or httpx2, depending on the version of huggingface_hub
         raise _not_here(config, f"cannot be downloaded ({type(error).__name__})") from error
 
 
@@ -148,7 +151,7 @@ def _not_here(config: ModelConfig, why: str) -> UserError:
 
 
 def full_precision_bytes(config: ModelConfig) -> int:
-    """Bytes of the denoiser's own safetensors files (of the configured variant), as they lie on disk."""
+    """Bytes on disk of the denoiser's own safetensors files, in the configured variant."""
     if (file := single_file(config)) is not None:
         from vqdm.models.single_file import denoiser_bytes
 

@@ -1,6 +1,6 @@
 """The original ("ldm") names and layouts of an SDXL-type pipeline's weights, as single-file checkpoints hold them.
 
-The names follow from the configs: blocks are numbered through, `layers_per_block` resnets and one sampler each.
+The names follow from the configs: blocks are numbered consecutively, with `layers_per_block` resnets and one sampler.
 """
 
 import re
@@ -58,7 +58,7 @@ def to_original(component: str, weights: Mapping[str, torch.Tensor], settings) -
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
-    """`name` with the module that `table` knows replaced."""
+    """`name` with the module found in `table` replaced."""
     for ours, original in table.items():
         if name.startswith(f"{ours}."):
             return original + name.removeprefix(ours)
@@ -79,7 +79,7 @@ def _unet_key(name: str, settings) -> str:
     first = int(index) * (layers + 1) + (side == "down")  # input block 0 is conv_in
     if kind == "downsamplers":
         return f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":  # comes last in the block's last output block
+    if kind == "upsamplers":  # the upsampler comes last in the block's last output block
         return f"output_blocks.{first + layers}.{1 + ('Attn' in settings.up_block_types[int(index)])}.{rest}"
     stem = {"down": "input_blocks", "up": "output_blocks"}[side]
     return f"{stem}.{first + int(layer)}.{UNET_SLOTS[kind]}.{_unet_inner(kind, rest)}"
@@ -119,12 +119,12 @@ def _open_clip_key(name: str, settings) -> str:
 
 
 def _vae_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Attention projections [out, in] become 1 × 1 convolutions [out, in, 1, 1]."""
+    """Turn attention projections [out, in] into 1 × 1 convolutions [out, in, 1, 1]."""
     return {k: w[:, :, None, None] if ".attn_" in k and w.ndim == 2 else w for k, w in weights.items()}
 
 
 def _open_clip_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Query, key and value in one tensor [3 width, …]; text_projection as [width, projection]."""
+    """Join query, key and value in one tensor [3 width, …]; turn text_projection into [width, projection]."""
     out = {}
     for key, weight in weights.items():
         if query := re.fullmatch(r"(.+\.)q_proj\.(weight|bias)", key):
@@ -135,7 +135,7 @@ def _open_clip_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return out
 
 
-# component: prefix, original name of a weight, original layout of all
+# component: prefix, function from a weight's name to the original one, function from all weights to their layout
 COMPONENTS: dict[str, tuple[str, Callable, Callable]] = {
     "unet": ("model.diffusion_model.", _unet_key, dict),
     "vae": ("first_stage_model.", _vae_key, _vae_layout),

@@ -1,7 +1,7 @@
-"""Per-channel rescalings that leave a U-Net's function as it is and make its weights as uneven as a large model's.
+"""Per-channel rescalings that leave a U-Net's function unchanged but make its weights as uneven as a large model's.
 
-A gain s that one linear map takes out, the next one puts back: W₂ diag(s) · diag(1/s) W₁. The small default model gets
-outlier channels this way, of which large models have many and on which quantizers differ.
+A gain s taken out of one linear map is put into the next: W₂ diag(s) · diag(1/s) W₁. This gives the small default
+model the outlier channels that large models have, and on which quantizers differ.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from vqdm.seeds import torch_generator
 
 @dataclass(frozen=True)
 class _Pair:
-    """What one vector rescales: views of parameters, the channels first in all of them; `name` is for its draw."""
+    """Parameters that one vector rescales, as views with channels first; `name` seeds the draw of the vector."""
 
     name: str
     divide: list[Tensor]
@@ -30,8 +30,8 @@ class _Pair:
 def rescale_(denoiser: nn.Module, *, sigma: float, seed: int) -> int:
     """Rescale every known pair of a diffusers U-Net in place by s = exp(sigma · normal) per channel.
 
-    Every vector is drawn from (seed, "rescale", the module's name). What this file does not know stays as it is.
-    Returns the number of vectors. sigma = 0 changes no bit.
+    Every vector is drawn from (seed, "rescale", the module's name). Modules that this file does not know stay as they
+    are. Returns the number of vectors. sigma = 0 changes no bit.
     """
     count = 0
     for name, module in denoiser.named_modules():
@@ -66,14 +66,14 @@ def _block_pairs(name: str, block: BasicTransformerBlock) -> Iterator[_Pair]:
         readers = (block.attn1.to_q,) if block.only_cross_attention else _projections(block.attn1)
         yield from _norm_pair(f"{name}.norm1", block.norm1, readers)
         yield from _attention_pairs(f"{name}.attn1", block.attn1)
-    # Without a cross-attention width, attn2 may read its keys from norm2 as well: leave it alone.
+    # Without a cross-attention width, attn2 may read its keys from norm2 too: leave it alone.
     if _is_plain(block.attn2) and block.attn2.is_cross_attention:
         yield from _norm_pair(f"{name}.norm2", block.norm2, [block.attn2.to_q])
         yield from _attention_pairs(f"{name}.attn2", block.attn2)
     entry = block.ff.net[0]
     if isinstance(entry, GEGLU) and isinstance(entry.proj, nn.Linear) and isinstance(block.ff.net[2], nn.Linear):
         yield from _norm_pair(f"{name}.norm3", block.norm3, [entry.proj])
-        # GEGLU is hidden · gelu(gate), and hidden the first half of the rows: linear in it.
+        # GEGLU is hidden · gelu(gate), linear in `hidden`, which is the first half of the rows.
         half = block.ff.net[2].in_features
         yield _Pair(f"{name}.ff", _columns(block.ff.net[2]), [view[:half] for view in _rows(entry.proj)])
 
@@ -84,7 +84,7 @@ def _attention_pairs(name: str, attention: Attention) -> Iterator[_Pair]:
 
 
 def _norm_pair(name: str, norm: nn.Module, readers: list[nn.Module] | tuple[nn.Module, ...]) -> Iterator[_Pair]:
-    """The gain and bias of a norm against the columns of all layers that read it; nothing if it has no gain."""
+    """Pair the gain and bias of a norm with the columns of all layers that read it; nothing if it has no gain."""
     known = isinstance(norm, (nn.LayerNorm, nn.GroupNorm)) and all(
         isinstance(r, (nn.Linear, nn.Conv2d)) for r in readers
     )
@@ -93,7 +93,7 @@ def _norm_pair(name: str, norm: nn.Module, readers: list[nn.Module] | tuple[nn.M
 
 
 def _is_plain(attention: Attention | None) -> bool:
-    """Softmax(QKᵀ)V on plain Linear layers with nothing in between."""
+    """True for softmax(QKᵀ)V on plain Linear layers with nothing in between."""
     if not isinstance(attention, Attention) or not isinstance(attention.processor, (AttnProcessor, AttnProcessor2_0)):
         return False
     between = (attention.norm_q, attention.norm_k, attention.norm_cross, attention.group_norm, attention.spatial_norm)
@@ -112,7 +112,7 @@ def _projections(attention: Attention) -> tuple[nn.Module, nn.Module, nn.Module]
 
 
 def _rows(layer: nn.Module) -> list[Tensor]:
-    """Weight and bias, output channels (of a norm: channels) first."""
+    """Weight and bias with output channels first (a norm's: its channels)."""
     return [layer.weight.data] if layer.bias is None else [layer.weight.data, layer.bias.data]
 
 

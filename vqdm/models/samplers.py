@@ -1,4 +1,4 @@
-"""The schedulers that a model is sampled with, by name. Imports no torch until one is made."""
+"""The schedulers to sample a model with, by name. Imports no torch until one is made."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ NATIVE = "native"  # the model's own scheduler
 
 
 def is_flow_matching(directory: Path) -> bool:
-    """Known from the pipeline's scheduler file."""
+    """True if the pipeline's scheduler file names a flow-matching scheduler."""
     file = directory / "scheduler" / "scheduler_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -37,7 +37,7 @@ def check_sampler(directory: Path, sampler: SamplerConfig) -> None:
 
 
 def set_sampler(pipeline, sampler: SamplerConfig) -> None:
-    """Replace the scheduler, keeping the model's own noise schedule; native keeps the scheduler, too."""
+    """Replace the pipeline's scheduler but keep the model's own noise schedule; "native" keeps the scheduler too."""
     import diffusers
 
     own = pipeline.scheduler

@@ -16,7 +16,7 @@ def builtin_directory(name: str) -> Path:
 
 
 def shipped_configs(name: str) -> Path:
-    """A directory of a pipeline's configs without weights: what a single-file checkpoint does not hold."""
+    """A directory with a pipeline's configs and no weights: what a single-file checkpoint lacks."""
     shipped = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
     if name not in shipped:
         raise UserError(f"model.configs={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")
@@ -24,7 +24,7 @@ def shipped_configs(name: str) -> Path:
 
 
 def named_configs(name: str) -> Path:
-    """A directory, or shipped configs by their name."""
+    """A directory of configs, given by its path or as the name of shipped ones."""
     return Path(name) if Path(name).is_dir() else shipped_configs(name)
 
 

@@ -1,7 +1,7 @@
 """SDXL-type pipelines from one `.safetensors` file with the original key names, without the hub.
 
-What such a file does not hold (configs, scheduler, tokenizers) comes from a directory of configs, shipped for SDXL
-and SDXL-Turbo. The file's header is compared with it before anything is read, since diffusers only warns of gaps.
+Configs, scheduler and tokenizers, which such a file does not hold, come from a directory of configs, shipped for SDXL
+and SDXL-Turbo. The file's header is compared with it before anything is read, since diffusers only warns about gaps.
 """
 
 import functools
@@ -34,8 +34,8 @@ CONFIG_FILES = (
     *(f"{component}/config.json" for component in COMPONENTS),
     *(f"{tokenizer}/tokenizer_config.json" for tokenizer in TOKENIZERS),
 )
-BPE_MERGES = 49152 - 256 - 2  # that CLIP uses of the file's
-# a part of a key, and what has it; the first that fits names the file
+BPE_MERGES = 49152 - 256 - 2  # the number of the file's merges that CLIP uses
+# part of a key, and the kind of file that has such keys; the first that fits names the file
 KINDS = (
     ("lora_", "a LoRA"),
     ("joint_blocks.", "Stable Diffusion 3"),
@@ -45,12 +45,12 @@ KINDS = (
     ("conditioner.embedders.0.model.", "the SDXL refiner"),
     ("down_blocks.", "a model in diffusers' own names"),
 )
-# keys by which a file says that it was trained with other noise than SDXL
+# keys that say a file was trained with other noise than SDXL
 TRAINED_OTHERWISE = {"v_pred": "v-prediction", "edm_mean": "EDM preconditioning"}
 
 
 def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
-    """The pipeline of the class that `configs`/model_index.json names, in evaluation mode, on the CPU."""
+    """Load the pipeline class named by `configs`/model_index.json from one file, in evaluation mode, on the CPU."""
     import diffusers
 
     check_single_file(path, configs)
@@ -66,7 +66,7 @@ def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
 
 
 def check_single_file(path: Path, configs: Path) -> None:
-    """By the header alone: a whole file that holds every weight of an SDXL-type pipeline with these configs."""
+    """Check by its header that a file is whole and holds every weight of an SDXL-type pipeline with these configs."""
     shapes = _shapes(path)
     _check_denoiser(path, shapes)
     absent = [name for name in CONFIG_FILES if not (configs / name).is_file()]
@@ -83,7 +83,7 @@ def check_single_file(path: Path, configs: Path) -> None:
 
 
 def default_configs(path: Path) -> Path:
-    """The shipped configs that fit the file; SDXL's for SDXL-Turbo too, whose keys and shapes are the same."""
+    """The shipped configs that fit the file; for SDXL-Turbo too they are SDXL's, as keys and shapes are the same."""
     shapes = _shapes(path)
     _check_denoiser(path, shapes)
     for key, training in TRAINED_OTHERWISE.items():
@@ -101,7 +101,7 @@ def default_configs(path: Path) -> Path:
 
 
 def denoiser_bytes(path: Path) -> int:
-    """Bytes of the denoiser's tensors, as they lie in the file."""
+    """Bytes that the denoiser's tensors take in the file."""
     with _opened(path), path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     offsets = [entry["data_offsets"] for key, entry in header.items() if key.startswith(UNET)]
@@ -116,7 +116,7 @@ def clip_tokenizer(directory: Path):
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    package = Path(importlib.util.find_spec("open_clip").origin).parent  # found, not imported: that takes seconds
+    package = Path(importlib.util.find_spec("open_clip").origin).parent  # not imported: that takes seconds
     lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
     merges = lines[1 : 1 + BPE_MERGES]
     letters = sorted(ByteLevel.alphabet())
@@ -135,7 +135,7 @@ def component_on_meta(directory: Path) -> nn.Module:
     import transformers
 
     settings = _json(directory / "config.json")
-    # the classes are looked up first: both libraries import them only now, and that not on the meta device
+    # the classes are looked up first: both libraries import them only now, which must not happen on the meta device
     ours = getattr(diffusers, str(settings.get("_class_name")), None)
     theirs = getattr(transformers, str((settings.get("architectures") or [None])[0]), None)
     with torch.device("meta"):
@@ -150,7 +150,7 @@ def component_on_meta(directory: Path) -> nn.Module:
 
 @functools.cache
 def _expected_shapes(configs: Path) -> dict[str, list[int]]:
-    """{original key: shape} of everything a file for these configs must hold."""
+    """{original key: shape} of every tensor that a file for these configs must hold."""
     shapes = {}
     for component in COMPONENTS:
         module = component_on_meta(configs / component)
@@ -173,7 +173,7 @@ def _opened(path: Path):
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    """{key: shape} from the header; the U-Net must not be quantized, since its scales would be passed over."""
+    """{key: shape} from the header. UserError for a quantized U-Net, whose scales would be passed over."""
     with _opened(path) as file:
         views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     other = {view.get_dtype() for key, view in views.items() if key.startswith(UNET)} - FLOATS
@@ -183,7 +183,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _check_denoiser(path: Path, keys: Iterable[str]) -> None:
-    """An SDXL-type U-Net and text encoders, by their names."""
+    """Check by the keys that a file holds an SDXL-type U-Net and its text encoders."""
     found = next((name for part, name in KINDS if any(part in key for key in keys)), None)
     has_unet = any(key.startswith(f"{UNET}input_blocks.") for key in keys)
     if found is not None or not has_unet:
@@ -192,7 +192,7 @@ def _check_denoiser(path: Path, keys: Iterable[str]) -> None:
 
 
 def _fault(shapes: dict[str, list[int]], expected: dict[str, list[int]]) -> str | None:
-    """What a file lacks of `expected`, in words. Surplus keys (position_ids, EMA copies) do no harm."""
+    """A description of what a file lacks of `expected`, or None. Surplus keys (position_ids, EMA copies) do no harm."""
     missing = [key for key in expected if key not in shapes]
     if missing:
         return f"{len(missing)} of {len(expected)} weights are missing, first {' and '.join(missing[:2])}"
@@ -203,7 +203,7 @@ def _fault(shapes: dict[str, list[int]], expected: dict[str, list[int]]) -> str 
 
 
 def _trimmed(shape: list[int]) -> list[int]:
-    """Without the trailing ones of a 1 × 1 convolution: some files keep the VAE's attention as matrices."""
+    """A shape without the trailing ones of a 1 × 1 convolution: some files keep the VAE's attention as matrices."""
     return [*shape[:2], *(n for n in shape[2:] if n != 1)]
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a denoiser are quantized, and each of them as a matrix [out, in]."""
+"""The layers of a denoiser that are quantized, and each one's weight as a matrix [out, in]."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from vqdm.errors import UserError
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """What F.conv2d needs beside the weight. padding: (rows, columns), "same" or "valid"."""
+    """Arguments of F.conv2d besides the weight. padding: (rows, columns), "same" or "valid"."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -25,11 +25,11 @@ class ConvGeometry:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """All that a codec's caller knows of a layer."""
+    """Everything a codec's caller knows about a layer."""
 
-    name: str  # of the module in the denoiser
+    name: str  # the module's name in the denoiser
     kind: str  # "linear" | "conv"
-    shape: tuple[int, int]  # [out, in] of the matrix; of a convolution [out, kh·kw·in_channels]
+    shape: tuple[int, int]  # [out, in] of the matrix; for a convolution [out, kh·kw·in_channels]
     conv: ConvGeometry | None = None
 
     @property
@@ -41,15 +41,15 @@ class LayerSpec:
 def weight_to_matrix(weight: Tensor) -> Tensor:
     """A layer's weight as [out, in]: Linear as is; Conv2d [out, in, kh, kw] as [out, kh·kw·in], channels last.
 
-    So consecutive inputs of a convolution are channels at one kernel tap (design.md 2).
+    Consecutive inputs of a convolution are then channels at one kernel tap.
     """
     return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def matrix_to_weight(matrix: Tensor, spec: LayerSpec) -> Tensor:
-    """The inverse of `weight_to_matrix`: the weight that the layer of `spec` computes with, in the default layout.
+    """The inverse of `weight_to_matrix`: the weight for the layer of `spec`, contiguous in the default layout.
 
-    A mere permutation would be in channels_last layout and have F.conv2d choose that for its output.
+    A mere permutation would have channels_last layout, and F.conv2d would choose that for its output.
     """
     if spec.conv is None:
         return matrix
@@ -59,9 +59,9 @@ def matrix_to_weight(matrix: Tensor, spec: LayerSpec) -> Tensor:
 
 
 def layer_specs(denoiser: nn.Module, *, pattern: str | None = None, min_size: int = 16) -> list[LayerSpec]:
-    """The layers to quantize, in module order: Linear and Conv2d whose name `pattern` finds (re.search).
+    """The layers to quantize, in module order: every Linear and Conv2d whose name matches `pattern` (re.search).
 
-    pattern: None is the one that goes with the denoiser's class (`layer_pattern`).
+    pattern: None takes the one for the denoiser's class (`layer_pattern`).
     Layers with fewer than `min_size` inputs (input channels) or outputs are left out. UserError for an invalid pattern.
     """
     return [spec for spec, reason in _specs(denoiser, pattern, min_size) if reason is None]
@@ -70,7 +70,7 @@ def layer_specs(denoiser: nn.Module, *, pattern: str | None = None, min_size: in
 def skipped_specs(
     denoiser: nn.Module, *, pattern: str | None = None, min_size: int = 16
 ) -> list[tuple[LayerSpec, str]]:
-    """Every other Linear and Conv2d of the denoiser, with the reason why it stays in 16 bit."""
+    """Every Linear and Conv2d of the denoiser that stays in 16 bit, with the reason why."""
     return [(spec, reason) for spec, reason in _specs(denoiser, pattern, min_size) if reason is not None]
 
 
@@ -86,7 +86,7 @@ def _specs(denoiser: nn.Module, pattern: str | None, min_size: int) -> Iterator[
 
 
 def spec_of(name: str, module: nn.Linear | nn.Conv2d) -> LayerSpec:
-    """The spec of one layer that is not quantized yet."""
+    """The spec of a layer that is not quantized yet."""
     weight = module.weight
     if isinstance(module, nn.Linear):
         return LayerSpec(name, "linear", tuple(weight.shape))
@@ -121,7 +121,7 @@ def group_of(layer: str) -> str:
 
 
 def in_groups(specs: Iterable[LayerSpec]) -> list[list[LayerSpec]]:
-    """The layers by their groups, both in the order of `specs`."""
+    """The layers divided into their groups; groups and layers keep the order of `specs`."""
     groups: dict[str, list[LayerSpec]] = {}
     for spec in specs:
         groups.setdefault(group_of(spec.name), []).append(spec)
