@@ -86,8 +86,8 @@ class _Samples:
 class BlockData:
     """A block's inputs and outputs from many calls, joined along the samples' dimension.
 
-    arguments: (positional, keyword) as the block was called; tensors with a row per sample are wrapped, the rest is
-    kept. output: [samples, …].
+    arguments: (positional, keyword) as the block was called, with tensors that have a row per sample wrapped.
+    output: [samples, …].
     """
 
     arguments: tuple[tuple, dict]

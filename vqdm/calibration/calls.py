@@ -16,10 +16,7 @@ from vqdm.seeds import numpy_generator, torch_generator
 
 
 def token_limit(pipeline) -> int:
-    """Number of tokens that the first text encoder sees.
-
-    Its tokenizer's limit, or less where the pipeline cuts earlier.
-    """
+    """Number of tokens the first text encoder sees: its tokenizer's limit, or less where the pipeline cuts earlier."""
     own = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     limit = pipeline.tokenizer.model_max_length
     return limit if own is None else min(limit, own.default)
@@ -28,10 +25,7 @@ def token_limit(pipeline) -> int:
 def sample_batches(
     pipeline, prompts: PromptList, *, config: CalibrationConfig, sampler: SamplerConfig
 ) -> list[tuple[str, list[Prompt], Callable[[], None]]]:
-    """Batches of calibration prompts.
-
-    Each one's name, its prompts, and a function that samples it from its own noise.
-    """
+    """Batches of calibration prompts: name, prompts, and a function that samples the batch from its own noise."""
 
     def run(batch: list[Prompt]) -> None:
         generators = [torch_generator(config.noise_seed, "calibration", p.id) for p in batch]
@@ -47,8 +41,7 @@ def sample_batches(
 def recorded_positions(config: CalibrationConfig, total: int, batch: str) -> set[int]:
     """The positions, among `total` sampling steps, that are kept for a batch; 0 is the first and noisiest.
 
-    timesteps=normal is PTQ4DM's rule: every batch draws its own, t ~ N(0.4 T, 0.4 T) within [0, T], where T is
-    noisiest.
+    timesteps=normal is PTQ4DM's rule: every batch draws its own, t ~ N(0.4 T, 0.4 T) within [0, T]; T is the noisiest.
     """
     if config.timesteps == "uniform":
         return evenly_spread(total, config.recorded_steps)

@@ -1,7 +1,4 @@
-"""Hessians, one group of layers after another.
-
-From the teacher's recorded calls, or from the student's own sampling.
-"""
+"""Hessians of one group of layers after another, from the teacher's recorded calls or the student's own sampling."""
 
 import contextlib
 import itertools
@@ -55,7 +52,7 @@ def collect(
 ) -> dict[str, torch.Tensor]:
     """The Hessians of a group's layers by name, the same with any number of threads.
 
-    Those from few tokens are shrunk.
+    Hessians from few tokens are shrunk.
     """
     with (
         one_thread_each(),
@@ -77,7 +74,7 @@ def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Dri
 
 
 def drive_student(pipeline, calibration: Path, *, config: CalibrationConfig, sampler: SamplerConfig) -> Drive:
-    """A function that samples the calibration prompts with the partly quantized denoiser, read at its recorded steps."""
+    """A function that samples the calibration prompts with the partly quantized denoiser, read at recorded steps."""
 
     prompts = PromptList.read_jsonl(calibration / "prompts.jsonl")
 

@@ -308,10 +308,7 @@ def _add_by_displacement(total: Tensor, inputs: Tensor, conv: ConvGeometry) -> N
 
 
 def _pixels(image: Tensor, windows: Iterable[tuple[int, int, int, int]], shift: tuple[int, int] = (0, 0)) -> Tensor:
-    """The pixels in windows (top, bottom, left, right) of an image [batch, height, width, channels].
-
-    Fp32 [m, channels].
-    """
+    """The pixels in windows (top, bottom, left, right) of [batch, height, width, channels], as fp32 [m, channels]."""
     y, x = shift
     parts = (image[:, y + top : y + bottom, x + left : x + right] for top, bottom, left, right in windows)
     return torch.cat([part.flatten(0, 2) for part in parts]).float()

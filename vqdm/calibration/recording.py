@@ -77,7 +77,7 @@ def _is_tensors(value) -> bool:
 def _described(name: str, value, into: Call, denoiser: nn.Module) -> dict:
     """A JSON description from which the value can be remade, {its kind: its content}.
 
-    Its tensors go `into` the call.
+    The value's tensors go `into` the call.
     """
     if isinstance(value, torch.Tensor):
         into[name] = _kept(value)

@@ -16,10 +16,7 @@ DENOISERS = ("unet", "transformer")
 
 
 def check_pipeline_directory(directory: Path) -> Path:
-    """Check that a directory is a diffusers pipeline.
-
-    A model_index.json that names a denoiser whose config is there.
-    """
+    """Check a diffusers directory: its model_index.json must name a denoiser whose config is there."""
     index = directory / "model_index.json"
     if not directory.is_dir():
         raise UserError(f"model.path={directory} is no directory; give a diffusers pipeline directory")
