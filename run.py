@@ -31,7 +31,7 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
     os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
-from vqdm.config.compose import NamedSweep, overrides_for_rows, register_schemas, run_as_job, to_config
+from vqdm.config.compose import NamedSweep, one_line, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
 
@@ -75,16 +75,9 @@ def main(composed: DictConfig) -> None:
     except UserError as error:
         if sweeping:
             raise  # the other jobs go on
-        sys.exit(_line(error))  # past Hydra, which would add lines of its own
+        sys.exit(f"error: {one_line(error)}")  # past Hydra, which would add lines of its own
     except BrokenPipeError:  # of `… plan=true | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _line(error: BaseException) -> str:
-    """One line, with what was wrong where Hydra only says in which override."""
-    text, cause = (" ".join(str(one or "").split()) for one in (error, error.__cause__))
-    merging = text.startswith("Error merging override") and cause
-    return f"error: {text}: {cause.partition(' full_key:')[0]}" if merging else f"error: {text}"
 
 
 def _stop(*_) -> None:
@@ -108,7 +101,7 @@ if __name__ == "__main__":
         main()
         processes.leave()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(_line(error))
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     except Exception as error:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from vqdm.codecs import additive, gptq, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
-from vqdm.config.options import QuantizeConfig
+from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
 from vqdm.runs.files import atomic_write, write_json
 from vqdm.seeds import torch_generator
@@ -69,7 +69,7 @@ class Settings:
     """What codecs take beside bits; damping as in a run by default."""
 
     beam_size: int = 8
-    damping: float = QuantizeConfig.damping
+    damping: float = TrellisConfig.damping
     code_bits: bool = False  # trellis: bits are those of the codes alone
     seed: int = 0
 
@@ -119,7 +119,7 @@ def warm_trellis() -> None:
         torch.eye(len(rates)),
         bits=bits,
         table=trellis_table(),
-        damping=QuantizeConfig.damping,
+        damping=TrellisConfig.damping,
         row_exponent=1.0,
     )
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import vqdm
-from vqdm.config.names import parse_scheme
+from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.pipelines import quiet_diffusers
 from vqdm.models.shipped import builtin_directory

@@ -550,7 +550,7 @@ def test_the_readmes_python_does_what_it_says(checkout):
 
 
 def test_the_schemes_that_the_readme_names_are_known():
-    from vqdm.config.names import parse_scheme
+    from vqdm.config.codecs import parse_scheme
 
     listed = re.search(r"Schemes are\s+(.*?)\.\n", TEXT, re.S)[1]
     names = re.findall(r"`([^`]+)`", listed)

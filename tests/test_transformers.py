@@ -18,7 +18,7 @@ from vqdm.calibration.hessian import shrunk
 from vqdm.calibration.recording import OUTPUT, play_back
 from vqdm.codecs import gptq
 from vqdm.codecs.allocation import assign_schemes, planned_bits
-from vqdm.config.names import parse_scheme
+from vqdm.config.codecs import OPTIONS, GptqConfig, RtnConfig, parse_scheme
 from vqdm.config.options import (
     PAPER_PATTERN,
     TRANSFORMER_PATTERN,
@@ -27,7 +27,6 @@ from vqdm.config.options import (
     EvaluateConfig,
     ModelConfig,
     PromptsConfig,
-    QuantizeConfig,
     RescaleConfig,
     SamplerConfig,
 )
@@ -195,7 +194,7 @@ def test_hessians_are_those_of_the_inputs(made):
             lambda _m, args, found=rows[spec.name]: found.append(args[0].flatten(0, -2).double())
         )
     drive = drive_teacher(denoiser, made.calibration, device="cpu")
-    found = collect(denoiser, chosen, drive, config=QuantizeConfig(kind="gptq"))
+    found = collect(denoiser, chosen, drive, config=GptqConfig())
     for spec in chosen:
         tokens = torch.cat(rows[spec.name])
         expected = tokens.T @ tokens / len(tokens)
@@ -209,7 +208,7 @@ def test_hessians_are_those_of_the_inputs(made):
 def quantized(made, directory, **options) -> dict:
     pipeline = made.pipeline()
     summary = quantize(
-        directory, pipeline, made.calibration, config=QuantizeConfig(**options), model=made.model,
+        directory, pipeline, made.calibration, config=OPTIONS[options["kind"]](**options), model=made.model,
         calibration_config=CALIBRATION, device="cpu",
     )  # fmt: skip
     assert images(pipeline, made.model.sampler).isfinite().all()
@@ -231,7 +230,9 @@ def test_fewer_bits_do_more_harm_and_cost_what_the_plan_says(made, tmp_path):
         (tmp_path / name).mkdir()
         summary = quantized(made, tmp_path / name, **options)
         errors[name] = summary["relative_output_error"]
-        plan = planned_bits(denoiser_on_meta(made.model), QuantizeConfig(**options), pattern=None, min_size=16)
+        plan = planned_bits(
+            denoiser_on_meta(made.model), OPTIONS[options["kind"]](**options), pattern=None, min_size=16
+        )
         assert plan.bits_per_weight == pytest.approx(summary["bits_per_weight"], abs=1e-12)
     assert 0 < errors["rtn8"] < 1e-4
     assert errors["rtn8"] < errors["trellis4"] < errors["additive2"] < errors["rtn3"] < 0.05
@@ -264,13 +265,13 @@ def test_students_hessians_come_from_the_same_loop(made, tmp_path):
 
 def test_a_pattern_that_finds_nothing_is_refused(made):
     with pytest.raises(UserError, match=r"model.layers=up_blocks selects no layer of \w+Transformer2DModel"):
-        assign_schemes(denoiser_on_meta(made.model), QuantizeConfig(kind="rtn"), pattern="up_blocks", min_size=16)
+        assign_schemes(denoiser_on_meta(made.model), RtnConfig(), pattern="up_blocks", min_size=16)
 
 
 def layers_in_graph(tmp_path, **model) -> str:
     prompts = PromptsConfig(source="tiny", n=2, split="test")
     config = Config(
-        model=ModelConfig(**model), calibration=CALIBRATION, quantize=QuantizeConfig(kind="rtn"),
+        model=ModelConfig(**model), calibration=CALIBRATION, quantize=RtnConfig(),
         evaluate=EvaluateConfig(prompts=prompts, metrics=["paired"]),
     )  # fmt: skip
     return build_graph(config, cache=tmp_path / "hashes.json").quantization.quantize.config["layers"]

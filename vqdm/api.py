@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from vqdm.codecs.allocation import planned_bits
-from vqdm.config.checks import check_quantize
-from vqdm.config.names import parse_scheme
-from vqdm.config.options import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
+from vqdm.config.codecs import QuantizeConfig, parse_scheme
+from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checksum
 from vqdm.hub.pipelines import set_decode
@@ -45,15 +44,15 @@ def compress(
 ):
     """Quantize the denoiser of a diffusers pipeline in place, with calibration; returns the pipeline.
 
-    scheme: such as `trellis3`, `trellis2.5`, `vq3`, `3x8g8`, `gptq4`, `rtn4`, or a QuantizeConfig.
+    scheme: such as `trellis3`, `trellis2.5`, `vq3`, `3x8g8`, `gptq4`, `rtn4`, or options of `vqdm/config/codecs.py`.
     prompts: captions to calibrate on; None: 64 that come with vqdm. steps, guidance, size (pixels): of sampling them;
     None: the pipeline's own. recorded_steps: of them, whose calls calibrate. layers: a regular expression of the layers
     to quantize; None: by the model. folder: keeps what is made, so that the same call goes on after a stop (another
     model or other arguments get a place of their own there); None: nothing is kept.
     """
     config = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    check_quantize(config)
-    if config.kind == "none" or config.allocation != "uniform":
+    config.check()
+    if config.kind == "none" or config.sensitivity() is not None:
         raise UserError("vqdm.compress quantizes with uniform bits; allocation=sensitivity is for run.py")
     _check_denoiser(denoiser_of(pipeline), config, layers=layers)
     for name, value in {"steps": steps, "recorded_steps": recorded_steps, "batch_size": batch_size}.items():

@@ -4,8 +4,10 @@ import pytest
 import torch
 from unets import sdxl_unet, small_unet
 
-from vqdm.codecs.allocation import TABLE_BITS, allocate, assign_schemes, planned_bits, uniform_bits
-from vqdm.config.options import PAPER_PATTERN, QuantizeConfig
+from vqdm.codecs.allocation import assign_schemes, planned_bits
+from vqdm.codecs.bit_budget import TABLE_BITS, allocate, uniform_bits
+from vqdm.config.codecs import AdditiveConfig, TrellisConfig
+from vqdm.config.options import PAPER_PATTERN
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.specs import LayerSpec, group_of, layer_specs
@@ -26,7 +28,7 @@ def code_bits(spec, bits):
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 3.7, 4.0])
 def test_a_trellis_takes_at_most_its_bits_over_sdxl_and_nearly_all_of_them(bits):
-    counts = planned_bits(sdxl_unet(), QuantizeConfig(kind="trellis", bits=bits), pattern=PAPER_PATTERN, min_size=16)
+    counts = planned_bits(sdxl_unet(), TrellisConfig(bits=bits), pattern=PAPER_PATTERN, min_size=16)
     assert bits - 1e-4 < counts.bits_quantized <= bits
 
 
@@ -40,7 +42,7 @@ def test_uniform_bits_are_uniform_for_codes():
 
 def test_what_a_trellis_cannot_hold_stays_in_16_bit_with_the_reason():
     unet = small_unet()
-    assignment = assign_schemes(unet, QuantizeConfig(kind="trellis", bits=6), **(OPTIONS | {"min_size": 1}))
+    assignment = assign_schemes(unet, TrellisConfig(bits=6), **(OPTIONS | {"min_size": 1}))
     left = {spec.name: reason for spec, reason in assignment.skipped}
     for spec in layer_specs(unet, **(OPTIONS | {"min_size": 1})):
         assert (spec.name in left) == (spec.shape[0] < 16)
@@ -85,7 +87,7 @@ def test_no_layer_gets_more_than_the_highest_rate_or_less_than_half_a_bit():
 
 
 def test_sensitivity_takes_the_same_bytes_as_the_plan():
-    config = QuantizeConfig(kind="trellis", bits=5, allocation="sensitivity")
+    config = TrellisConfig(bits=5, allocation="sensitivity")
     unet = small_unet()
     specs = [spec for spec in layer_specs(unet, **OPTIONS) if spec.shape[0] >= 16]
     harm = _harm(specs, [2.0 ** -(i % 5) for i in range(len(specs))])
@@ -124,7 +126,7 @@ def test_sdxl_has_the_seven_groups_of_the_paper():
 
 
 def test_shared_codebooks_by_block_have_the_groups_keys():
-    config = QuantizeConfig(kind="additive", bits=2, group_size=8, codebooks="block")
+    config = AdditiveConfig(bits=2, group_size=8, codebooks="block")
     assigned = assign_schemes(small_unet(), config, **OPTIONS).quantized
     for spec, scheme in assigned:
         assert scheme.shared_key == f"codebooks_{group_of(spec.name).replace('.', '_')}"

@@ -12,13 +12,13 @@ from PIL import Image
 from tiny_world import ROOT, command, environment
 
 from vqdm import pipeline
+from vqdm.config.codecs import RtnConfig
 from vqdm.config.options import (
     CalibrationConfig,
     Config,
     EvaluateConfig,
     ModelConfig,
     PromptsConfig,
-    QuantizeConfig,
     SamplerConfig,
     TrackerConfig,
 )
@@ -209,7 +209,7 @@ def _config(results):
     return Config(
         name="tracked", results_dir=str(results), threads=1, device="cpu",
         model=ModelConfig(name="tiny", builtin="tiny", sampler=SamplerConfig(steps=2)),
-        calibration=CalibrationConfig(source="tiny", n=2, batch_size=2), quantize=QuantizeConfig(kind="rtn", bits=2),
+        calibration=CalibrationConfig(source="tiny", n=2, batch_size=2), quantize=RtnConfig(bits=2),
         evaluate=EvaluateConfig(prompts=PromptsConfig(source="tiny", n=4), metrics=["paired"], batch_size=4),
     )  # fmt: skip
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from vqdm.calibration.calls import recorded_calls, recorded_positions
 from vqdm.calibration.collect import execution_groups, teacher_groups
 from vqdm.codecs.allocation import read_harm
-from vqdm.config.options import CalibrationConfig, ModelConfig, QuantizeConfig, SamplerConfig
+from vqdm.config.codecs import OPTIONS, RtnConfig, TrellisConfig
+from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.prompts import load_prompts
@@ -36,8 +37,8 @@ def calibration(tmp_path_factory):
 def run(directory, calibration, **options):
     """The quantized denoiser's tensors and the stage's summary."""
     summary = quantize(
-        directory, load_pipeline(MODEL, device="cpu"), calibration, config=QuantizeConfig(**options), model=MODEL,
-        calibration_config=CALIBRATION, device="cpu",
+        directory, load_pipeline(MODEL, device="cpu"), calibration, config=OPTIONS[options["kind"]](**options),
+        model=MODEL, calibration_config=CALIBRATION, device="cpu",
     )  # fmt: skip
     return load_file(directory / "denoiser" / "diffusion_pytorch_model.safetensors"), summary
 
@@ -122,7 +123,7 @@ def test_layers_that_fail_name_themselves(calibration, tmp_path):
     denoiser_of(pipeline).mid_block.resnets[0].conv2.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match=r"mid_block\.resnets\.0\.conv2"):
         quantize(
-            tmp_path, pipeline, calibration, config=QuantizeConfig(kind="rtn", bits=4), model=MODEL,
+            tmp_path, pipeline, calibration, config=RtnConfig(bits=4), model=MODEL,
             calibration_config=CALIBRATION, device="cpu",
         )  # fmt: skip
 
@@ -160,7 +161,7 @@ def test_sensitivity_is_the_output_error_of_one_layer_alone(calibration, tmp_pat
     pipeline = load_pipeline(MODEL, device="cpu")
     denoiser = denoiser_of(pipeline)
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    config = QuantizeConfig(kind="trellis", bits=3, allocation="sensitivity")
+    config = TrellisConfig(bits=3, allocation="sensitivity")
     (tmp_path / "harm").mkdir()
     sensitivity(tmp_path / "harm", pipeline, calibration, config=config, model=MODEL, device="cpu")
     assert same(before, denoiser.state_dict())
@@ -173,7 +174,7 @@ def test_sensitivity_is_the_output_error_of_one_layer_alone(calibration, tmp_pat
     size = int(np.prod(before[f"{name}.weight"].shape))
     quantize(
         tmp_path / "alone", pipeline, calibration,
-        config=QuantizeConfig(kind="trellis", bits=bits + 16 * 4096 / size), model=alone,
+        config=TrellisConfig(bits=bits + 16 * 4096 / size), model=alone,
         calibration_config=CALIBRATION, device="cpu",
     )  # fmt: skip
     calls = list(recorded_calls(calibration))

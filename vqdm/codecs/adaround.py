@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from vqdm.calibration.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, record_block
 from vqdm.calibration.recording import Call
 from vqdm.codecs import rtn
+from vqdm.codecs.codec import Codec, scalar_scheme_of
+from vqdm.config.codecs import AdaroundConfig
 from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight
@@ -227,3 +229,23 @@ def quantize_blocks(
             device = student.get_submodule(spec.name).weight.device
             swap(student, spec, weights[spec.name].to(device), decode="cached")
         yield block, weights, report
+
+
+def _by_blocks(student: nn.Module, teacher: nn.Module, specs, calls, *, config: AdaroundConfig, stored, progress):
+    return quantize_blocks(
+        student,
+        teacher,
+        specs,
+        calls,
+        seed=config.seed,
+        stored=stored,
+        progress=progress,
+        bits=int(config.bits),
+        group_size=config.group_size,
+        clip=config.clip,
+        iterations=config.iterations,
+        batch_size=config.batch_size,
+    )
+
+
+ADAROUND = Codec(scheme=scalar_scheme_of("adaround"), by_blocks=_by_blocks)

@@ -10,11 +10,16 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor
 
-from vqdm.codecs.additive_fast import encode_fast, fit_codebooks, search
+from vqdm.codecs.additive_fast import SAMPLES, encode_fast, fit_codebooks, search
 from vqdm.codecs.additive_paper import encode_paper
 from vqdm.codecs.additive_steps import Parts, invert, residual_kmeans, subsample
 from vqdm.codecs.checks import check_hessian, check_matrix
+from vqdm.codecs.codec import Codec, Shape
+from vqdm.codecs.kmeans import CHUNK as DISTANCES
+from vqdm.config.codecs import AdditiveConfig
 from vqdm.errors import UserError
+from vqdm.models.specs import LayerSpec, group_of
+from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme, AdditiveWeight, SharedCodebooks, check_shared
 from vqdm.weights.base import LARGEST, STORED
 
@@ -158,3 +163,71 @@ def learn_codebooks(
         search(points, identity, parts, beam_size=REFINEMENT_BEAM)
         parts.codebooks = fit_codebooks(points, identity, parts, steps=REFINEMENT_STEPS)
     return parts.codebooks
+
+
+def _encode(
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: AdditiveScheme,
+    *,
+    config: AdditiveConfig,
+    shared: SharedCodebooks | None,
+    layer: str,
+) -> AdditiveWeight:
+    return encode(
+        weight,
+        hessian,
+        num_codebooks=scheme.num_codebooks,
+        codebook_bits=scheme.codebook_bits,
+        group_size=scheme.group_size,
+        input_scales=scheme.input_scales,
+        shared=shared,
+        shared_key=scheme.shared,
+        recipe=config.recipe,
+        beam_size=config.beam_size,
+        damping=config.damping,
+        generator=torch_generator(config.seed, "encode", layer),
+        layer=layer,
+    )
+
+
+def _scheme(spec: LayerSpec, config: AdditiveConfig) -> AdditiveScheme:
+    shared = {"layer": None, "model": "codebooks", "block": f"codebooks_{group_of(spec.name).replace('.', '_')}"}
+    return AdditiveScheme(
+        num_codebooks=config.num_codebooks,
+        codebook_bits=config.codebook_bits,
+        group_size=config.group_size,
+        input_scales=config.input_scales,
+        shared=shared[config.codebooks],
+    )
+
+
+def _make_shared(matrices: Iterable[Tensor], scheme: AdditiveScheme, config: AdditiveConfig) -> SharedCodebooks:
+    """Codebooks learned from all the layers' weights."""
+    return train_shared_codebooks(
+        matrices,
+        num_codebooks=scheme.num_codebooks,
+        codebook_bits=scheme.codebook_bits,
+        group_size=scheme.group_size,
+        generator=torch_generator(config.seed, "codebooks", scheme.shared_key),
+    )
+
+
+def _encoder_bytes(shape: Shape, config: AdditiveConfig) -> float:
+    """Six of the Hessian while errors' coupling is made, then three and the running products, or k-means' distances."""
+    square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
+    if config.recipe == "paper":
+        tables = 4 * shape[1] * config.num_codebooks << config.codebook_bits
+        return full + square + max(8 * full, 4 * DISTANCES + 5 * full) + 2 * tables
+    distances = 4 * min(DISTANCES, SAMPLES << config.codebook_bits)
+    return full + max(6 * square + 2.75 * full, 3 * square + 8.25 * full, 2 * square + 3.6 * full + distances)
+
+
+ADDITIVE = Codec(
+    encode=_encode,
+    scheme=_scheme,
+    needs_hessian=lambda config: True,
+    data_free=lambda config: True,
+    encoder_bytes=_encoder_bytes,
+    make_shared=_make_shared,
+)

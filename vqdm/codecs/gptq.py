@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from vqdm.codecs.checks import check_hessian, check_matrix
+from vqdm.codecs.codec import Codec, Shape, scalar_scheme_of
 from vqdm.codecs.feedback import feedback_of
 from vqdm.codecs.rtn import check_clip, find_grid, round_to_grid, sum_of_squares
+from vqdm.config.codecs import GptqConfig
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 
 BLOCK = 128  # columns whose feedback from all columns before them is one matrix product
@@ -114,3 +116,30 @@ class _Rounding:
             codes = round_to_grid(target[:, None], scales, zeros, bits=self.bits)[:, 0]
             self.codes[j] = codes
             self.errors[j] = self.columns[j] - (codes - zeros) * scales
+
+
+def _encode(weight: Tensor, hessian: Tensor, scheme: ScalarScheme, *, config: GptqConfig, layer: str, **_):
+    return encode(
+        weight,
+        hessian,
+        bits=scheme.bits,
+        clip=config.clip,
+        group_size=scheme.group_size,
+        act_order=config.act_order,
+        damping=config.damping,
+        layer=layer,
+    )
+
+
+def _encoder_bytes(shape: Shape, config: GptqConfig) -> float:
+    """Three of the Hessian while it is put in order, then the factor, columns, errors and grids; fp32."""
+    square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
+    return full + max(3 * square, square + 5.3 * full)
+
+
+GPTQ = Codec(
+    encode=_encode,
+    scheme=scalar_scheme_of("gptq"),
+    needs_hessian=lambda config: True,
+    encoder_bytes=_encoder_bytes,
+)

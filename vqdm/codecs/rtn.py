@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from vqdm.codecs.checks import check_hessian, check_matrix
+from vqdm.codecs.codec import Codec, Shape, scalar_scheme_of
+from vqdm.config.codecs import RtnConfig
 from vqdm.errors import UserError
 from vqdm.weights.base import STORED
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight
@@ -150,3 +152,26 @@ def _squared_error(rows: Tensor, low: Tensor, high: Tensor, *, bits: int, error:
     """The error, Σ (decoded − weight)² by default, of every row on the grid that is stored: fp32 [n]."""
     scales, zeros = _grid(low, high, bits)
     return error(_decode(round_to_grid(rows, scales, zeros, bits=bits), scales, zeros).sub_(rows))
+
+
+def _encode(weight: Tensor, hessian: Tensor | None, scheme: ScalarScheme, *, config: RtnConfig, layer: str, **_):
+    return encode(weight, hessian, bits=scheme.bits, clip=config.clip, group_size=scheme.group_size, layer=layer)
+
+
+def _needs_hessian(config: RtnConfig) -> bool:
+    return config.clip == "hessian"
+
+
+def _encoder_bytes(shape: Shape, config: RtnConfig) -> float:
+    """Measured in tests/stages/plan/test_memory.py; 1.75: of the check that all of a Hessian is finite."""
+    square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
+    return full + (max(1.75 * square, 5.1 * full) if _needs_hessian(config) else 2.7 * full)
+
+
+RTN = Codec(
+    encode=_encode,
+    scheme=scalar_scheme_of("rtn"),
+    needs_hessian=_needs_hessian,
+    data_free=lambda config: not _needs_hessian(config),
+    encoder_bytes=_encoder_bytes,
+)

@@ -5,15 +5,21 @@ error tr(ΔW H ΔWᵀ) is the sum of d_j ‖target_j − decoded_j‖². Columns
 (reverse water-filling, Cover and Thomas 10.3.3), rows through the weights of the search.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from vqdm.codecs.bit_budget import layer_bits
 from vqdm.codecs.checks import check_hessian, check_matrix
+from vqdm.codecs.codec import Codec, Harm, Shape
 from vqdm.codecs.feedback import feedback_of
-from vqdm.codecs.trellis_table import target_scale
+from vqdm.codecs.trellis_table import load_table, target_scale
 from vqdm.codecs.viterbi import Search
+from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
-from vqdm.weights.base import LARGEST, STORED
+from vqdm.models.specs import LayerSpec
+from vqdm.weights.base import LARGEST, STORED, Scheme
 from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, decode_trellis
 from vqdm.weights.trellis_format import (
     HIGHEST_RATE,
@@ -21,6 +27,7 @@ from vqdm.weights.trellis_format import (
     column_bits,
     reason_to_skip,
     sequence_length,
+    side_bits,
     stream_bytes,
 )
 
@@ -159,3 +166,53 @@ def _fit_rows(weight: Tensor, decoded: Tensor, hessian: Tensor, row_scales: Tens
     power = (decoded * product).sum(1)
     fitted = (weight * product).sum(1) / power.clamp(min=1e-30)
     return torch.where(power > 0, fitted, row_scales).clamp(-LARGEST, LARGEST)
+
+
+def _encode(
+    weight: Tensor, hessian: Tensor, scheme: TrellisScheme, *, config: TrellisConfig, shared: TrellisTable, layer: str
+) -> TrellisWeight:
+    return encode(
+        weight,
+        hessian,
+        bits=scheme.bits,
+        table=shared,
+        damping=config.damping,
+        row_exponent=config.row_exponent,
+        layer=layer,
+    )
+
+
+def _assign(specs: list[LayerSpec], config: TrellisConfig, harm: Harm | None) -> dict[str, Scheme | str]:
+    bits = layer_bits(specs, config.bits, by_harm=config.allocation == "sensitivity", harm=harm)
+    return {
+        spec.name: TrellisScheme(bits=bits[spec.name]) if spec.name in bits else reason_to_skip(spec.shape, 16)
+        for spec in specs
+    }
+
+
+def _scheme_at(spec: LayerSpec, code_bits: float) -> TrellisScheme | None:
+    if reason_to_skip(spec.shape, 16) is not None:
+        return None
+    return TrellisScheme(bits=code_bits + side_bits(spec.shape))
+
+
+def _make_shared(matrices: Iterable[Tensor], scheme: TrellisScheme, config: TrellisConfig) -> TrellisTable:
+    """One table for all models."""
+    return TrellisTable.from_values(load_table())
+
+
+def _encoder_bytes(shape: Shape, config: TrellisConfig) -> float:
+    """A Hessian and its factor, then the factor and bit positions as int64."""
+    square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
+    return full + max(2 * square, square + 27 * full)
+
+
+TRELLIS = Codec(
+    encode=_encode,
+    assign=_assign,
+    scheme_at=_scheme_at,
+    needs_hessian=lambda config: True,
+    data_free=lambda config: config.allocation == "uniform",
+    encoder_bytes=_encoder_bytes,
+    make_shared=_make_shared,
+)

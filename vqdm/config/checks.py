@@ -8,12 +8,11 @@ from vqdm.config.options import (
     PROMPT_SOURCES,
     Config,
     EvaluateConfig,
-    QuantizeConfig,
     TrajectoriesConfig,
 )
+from vqdm.config.ranges import check_fields
 from vqdm.errors import UserError
 
-SCALAR_KINDS = ("rtn", "gptq", "adaround")
 CHOICES = {
     "task": ("experiment", "compress", "tiny_train"),
     "device": ("auto", "cpu", "cuda"),
@@ -24,12 +23,6 @@ CHOICES = {
     "evaluate.prompts.source": PROMPT_SOURCES,
     "evaluate.prompts.order": PROMPT_ORDERS,
     "calibration.timesteps": ("uniform", "normal"),
-    "quantize.kind": ("none", "rtn", "gptq", "adaround", "additive", "trellis"),
-    "quantize.clip": ("mse", "minmax", "hessian"),
-    "quantize.recipe": ("fast", "paper"),
-    "quantize.codebooks": ("layer", "block", "model"),
-    "quantize.allocation": ("uniform", "sensitivity"),
-    "quantize.hessian_from": ("teacher", "student"),
     "finetune.trajectories.along": ("teacher", "student", "data"),
     "finetune.trajectories.source": PROMPT_SOURCES,
     "finetune.trajectories.order": PROMPT_ORDERS,
@@ -57,6 +50,8 @@ def _value(config: Config, key: str):
 
 def check(config: Config) -> None:
     """Refuse values that make no sense, before any work; one line that names the key."""
+    config.quantize.check()
+    check_fields(config, "")
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
             raise UserError(f"{key}={_value(config, key)!r} is not one of {', '.join(choices)}")
@@ -82,7 +77,6 @@ def check(config: Config) -> None:
         raise UserError(
             f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"
         )
-    check_quantize(config.quantize)
     check_finetune(config)
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
@@ -136,41 +130,3 @@ def _check_trajectories(config: TrajectoriesConfig) -> None:
         )
     if config.recorded_steps is not None and config.recorded_steps < 1:
         raise UserError(f"finetune.trajectories.recorded_steps={config.recorded_steps} must be at least 1, or null")
-
-
-def check_quantize(config: QuantizeConfig) -> None:
-    """Values and combinations that make no sense."""
-    kind, bits = config.kind, config.bits
-    for name in ("bits", "codebook_bits", "beam_size", "iterations", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"quantize.{name}={getattr(config, name):g} must be at least 1")
-    if kind in (*SCALAR_KINDS, "additive") and bits != int(bits):
-        raise UserError(f"quantize.bits={bits:g} must be a whole number for {kind}; quantize=trellis takes any")
-    if kind in (*SCALAR_KINDS, "trellis") and bits > 8:
-        raise UserError(f"quantize.bits={bits:g} must be 1 to 8 for {kind}")
-    if kind in SCALAR_KINDS and config.group_size is not None and config.group_size < 1:
-        raise UserError(f"quantize.group_size={config.group_size} must be at least 1, or null for whole rows")
-    if kind == "adaround" and config.clip == "hessian":
-        raise UserError("quantize.clip=hessian is for rtn and gptq; adaround starts from mse or minmax")
-    if kind != "trellis" and config.allocation != "uniform":
-        raise UserError(f"quantize.allocation={config.allocation} needs quantize.kind=trellis: {kind} has whole bits")
-    if kind == "additive":
-        _check_additive(config)
-    if config.damping < 0:
-        raise UserError(f"quantize.damping={config.damping} must not be negative")
-    if config.tokens_per_call is not None and config.tokens_per_call < 1:
-        raise UserError(f"quantize.tokens_per_call={config.tokens_per_call} must be at least 1")
-
-
-def _check_additive(config: QuantizeConfig) -> None:
-    if config.group_size is None or config.group_size < 1:
-        raise UserError(f"quantize.group_size={config.group_size} must be at least 1 for additive codes")
-    if config.codebook_bits > 16:
-        raise UserError(f"quantize.codebook_bits={config.codebook_bits} must be 1 to 16")
-    if config.bits * config.group_size % config.codebook_bits:
-        raise UserError(
-            f"quantize.bits={config.bits:g} with group_size={config.group_size} is no whole number of "
-            f"{config.codebook_bits}-bit codebooks; choose bits × group_size as a multiple of codebook_bits"
-        )
-    if config.recipe == "paper" and config.codebooks != "layer":
-        raise UserError(f"quantize.recipe=paper learns its codebooks with each layer, not codebooks={config.codebooks}")

@@ -1,5 +1,7 @@
 """The Hydra side: schemas, the step from a composed configuration to plain dataclasses, and a sweep's begin and end."""
 
+import dataclasses
+import difflib
 import re
 import sys
 from pathlib import Path
@@ -13,13 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vqdm.config import options as schema
 from vqdm.config.checks import check
+from vqdm.config.codecs import OPTIONS
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
 
 GROUPS = {
     "model": schema.ModelConfig,
     "calibration": schema.CalibrationConfig,
-    "quantize": schema.QuantizeConfig,
     "finetune": schema.FinetuneConfig,
     "evaluate": schema.EvaluateConfig,
     "tracker": schema.TrackerConfig,
@@ -28,21 +30,66 @@ GROUPS = {
 
 
 def register_schemas() -> None:
-    """Every group's YAML starts from `base_<group>`, so an unknown key fails while composing."""
+    """A group's YAML starts from `base_<group>`, a codec's from `base_<kind>`, so unknown keys fail while composing."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=schema.Config)
     for group, node in GROUPS.items():
         store.store(group=group, name=f"base_{group}", node=node)
+    for kind, node in OPTIONS.items():
+        store.store(group="quantize", name=f"base_{kind}", node=node)
 
 
 def to_config(composed: DictConfig) -> schema.Config:
-    """Checked dataclasses; values that fit no option are a UserError of one line."""
+    """Checked dataclasses; values that fit no option, and options that there are not, are a UserError of one line."""
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
+    _check_keys(config, "")
     check(config)
     return config
+
+
+def _check_keys(config, prefix: str) -> None:
+    """UserError for what `+key=…` added beside the fields of a dataclass."""
+    known = {field.name for field in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        if name not in known:
+            raise UserError(no_option(prefix + name))
+        if dataclasses.is_dataclass(value):
+            _check_keys(value, f"{prefix}{name}.")
+
+
+def _keys(node: type, prefix: str = "") -> list[str]:
+    """Every option's key; of quantize those of all codecs."""
+    found: list[str] = []
+    for field in dataclasses.fields(node):
+        key = prefix + field.name
+        nodes = OPTIONS.values() if key == "quantize" else [field.type]
+        inner = [name for node in nodes if dataclasses.is_dataclass(node) for name in _keys(node, f"{key}.")]
+        found += inner or [key]
+    return found
+
+
+def no_option(key: str) -> str:
+    """Why there is no option of this key, with the codecs that have it, or the nearest known one."""
+    name = key.removeprefix("quantize.")
+    owners = [kind for kind, node in OPTIONS.items() if name in {field.name for field in dataclasses.fields(node)}]
+    if key != name and owners:
+        return f"{key} is an option of {', '.join(owners)}, not of the codec that was chosen: give quantize={owners[0]}"
+    known = _keys(schema.Config)
+    nearest = difflib.get_close_matches(key, [*known, *GROUPS, "quantize"], n=1, cutoff=0.0)[0]
+    return f"there is no option {key}: did you mean {nearest}?"
+
+
+def one_line(error: BaseException) -> str:
+    """What was wrong, in one line: for unknown keys the nearest known one, else what Hydra or the error says."""
+    text, cause = (" ".join(str(one or "").split()) for one in (error, error.__cause__))
+    unknown = re.search(r"Key '[^']*' (?:is )?not in .* full_key: (\S+)", f"{text} {cause}")
+    if unknown:
+        return no_option(unknown[1])
+    merging = text.startswith("Error merging override") and cause
+    return f"{text}: {cause.partition(' full_key:')[0]}" if merging else text
 
 
 def overrides_for_rows(task_overrides: list[str]) -> list[str]:

@@ -1,10 +1,13 @@
-"""Schema and documentation of every option. Imports no torch; Hydra fills these dataclasses from conf/.
+"""Schema and documentation of every option, those of the codecs in `codecs.py`. Imports no torch; Hydra fills these
+dataclasses from conf/.
 
 What cannot change a result (device, threads, tracker, folders) is left out of every stage's fingerprint: the
 stages name the parts they take, in `vqdm/stages/graph.py`.
 """
 
 import dataclasses
+
+from vqdm.config.codecs import QuantizeConfig
 
 PROMPT_SOURCES = ("tiny", "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
@@ -93,32 +96,6 @@ class CalibrationConfig(PromptsConfig):
     timesteps: str = "uniform"  # uniform: evenly spread steps | normal: each batch draws its own ~ N(0.4 T, 0.4 T)
     batch_size: int = 16
     noise_seed: int = 0
-
-
-@dataclasses.dataclass
-class QuantizeConfig:
-    kind: str = "none"  # none | rtn | gptq | adaround | additive | trellis
-    bits: float = 4  # per weight: of a code (scalar), of all codes (additive); trellis: true bits, all counted
-    seed: int = 0  # of what a codec draws, and of the tokens its Hessians take
-    # scalar codes
-    clip: str = "mse"  # of a row's range: minmax | mse | hessian (least output error; not adaround)
-    group_size: int | None = None  # scalar: inputs per scale, None = the whole row; additive: weights per code vector
-    act_order: bool = True  # gptq: columns by falling power of their inputs
-    iterations: int = 2000  # adaround: steps per block
-    batch_size: int = 32  # adaround: samples per step
-    # additive codes
-    recipe: str = "fast"  # fast: block feedback, least squares, exact group search | paper: VQDM as published
-    codebook_bits: int = 8  # log2 of the codebook size
-    codebooks: str = "layer"  # one set per layer | block (of the calibration order) | model
-    input_scales: bool = False
-    beam_size: int = 8
-    # trellis codes
-    allocation: str = "uniform"  # of bits to layers: uniform | sensitivity (of the denoiser's output)
-    row_exponent: float = 1.0  # 1: rows weigh by their output error; 0: all rows get the same relative error
-    # Hessians of layer inputs (gptq, additive, trellis, clip=hessian)
-    hessian_from: str = "teacher"  # teacher: recorded calls | student: its own sampling, block after block (paper)
-    tokens_per_call: int | None = None  # of a denoiser call that one layer's Hessian takes; None = all
-    damping: float = 0.01  # added to a Hessian's diagonal, in parts of its mean
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from vqdm.config.names import parse_scheme
+from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import FORMAT_VERSION, LayerGroup, check_version, layer_groups
 from vqdm.runs.files import canonical_json

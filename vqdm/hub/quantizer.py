@@ -12,7 +12,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from vqdm.config.names import parse_scheme
+from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import Contents, LayerGroup, read_contents, round_to_stored_, stored_with_metadata
 from vqdm.hub.config import METHOD, VQDMConfig, check_options, config_of

@@ -113,24 +113,6 @@ def _calibrate(config: Config, prompts: PromptList, model: str) -> Stage:
     return _stage("calibrate", label, settings, model=model)
 
 
-def quantizer_name(config: Config) -> str:
-    """Short name of the quantizer for labels: rtn4, vq3, …"""
-    names = {"none": "fp", "additive": "vq"}
-    kind = config.quantize.kind
-    return names.get(kind, kind) + ("" if kind == "none" else f"{config.quantize.bits:g}")
-
-
-_HESSIAN_OPTIONS = ("hessian_from", "tokens_per_call", "damping", "seed")
-_ADDITIVE_OPTIONS = ("group_size", "codebook_bits", "codebooks", "input_scales", "recipe", "beam_size")
-_QUANTIZE_OPTIONS = {  # beside kind and bits
-    "rtn": ("clip", "group_size"),
-    "gptq": ("clip", "group_size", "act_order", *_HESSIAN_OPTIONS),
-    "adaround": ("clip", "group_size", "iterations", "batch_size", "seed"),
-    "additive": (*_ADDITIVE_OPTIONS, *_HESSIAN_OPTIONS),
-    "trellis": ("row_exponent", *_HESSIAN_OPTIONS),
-}
-
-
 def _layers(config: Config) -> dict:
     """What says which matrices there are to quantize."""
     settings = _pick(config.model, "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
@@ -149,19 +131,16 @@ def _denoiser_class(config: ModelConfig) -> str:
 
 def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
     """One for all bit-widths of a model."""
-    if config.quantize.allocation != "sensitivity":
+    settings = config.quantize.sensitivity()
+    if settings is None:
         return None
-    settings = _pick(config.quantize, *_QUANTIZE_OPTIONS["trellis"]) | _layers(config)
-    return _stage("sensitivity", config.model.name, settings, calibrate=calibrate, model=model)
+    return _stage("sensitivity", config.model.name, settings | _layers(config), calibrate=calibrate, model=model)
 
 
 def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model: str) -> Stage:
-    options = _QUANTIZE_OPTIONS[config.quantize.kind]
-    settings = _pick(config.quantize, "kind", "bits", *options) | _layers(config)
-    if config.quantize.kind == "rtn" and config.quantize.clip == "hessian":
-        settings |= _pick(config.quantize, *_HESSIAN_OPTIONS)
-    label = f"{config.model.name}-{quantizer_name(config)}"
+    label = f"{config.model.name}-{config.quantize.name}"
     upstream = {} if sensitivity is None else {"sensitivity": sensitivity}
+    settings = config.quantize.settings() | _layers(config)
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
 

@@ -23,18 +23,12 @@ from tqdm import tqdm
 from vqdm.calibration.blocks import Block
 from vqdm.calibration.calls import recorded_calls
 from vqdm.calibration.collect import collect, drive_student, drive_teacher, execution_groups, teacher_groups
-from vqdm.codecs import adaround
 from vqdm.codecs.allocation import Assignment, assign_schemes, read_harm
-from vqdm.codecs.encode import (
-    Problem,
-    encode_layer,
-    encoder_bytes,
-    make_shared,
-    matrix_of,
-    needs_hessians,
-    users_of_shared,
-)
-from vqdm.config.options import CalibrationConfig, ModelConfig, QuantizeConfig
+from vqdm.codecs.cards import CODECS
+from vqdm.codecs.codec import Codec
+from vqdm.codecs.encode import Problem, make_shared, matrix_of, users_of_shared
+from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.options import CalibrationConfig, ModelConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec
 from vqdm.runs.device import MemoryGate, encoding_room, one_thread_each
@@ -75,6 +69,10 @@ class Encoder:
     config: QuantizeConfig
     shared: dict[str, SharedPart]
 
+    @property
+    def codec(self) -> Codec:
+        return CODECS[self.config.kind]
+
     def stored(self, spec: LayerSpec) -> QuantizedWeight | None:
         record = read_item(self.directory, spec.name)
         if record is None:
@@ -96,9 +94,8 @@ class Encoder:
         began = time.monotonic()
         matrix = matrix_of(self.denoiser, spec).cpu()
         hessian = None if hessian is None else hessian.cpu()
-        weight = encode_layer(
-            matrix, hessian, scheme, config=self.config, shared=self.shared.get(scheme.shared_key), layer=spec.name
-        )
+        shared = self.shared.get(scheme.shared_key)
+        weight = self.codec.encode(matrix, hessian, scheme, config=self.config, shared=shared, layer=spec.name)
         return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
 
     def encode_all(self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, progress) -> None:
@@ -106,7 +103,7 @@ class Encoder:
         gate = MemoryGate(encoding_room())
 
         def encode(problem: Problem) -> dict:
-            with gate.holding(encoder_bytes(problem[0].shape, self.config)):
+            with gate.holding(self.codec.encoder_bytes(problem[0].shape, self.config)):
                 return self.encode(problem, hessians.get(problem[0].name))
 
         with one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -199,7 +196,7 @@ def quantize(
         shared = shared_parts(directory, denoiser, assignment.quantized, config=config)
     encoder = Encoder(directory, denoiser, config, shared)
     with LayerProgress(assignment.specs, desc=f"quantize {directory.name}", lines=show_layers) as progress:
-        if config.kind == "adaround":
+        if encoder.codec.by_blocks is not None:
             _by_blocks(encoder, assignment, calibration, progress=progress)
         else:
             drive = functools.partial(drive_student, pipeline, config=calibration_config, sampler=model.sampler)
@@ -210,7 +207,8 @@ def quantize(
 def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, progress) -> None:
     """Hessians of a group, its layers in parallel, the next group; students take each group in before the next."""
     config, denoiser, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
-    student = config.hessian_from == "student" and needs_hessians(config)
+    wanted = encoder.codec.needs_hessian(config)
+    student = wanted and config.hessian_from == "student"
     groups = execution_groups(denoiser, assignment.specs, calibration)
     drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
     workers = torch.get_num_threads()
@@ -218,7 +216,7 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
         missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
         progress.skip([spec for spec in group if spec not in missing])
         hessians = {}
-        if missing and needs_hessians(config):  # of the whole group: its draws of tokens do not depend on what is there
+        if missing and wanted:  # of the whole group: its draws of tokens do not depend on what is there
             hessians = collect(denoiser, group, drive, config=config)
         problems = [(spec, schemes[spec.name]) for spec in missing]
         encoder.encode_all(problems, hessians, workers=workers, progress=progress)
@@ -237,7 +235,7 @@ def _take_in(encoder: Encoder, specs: list[LayerSpec]) -> None:
 
 
 def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, progress) -> None:
-    """AdaRound: block after block, on what the partly quantized student feeds it and the teacher makes of it."""
+    """Block after block (AdaRound), on what the partly quantized student feeds it and the teacher makes of it."""
     config, specs = encoder.config, {spec.name: spec for spec in assignment.specs}
     teacher = copy.deepcopy(encoder.denoiser)
 
@@ -249,10 +247,9 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, p
         progress.set_postfix(block=block.name, step=step, loss=f"{loss:.4f}")
 
     with one_thread_each():
-        for _, weights, report in adaround.quantize_blocks(
-            encoder.denoiser, teacher, assignment.specs, lambda: recorded_calls(calibration), seed=config.seed,
-            stored=stored, progress=show, bits=int(config.bits), group_size=config.group_size, clip=config.clip,
-            iterations=config.iterations, batch_size=config.batch_size,
+        for _, weights, report in encoder.codec.by_blocks(
+            encoder.denoiser, teacher, assignment.specs, lambda: recorded_calls(calibration), config=config,
+            stored=stored, progress=show,
         ):  # fmt: skip
             if report is None:
                 progress.skip([specs[name] for name in weights])

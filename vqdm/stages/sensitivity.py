@@ -10,19 +10,17 @@ from tqdm import tqdm
 from vqdm.calibration.calls import recorded_calls
 from vqdm.calibration.collect import collect, drive_teacher, execution_groups, teacher_groups
 from vqdm.calibration.recording import Call
-from vqdm.codecs import trellis
-from vqdm.codecs.trellis_table import load_table
-from vqdm.config.options import ModelConfig, QuantizeConfig
+from vqdm.codecs.cards import CODECS
+from vqdm.codecs.encode import make_shared, matrix_of
+from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.options import ModelConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec, layer_specs
 from vqdm.runs.device import one_thread_each
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.stages.finished import output_error
-from vqdm.stages.quantize import matrix_of
-from vqdm.weights.base import SHARED_NAME
+from vqdm.weights.base import SHARED_NAME, SharedPart
 from vqdm.weights.layers import replace_layer, swap
-from vqdm.weights.trellis import TrellisTable
-from vqdm.weights.trellis_format import reason_to_skip, side_bits
 
 CODE_BITS = (2.0, 3.5)  # per weight beside scales and rates; log error is close to a line in between and around
 CALLS = 4  # of the recorded ones, evenly spread, that a layer is judged by
@@ -32,16 +30,16 @@ def sensitivity(
     directory: Path, pipeline, calibration: Path, *, config: QuantizeConfig, model: ModelConfig, device: str
 ) -> dict:
     """Fill the stage's directory: `harm.json`, layer -> {bits: relative squared error of the denoiser's output}."""
-    denoiser = denoiser_of(pipeline)
+    denoiser, scheme_at = denoiser_of(pipeline), CODECS[config.kind].scheme_at
     specs = [
         spec
         for spec in layer_specs(denoiser, pattern=model.layers, min_size=model.min_size)
-        if reason_to_skip(spec.shape, 16) is None
+        if scheme_at(spec, CODE_BITS[0]) is not None
     ]
     calls = list(recorded_calls(calibration))
     calls = calls[len(calls) // CALLS // 2 :: max(1, len(calls) // CALLS)][:CALLS]
     harm: dict[str, dict[float, float]] = {}
-    table = TrellisTable.from_values(load_table())
+    shared = make_shared(denoiser, [(spec, scheme_at(spec, CODE_BITS[0])) for spec in specs], config=config)
     with tqdm(total=len(specs), desc=f"sensitivity {directory.name}", unit="layer") as progress:
         for group in teacher_groups(execution_groups(denoiser, specs, calibration)):
             hessians: dict[str, torch.Tensor] = {}
@@ -51,7 +49,7 @@ def sensitivity(
                 record = read_item(directory, spec.name)
                 if record is None:
                     record = _harm_of(
-                        denoiser, spec, hessians[spec.name], calls, table=table, config=config, device=device
+                        denoiser, spec, hessians[spec.name], calls, shared=shared, config=config, device=device
                     )
                     write_item(directory, spec.name, {}, record)
                 harm[spec.name] = record["harm"]
@@ -70,22 +68,19 @@ def _harm_of(
     hessian: torch.Tensor,
     calls: list[Call],
     *,
-    table: TrellisTable,
+    shared: SharedPart,
     config: QuantizeConfig,
     device: str,
 ) -> dict:
-    original = denoiser.get_submodule(spec.name)
+    original, codec = denoiser.get_submodule(spec.name), CODECS[config.kind]
     matrix, found = matrix_of(denoiser, spec).cpu(), {}
     for code_bits in CODE_BITS:
-        bits = code_bits + side_bits(spec.shape)
+        scheme = codec.scheme_at(spec, code_bits)
         with one_thread_each():
-            weight = trellis.encode(
-                matrix, hessian.cpu(), bits=bits, table=table, damping=config.damping, row_exponent=config.row_exponent,
-                layer=spec.name,
-            )  # fmt: skip
+            weight = codec.encode(matrix, hessian.cpu(), scheme, config=config, shared=shared, layer=spec.name)
         swap(denoiser, spec, weight, decode="cached")
         nn.Module.to(denoiser, device=device)
-        found[f"{bits:.6f}"] = output_error(denoiser, calls, device)
+        found[f"{scheme.bits:.6f}"] = output_error(denoiser, calls, device)
         replace_layer(denoiser, spec.name, original)
     delattr(denoiser, SHARED_NAME)
     return {"harm": found}

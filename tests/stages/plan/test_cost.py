@@ -9,7 +9,8 @@ from unets import sdxl_unet, small_unet
 
 from vqdm.calibration.hessian import add_second_moment
 from vqdm.codecs import additive_kernels
-from vqdm.config.options import CalibrationConfig, Config, EvaluateConfig, ModelConfig, QuantizeConfig, SamplerConfig
+from vqdm.config.codecs import OPTIONS, AdaroundConfig, AdditiveConfig, GptqConfig, TrellisConfig
+from vqdm.config.options import CalibrationConfig, Config, EvaluateConfig, ModelConfig, SamplerConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
 from vqdm.stages.plan import cost, encoding
 from vqdm.stages.plan.cost import guidance_factor, second_moment_cost, stage_costs
@@ -27,9 +28,9 @@ from vqdm.stages.plan.stage import duration, gibibytes
 
 SPEEDS = Speeds(1e11, 1e11, 1e11, 1e10, 1e11)
 HARDWARE = Hardware(SPEEDS, SPEEDS, worker_matmul=1e11, worker_cholesky=5e10)
-TRELLIS = QuantizeConfig(kind="trellis", bits=3)
-ADDITIVE = QuantizeConfig(kind="additive", bits=3, group_size=8)
-GPTQ = QuantizeConfig(kind="gptq", bits=4)
+TRELLIS = TrellisConfig(bits=3)
+ADDITIVE = AdditiveConfig(bits=3, group_size=8)
+GPTQ = GptqConfig(bits=4)
 
 
 def test_seconds_are_work_over_rates():
@@ -49,7 +50,7 @@ def test_rates_are_measured_once(tmp_path):
     assert speed.origin == "measured"
     assert probe_codec(GPTQ, first, workers=1, cache=file) == speed
     assert len(json.loads(file.read_text())) == 2
-    assert probe_codec(QuantizeConfig(kind="adaround"), first, workers=1, cache=file) is None
+    assert probe_codec(AdaroundConfig(), first, workers=1, cache=file) is None
 
 
 def test_a_broken_cache_is_made_anew(tmp_path):
@@ -125,7 +126,7 @@ def sdxl_config(**quantize):
     return Config(
         model=ModelConfig(builtin="tiny", dtype="float16", sampler=SamplerConfig(steps=50, guidance=5.0)),
         calibration=CalibrationConfig(n=256, batch_size=4),
-        quantize=QuantizeConfig(**quantize),
+        quantize=OPTIONS[quantize["kind"]](**quantize),
         evaluate=EvaluateConfig(metrics=["paired"], batch_size=4),
     )
 

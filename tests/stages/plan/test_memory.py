@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vqdm.calibration.hessian import add_second_moment
-from vqdm.codecs.encode import encoder_bytes
-from vqdm.config.options import QuantizeConfig
+from vqdm.codecs.encode import encode_layer, encoder_bytes, needs_hessians
+from vqdm.config.codecs import AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.seeds import torch_generator
 from vqdm.stages.plan.encoding import _scheme
@@ -19,14 +19,13 @@ from vqdm.stages.plan.memory import (
     hessian_bytes,
     quantize_memory,
 )
-from vqdm.stages.quantize import encode_layer, needs_hessians
 
 CONFIGS = {
-    "trellis": QuantizeConfig(kind="trellis", bits=3),
-    "gptq": QuantizeConfig(kind="gptq", bits=4),
-    "rtn": QuantizeConfig(kind="rtn", bits=4),
-    "rtn_hessian": QuantizeConfig(kind="rtn", bits=4, clip="hessian"),
-    "additive": QuantizeConfig(kind="additive", bits=3, group_size=8, codebook_bits=6),
+    "trellis": TrellisConfig(bits=3),
+    "gptq": GptqConfig(bits=4),
+    "rtn": RtnConfig(bits=4),
+    "rtn_hessian": RtnConfig(bits=4, clip="hessian"),
+    "additive": AdditiveConfig(bits=3, group_size=8, codebook_bits=6),
 }
 MODEL = Model({"unet": 1000, "vae": 100}, 2, 10.0, 1000.0, True, image_numbers=48)
 

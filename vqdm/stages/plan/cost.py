@@ -15,6 +15,7 @@ from torch import nn
 
 from vqdm.calibration.collect import teacher_groups
 from vqdm.calibration.hessian import by_displacement, output_size, token_count
+from vqdm.codecs.encode import needs_hessians
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
@@ -34,7 +35,6 @@ from vqdm.stages.plan.forward import (
 from vqdm.stages.plan.memory import Memory
 from vqdm.stages.plan.probe import Hardware, probe_hardware
 from vqdm.stages.plan.stage import StageCost, duration
-from vqdm.stages.quantize import needs_hessians
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
 SCORING = 5.2e-8  # seconds per number of an image: two PNG files read, and their error; of a Zen 4 core
@@ -99,7 +99,7 @@ def stage_names(config: Config) -> list[str]:
     """Of the stages that `config` needs, as fields of `Graph` and in its order."""
     if config.quantize.kind == "none":
         return ["images", "evaluate"]
-    sensitivity = ["sensitivity"] if config.quantize.allocation == "sensitivity" else []
+    sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
     distillation = ["tune_blocks"] if config.finetune.block_steps else []
     distillation += ["trajectories", "finetune"] if config.finetune.steps else []
     return ["calibrate", *sensitivity, "quantize", *distillation, "teacher_images", "images", "evaluate"]
@@ -228,7 +228,7 @@ class _Experiment:
         """As in vqdm/calibration/collect.py, by the order of execution; a student's groups are not merged."""
         by_name = {spec.name: spec for spec in self.specs}
         found = in_groups(by_name[name] for name in self.cost.inputs)
-        return found if config.hessian_from == "student" and needs_hessians(config) else teacher_groups(found)
+        return found if needs_hessians(config) and config.hessian_from == "student" else teacher_groups(found)
 
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
         return memory.quantize_memory(

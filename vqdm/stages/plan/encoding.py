@@ -17,13 +17,13 @@ from torch import Tensor
 
 from vqdm.codecs import additive_fast, additive_kernels, additive_paper, rtn, viterbi
 from vqdm.codecs.additive_steps import residual_kmeans
+from vqdm.codecs.encode import encode_layer, needs_hessians
 from vqdm.codecs.trellis import SMALL
 from vqdm.codecs.trellis_table import load_table
 from vqdm.config.options import QuantizeConfig
 from vqdm.runs.device import one_thread_each
 from vqdm.seeds import torch_generator
 from vqdm.stages.plan.probe import Hardware, cached, machine, together
-from vqdm.stages.quantize import encode_layer, needs_hessians
 from vqdm.weights.additive import AdditiveScheme, SharedCodebooks
 from vqdm.weights.base import Scheme, SharedPart
 from vqdm.weights.scalar import ScalarScheme

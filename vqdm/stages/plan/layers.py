@@ -6,7 +6,7 @@ import math
 from torch import Tensor, nn
 
 from vqdm.codecs.allocation import Assignment, Harm, assign_schemes
-from vqdm.config.options import QuantizeConfig
+from vqdm.config.codecs import QuantizeConfig, RtnConfig
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.specs import LayerSpec, group_of, skipped_specs
 from vqdm.weights.base import SHARED_NAME
@@ -61,7 +61,7 @@ def assignment_of(
     """As `assign_schemes`; full precision quantizes nothing and says so."""
     if config.kind == "none":
         skipped = skipped_specs(denoiser, pattern="^", min_size=1)
-        everything = assign_schemes(denoiser, QuantizeConfig(kind="rtn"), pattern="^", min_size=1).specs
+        everything = assign_schemes(denoiser, RtnConfig(), pattern="^", min_size=1).specs
         return Assignment([], [(spec, "full precision is asked for") for spec in everything] + skipped)
     return assign_schemes(denoiser, config, pattern=pattern, min_size=min_size, harm=harm)
 

@@ -1,0 +1,199 @@
+"""Options of every codec, one dataclass each: Hydra picks it by the group `quantize=`. Imports no torch.
+
+A codec's file in `vqdm/codecs/` ends with its card, which says what it does with these; `OPTIONS` lists them all.
+"""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
+
+from vqdm.config.ranges import check_fields, choice, number
+from vqdm.errors import UserError
+
+
+@dataclass(kw_only=True)
+class QuantizeConfig:
+    """Full precision (quantize=none), and the base of every codec's options."""
+
+    kind: str = "none"  # key of OPTIONS; follows from the group (quantize=rtn) or the class, never given by hand
+    bits: float = number(4, least=1, most=16)  # per weight
+    seed: int = 0  # of what a codec draws, and of the tokens its Hessians take
+
+    short: ClassVar[str] = "fp"  # what names and folders begin with: rtn4, vq3
+
+    @property
+    def name(self) -> str:
+        """Short name for labels: rtn4, vq3, trellis2.5; fp."""
+        return self.short if self.kind == "none" else f"{self.short}{self.bits:g}"
+
+    @classmethod
+    def from_name(cls, name: str) -> "QuantizeConfig | None":
+        """Options from a name such as rtn4, or rtn4g64 where there are groups; None where it names another codec."""
+        found = re.fullmatch(rf"{cls.short}(?P<bits>\d+(?:\.\d+)?)(?:g(?P<group>\d+))?", name)
+        grouped = any(field.name == "group_size" for field in fields(cls))
+        if found is None or (found["group"] is not None and not grouped):
+            return None
+        group = {} if found["group"] is None else {"group_size": int(found["group"])}
+        return cls(bits=float(found["bits"]), **group)
+
+    def check(self) -> None:
+        """UserError, naming the key, for values and combinations that make no sense."""
+        if type(self) is not OPTIONS.get(self.kind):
+            raise UserError(
+                f"quantize.kind={self.kind!r} is not given by hand: choose the codec by quantize={', '.join(OPTIONS)}"
+            )
+        check_fields(self, "quantize", where=f" for {self.kind}")
+
+    def settings(self) -> dict:
+        """What of these can change the quantized weights: they enter the stage's fingerprint."""
+        return asdict(self)
+
+    def sensitivity(self) -> dict | None:
+        """What enters the fingerprint of the sensitivity stage; None where bits are not given to layers by it."""
+        return None
+
+
+def _check_whole_bits(config: QuantizeConfig) -> None:
+    if config.bits != int(config.bits):
+        raise UserError(
+            f"quantize.bits={config.bits:g} must be a whole number for {config.kind}; quantize=trellis takes any"
+        )
+
+
+@dataclass(kw_only=True)
+class ScalarOptions(QuantizeConfig):
+    """One code per weight."""
+
+    bits: float = number(4, least=1, most=8)
+    clip: str = choice("mse", "minmax", "hessian")  # of a row's range; hessian: least output error
+    group_size: int | None = number(None, least=1)  # inputs per scale; None: the whole row
+
+    def check(self) -> None:
+        super().check()
+        _check_whole_bits(self)
+
+
+@dataclass(kw_only=True)
+class HessianOptions:
+    """Where the Hessian of a layer's inputs comes from."""
+
+    hessian_from: str = choice("teacher", "student")  # recorded calls | its own sampling, block after block (paper)
+    tokens_per_call: int | None = number(None, least=1)  # of a denoiser call that one Hessian takes; None: all
+    damping: float = number(0.01, least=0, most=100)  # added to the Hessian's diagonal, in parts of its mean
+
+
+@dataclass(kw_only=True)
+class RtnConfig(HessianOptions, ScalarOptions):
+    """Round to nearest; a Hessian is taken for clip=hessian only."""
+
+    kind: str = "rtn"
+    short: ClassVar[str] = "rtn"
+
+    def settings(self) -> dict:
+        unused = () if self.clip == "hessian" else ("seed", *(field.name for field in fields(HessianOptions)))
+        return {key: value for key, value in super().settings().items() if key not in unused}
+
+
+@dataclass(kw_only=True)
+class GptqConfig(HessianOptions, ScalarOptions):
+    """GPTQ. Clipping and damping: of those tried, least error of the tiny denoiser's output (docs/lab-notes.md)."""
+
+    kind: str = "gptq"
+    clip: str = choice("hessian", "mse", "minmax")
+    damping: float = number(0.001, least=0, most=100)
+    act_order: bool = True  # columns by falling power of their inputs
+    short: ClassVar[str] = "gptq"
+
+
+@dataclass(kw_only=True)
+class AdaroundConfig(ScalarOptions):
+    """AdaRound with block reconstruction; batches of 16 are as good as 32 on residual blocks and a fifth faster."""
+
+    kind: str = "adaround"
+    clip: str = choice("mse", "minmax")
+    iterations: int = number(2000, least=1, most=10**7)  # steps per block
+    batch_size: int = number(16, least=1)  # samples per step
+    short: ClassVar[str] = "adaround"
+
+
+@dataclass(kw_only=True)
+class AdditiveConfig(HessianOptions, QuantizeConfig):
+    """Additive codes, by default 3x8g8; bits are those of all codes."""
+
+    kind: str = "additive"
+    bits: float = number(3, least=1, most=16)
+    group_size: int = number(8, least=1)  # weights per code vector
+    codebook_bits: int = number(8, least=1, most=16)  # log2 of the codebook size
+    codebooks: str = choice("layer", "block", "model")  # one set per layer | block (of the calibration order) | model
+    input_scales: bool = False  # one more scale per input
+    recipe: str = choice("fast", "paper")  # block feedback, least squares, exact group search | VQDM as published
+    beam_size: int = number(8, least=1, most=4096)
+    short: ClassVar[str] = "vq"
+
+    @property
+    def num_codebooks(self) -> int:
+        return int(self.bits * self.group_size) // self.codebook_bits
+
+    @classmethod
+    def from_name(cls, name: str) -> "QuantizeConfig | None":
+        """Also 3x8g8: codebooks × bits, groups."""
+        found = re.fullmatch(r"(\d+)x(\d+)g(\d+)", name)
+        if found is None:
+            return super().from_name(name)
+        count, width, group_size = (int(number) for number in found.groups())
+        return cls(bits=count * width / max(1, group_size), codebook_bits=width, group_size=group_size)
+
+    def check(self) -> None:
+        super().check()
+        _check_whole_bits(self)
+        if self.bits * self.group_size % self.codebook_bits:
+            raise UserError(
+                f"quantize.bits={self.bits:g} with group_size={self.group_size} is no whole number of "
+                f"{self.codebook_bits}-bit codebooks; choose bits × group_size as a multiple of codebook_bits"
+            )
+        if self.recipe == "paper" and self.codebooks != "layer":
+            raise UserError(f"quantize.recipe=paper learns codebooks with each layer, not codebooks={self.codebooks}")
+
+
+@dataclass(kw_only=True)
+class TrellisConfig(HessianOptions, QuantizeConfig):
+    """Trellis codes; bits are true bits, everything counted."""
+
+    kind: str = "trellis"
+    bits: float = number(3, least=1, most=8)
+    allocation: str = choice("uniform", "sensitivity")  # of bits to layers: alike | by the denoiser's output error
+    row_exponent: float = number(1.0, least=0, most=8)  # 1: rows weigh by their output error; 0: all the same
+    short: ClassVar[str] = "trellis"
+
+    def settings(self) -> dict:
+        """All but the allocation, which the sensitivity stage stands for."""
+        return {key: value for key, value in super().settings().items() if key != "allocation"}
+
+    def sensitivity(self) -> dict | None:
+        """One stage serves all bit-widths of a model."""
+        if self.allocation == "uniform":
+            return None
+        return {key: value for key, value in self.settings().items() if key not in ("kind", "bits")}
+
+
+OPTIONS: dict[str, type[QuantizeConfig]] = {
+    "none": QuantizeConfig,
+    "rtn": RtnConfig,
+    "gptq": GptqConfig,
+    "adaround": AdaroundConfig,
+    "additive": AdditiveConfig,
+    "trellis": TrellisConfig,
+}
+
+
+def parse_scheme(name: str) -> QuantizeConfig:
+    """The quantizer that a short name stands for: rtn4, rtn4g64, gptq3, trellis2.5, vq3, or 3x8g8 (codebooks × bits).
+
+    The same settings as the presets of conf/quantize/. UserError for any other name.
+    """
+    candidates = (options.from_name(name) for kind, options in OPTIONS.items() if kind != "none")
+    config = next((config for config in candidates if config is not None), None)
+    if config is None:
+        raise UserError(f"{name!r} is no scheme; give one like trellis3, trellis2.5, 3x8g8, vq3, gptq4 or rtn4g64")
+    config.check()
+    return config
