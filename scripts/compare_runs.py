@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from vqdm.errors import UserError
-from vqdm.report.records import is_finished, scores_of
+from vqdm.report.records import images_of, is_finished, scores_of
 from vqdm.runs.store import Store
 from vqdm.stages.layout import IMAGES_FILE
 
@@ -136,7 +136,7 @@ def columns_of(run: Run, directory: Path | None) -> dict | None:
     if directory is None:
         return None
     batch_size = json.loads((directory / "config.json").read_text())["config"]["batch_size"]
-    return load_columns(directory, run.protocol["n"] * run.protocol["images_per_prompt"], batch_size)
+    return load_columns(directory, len(images_of(run.protocol)), batch_size)
 
 
 def compare_sets(one: dict, other: dict) -> list[dict]:

@@ -21,7 +21,7 @@ from vqdm.errors import UserError
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
 from vqdm.models.shipped import evaluators_directory
-from vqdm.report.records import is_finished
+from vqdm.report.records import images_of, is_finished
 from vqdm.runs.identity import files_identity
 from vqdm.runs.store import Store
 from vqdm.stages.layout import captions_of
@@ -84,8 +84,7 @@ def variants(results: Path, prefix: str, model: str, count: int) -> list[Variant
 
 def _serves(run: Run, count: int) -> bool:
     """Full precision has no pairs."""
-    images = run.protocol["n"] * run.protocol["images_per_prompt"]
-    return images >= count and {"tiny", "paired"} <= set(run.stages_of("features"))
+    return len(images_of(run.protocol)) >= count and {"tiny", "paired"} <= set(run.stages_of("features"))
 
 
 def agreement(found: list[Variant], sizes: list[int], reference: dict) -> pd.DataFrame:

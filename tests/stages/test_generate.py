@@ -8,9 +8,9 @@ from PIL import Image
 
 from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.models.loader import load_pipeline, set_sampler
-from vqdm.prompts import load_prompts
+from vqdm.prompts import ImageList, load_prompts
 from vqdm.runs.store import read_item
-from vqdm.stages.generate import copies_of, generate, load_images
+from vqdm.stages.generate import generate, load_images, noise_of
 from vqdm.stages.layout import captions_of, image_path
 
 STEPS = 2
@@ -40,9 +40,14 @@ def make(directory, pipeline, n, *, batch_size, images_per_prompt=1, how=None):
         return pipeline
 
     generate(
-        directory, make_pipeline, prompts(n), sampler=how, batch_size=batch_size, seed=0,
-        images_per_prompt=images_per_prompt, environment={"device": "cpu", "dtype": "float32"},
-    )  # fmt: skip
+        directory,
+        make_pipeline,
+        ImageList(prompts(n).prompts, images_per_prompt),
+        sampler=how,
+        batch_size=batch_size,
+        seed=0,
+        environment={"device": "cpu", "dtype": "float32"},
+    )
     return len(calls)
 
 
@@ -88,7 +93,7 @@ def test_several_images_of_a_prompt_differ_and_the_first_is_the_one_alone(pipeli
     pairs = zip(load_images(tmp_path / "two", range(0, 6, 2)), load_images(tmp_path / "one", range(3)), strict=True)
     assert max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs) <= 1
     assert captions_of(tmp_path / "two", 6) == [text for text in prompts(3).texts for _ in range(2)]
-    names = [noise for _, noise in copies_of(prompts(2), 2)]
+    names = [noise_of(*image) for image in ImageList(prompts(2).prompts, 2)]
     assert names == ["test-000000", "test-000000/1", "test-000001", "test-000001/1"]
 
 
@@ -109,9 +114,8 @@ def test_other_prompts_in_the_same_place_are_made_anew(pipeline, tmp_path):
     assert record["environment"] == {"device": "cpu", "dtype": "float32"}
     assert [text for _, text in record["prompts"]] == prompts(2).texts
     other = load_prompts(source="tiny", split="validation", n=2)
-    generate(
-        tmp_path / "a", lambda: pipeline, other, sampler=sampler(), batch_size=2, seed=0, environment={},
-    )  # fmt: skip
+    images = ImageList(other.prompts)
+    generate(tmp_path / "a", lambda: pipeline, images, sampler=sampler(), batch_size=2, seed=0, environment={})
     assert captions_of(tmp_path / "a", 2) == other.texts
 
 

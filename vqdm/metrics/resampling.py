@@ -1,7 +1,6 @@
 """Errors of scores: by closed form where a score is a mean, by a bootstrap where it is not. Both go over prompts.
 
-Images of one prompt are alike, so a prompt with all its images is what is drawn; images lie prompt after prompt, each
-with as many copies.
+Images of one prompt are alike, so a prompt with all its images is what is drawn.
 """
 
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vqdm.prompts import ImageList
 from vqdm.seeds import torch_generator
 
 
@@ -24,6 +24,10 @@ class Resamples:
     count: int = 100
     seed: int = 0
 
+    @property
+    def images(self) -> ImageList:
+        return ImageList(range(self.prompts), self.copies)
+
     def draws(self) -> torch.Tensor:
         """Prompts of every draw: int64 [count, prompts]."""
         generator = torch_generator(self.seed, "bootstrap")
@@ -31,14 +35,14 @@ class Resamples:
 
     def rows(self):
         """Images of every draw, one draw after the other: int64 [prompts × copies]."""
-        copies = torch.arange(self.copies)
+        of_prompt = self.images.by_prompt(torch.arange(len(self.images)))
         for drawn in self.draws():
-            yield (drawn[:, None] * self.copies + copies).flatten()
+            yield of_prompt[drawn].flatten()
 
     def weights(self) -> torch.Tensor:
         """How often every image stands in every draw: float64 [count, prompts × copies]."""
         counts = torch.stack([torch.bincount(drawn, minlength=self.prompts) for drawn in self.draws()])
-        return counts.double().repeat_interleave(self.copies, dim=1)
+        return counts.double()[:, [prompt for prompt, _ in self.images]]
 
 
 def bootstrap(statistic: Callable[[torch.Tensor], float], features: torch.Tensor, resamples: Resamples) -> torch.Tensor:
@@ -70,16 +74,21 @@ def with_error(value: float, draws: torch.Tensor) -> dict[str, float]:
     return {"value": float(value), "se": float(draws.std()), "bias": float(draws.mean() - value)}
 
 
+def _by_prompt(values: np.ndarray, copies: int) -> np.ndarray:
+    """float64 [prompts, copies]"""
+    return ImageList(range(len(values) // copies), copies).by_prompt(np.asarray(values, np.float64))
+
+
 def mean_and_error(values: np.ndarray, copies: int = 1) -> dict[str, float]:
     """Mean over images [prompts × copies], and its standard error over prompts: the limit of a bootstrap over them."""
-    means = np.asarray(values, np.float64).reshape(-1, copies).mean(1)
+    means = _by_prompt(values, copies).mean(1)
     error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
     return {"value": float(means.mean()), "se": error}
 
 
 def ratio_and_error(found: np.ndarray, asked: np.ndarray, copies: int = 1) -> dict[str, float]:
     """Σ found / Σ asked over images, with the standard error of a ratio of sums over prompts (delta method)."""
-    found, asked = (np.asarray(counts, np.float64).reshape(-1, copies).sum(1) for counts in (found, asked))
+    found, asked = (_by_prompt(counts, copies).sum(1) for counts in (found, asked))
     if asked.sum() == 0:
         return {"value": float("nan"), "se": float("nan")}
     share = found.sum() / asked.sum()

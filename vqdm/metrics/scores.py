@@ -65,7 +65,7 @@ def set_statistics(
 
 def _noted(scores: Scores, resamples: Resamples) -> Scores:
     """Says where there are too few images for an FID."""
-    images = resamples.prompts * resamples.copies
+    images = len(resamples.images)
     for name, found in scores.sets.items():
         if name.startswith("fid") and not name.startswith("fidelity") and images < SMALLEST_FID:
             found["note"] = f"n too small for FID: {images} images, and it takes {SMALLEST_FID:,} at least"

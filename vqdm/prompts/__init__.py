@@ -3,11 +3,13 @@
 A shorter list is a prefix of a longer one, so images and calibration data can be extended. Imports no torch.
 """
 
+from vqdm.prompts.images import ImageList
 from vqdm.prompts.lists import TINY_LENGTH, Prompt, PromptList, load_prompts, prompt_list
 from vqdm.prompts.tokens import one_line, token_report
 
 __all__ = [
     "TINY_LENGTH",
+    "ImageList",
     "Prompt",
     "PromptList",
     "load_prompts",

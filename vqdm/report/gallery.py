@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from vqdm.errors import UserError
+from vqdm.prompts import ImageList
 from vqdm.stages.layout import image_path, png_bytes, readable
 
 LARGEST = 512  # pixels of the longer side; what is larger is shown smaller, since a page of 1024² PNGs opens nowhere
@@ -162,15 +163,16 @@ def fill_gallery(
 ) -> Gallery:
     """As many rows as `budget` bytes hold, taken in turn from the first ones and from the worst by one score.
 
-    A row is one image of every method from the same prompt and noise; row = prompt × images_per_prompt + copy.
+    A row is one image of every method from the same prompt and noise.
     """
-    scores, total = gallery.scores, len(prompts) * images_per_prompt
+    scores, images = gallery.scores, ImageList(prompts, images_per_prompt)
+    total = len(images)
     name = worst_by if worst_by in scores.names else next(iter(scores.names), None)
     worst = scores.worst_first(name, total, lower_is_better=name in lower_is_better) if name else range(total)
     rows: dict[int, tuple[str, str]] = {}
     sizes, left = None, budget
     for row in _alternating(range(total), worst):
-        prompt, copy = divmod(row, images_per_prompt)
+        prompt, copy = images.place(row)
         urls, row_sizes = _row_images(gallery.methods, row)
         entry = {"prompt": prompt, "copy": copy, "text": prompts[prompt], "scores": scores.of_row(row)}
         texts = script_json(entry), script_json(urls)
@@ -183,6 +185,6 @@ def fill_gallery(
             f"the page has no room for one row of {len(gallery.methods)} images: {-left / 2**20:.3f} MiB are missing; "
             "give it a larger max_mib"
         )
-    entries, images = zip(*(rows[row] for row in sorted(rows)), strict=True)
+    entries, encoded = zip(*(rows[row] for row in sorted(rows)), strict=True)
     by = name if len(rows) < total else None
-    return Gallery(gallery.methods, scores, entries, images, total, by, *(sizes or ((1, 1), (1, 1))))
+    return Gallery(gallery.methods, scores, entries, encoded, total, by, *(sizes or ((1, 1), (1, 1))))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vqdm.errors import UserError
+from vqdm.prompts import ImageList
 from vqdm.report.experiments import Table
 from vqdm.runs.store import Stage, Store
 from vqdm.stages.layout import SCORES_FILE
@@ -13,6 +14,11 @@ from vqdm.stages.layout import SCORES_FILE
 def scores_of(record: dict, results: Path) -> dict:
     """{metrics: {name: {value, se, protocol, …}}, protocol, not_run: {name: reason}} of a run record."""
     return json.loads(_scores_file(record, results).read_text(encoding="utf-8"))
+
+
+def images_of(protocol: dict) -> ImageList:
+    """The images that a run was scored on, by the numbers of their prompts; protocol: as `scores_of` has it."""
+    return ImageList(range(protocol["n"]), protocol["images_per_prompt"])
 
 
 def _scores_file(record: dict, results: Path) -> Path:

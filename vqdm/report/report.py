@@ -8,7 +8,7 @@ from vqdm.report.figures.pareto import LABELS
 from vqdm.report.formats import TableContent
 from vqdm.report.gallery import PageMethod
 from vqdm.report.page import PageContent, write_page
-from vqdm.report.records import scores_of
+from vqdm.report.records import images_of, scores_of
 from vqdm.stages.layout import IMAGES_FILE, captions_of
 
 
@@ -67,8 +67,9 @@ def _method(run: dict, results: Path, *, images: bool) -> PageMethod:
 def _prompts(shown: list[dict], protocol: dict, results: Path) -> list[str]:
     if not shown:
         return []
-    copies = protocol["images_per_prompt"]
-    return captions_of(results / shown[0]["directories"]["generate"], protocol["n"] * copies)[::copies]
+    images = images_of(protocol)
+    captions = captions_of(results / shown[0]["directories"]["generate"], len(images))
+    return [caption for caption, (_, copy) in zip(captions, images, strict=False) if copy == 0]
 
 
 def _versions(runs: list[dict], results: Path) -> dict[str, str]:

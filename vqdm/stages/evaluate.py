@@ -13,7 +13,7 @@ from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.reference import Reference
 from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
-from vqdm.prompts import PromptList
+from vqdm.prompts import ImageList, PromptList
 from vqdm.runs.store import atomic_write, write_json
 from vqdm.stages.features import environments, load_columns
 from vqdm.stages.layout import IMAGES_FILE, MADE_BY, SCORES_FILE
@@ -42,9 +42,9 @@ def evaluate(
     tiny_reference: of the tiny world, if family tiny is among those to score. images: the environments (device, dtype,
     libraries) that the images were made in. images_sha256: of all images that were looked at.
     """
-    copies = config.images_per_prompt
-    resamples = Resamples(len(prompts), copies, count=config.bootstrap, seed=SEED)
-    captions = [p.text for p in prompts.prompts for _ in range(copies)]
+    listed = ImageList(prompts.prompts, config.images_per_prompt)
+    resamples = Resamples(len(prompts), listed.copies, count=config.bootstrap, seed=SEED)
+    captions = [prompt.text for prompt, _ in listed]
     per_image: dict[str, np.ndarray] = {}
     metrics: dict[str, dict] = {}
     for family, place in tqdm(families.items(), desc=f"evaluate {directory.name}", unit="family"):  # FIDs take minutes
@@ -53,12 +53,14 @@ def evaluate(
         found = score(family, own, originals, captions=captions, reference=known, resamples=resamples)
         per_image |= found.images
         means = {
-            name: mean_and_error(values, copies) for name, values in found.images.items() if name not in found.sets
+            name: mean_and_error(values, listed.copies)
+            for name, values in found.images.items()
+            if name not in found.sets
         }
         where = environments(place.own, len(captions), config.batch_size)
         for name, entry in (means | found.sets).items():
             metrics[name] = entry | {"protocol": _protocol(family, name, place, reference, where=where)}
-    atomic_write(directory / IMAGES_FILE, _csv(per_image, prompts, copies))
+    atomic_write(directory / IMAGES_FILE, _csv(per_image, listed))
     common = _common_protocol(prompts, config, sampler, images)
     scores = {"protocol": common, "metrics": _finite(metrics), "not_run": not_run, "images_sha256": images_sha256}
     write_json(directory / SCORES_FILE, scores)
@@ -80,11 +82,11 @@ def _finite(metrics: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def _csv(scores: dict[str, np.ndarray], prompts: PromptList, copies: int) -> bytes:
+def _csv(scores: dict[str, np.ndarray], listed: ImageList) -> bytes:
     import pandas as pd
 
-    names = [prompt.id for prompt in prompts.prompts for _ in range(copies)]
-    frame = pd.DataFrame({"prompt": names, "copy": list(range(copies)) * len(prompts), **scores})
+    places = {"prompt": [prompt.id for prompt, _ in listed], "copy": [copy for _, copy in listed]}
+    frame = pd.DataFrame(places | scores)
     return frame.to_csv(index=False, float_format="%.7g").encode()
 
 

@@ -13,7 +13,7 @@ from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
-from vqdm.stages.graph import Graph, image_sampler
+from vqdm.stages.graph import Graph, image_list, image_sampler
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
@@ -49,16 +49,21 @@ def _generate(config: Config, graph: Graph, directory: Path, make_pipeline, *, e
     from vqdm.stages.generate import generate
 
     generate(
-        directory, make_pipeline, graph.prompts, sampler=image_sampler(config), batch_size=config.evaluate.batch_size,
-        seed=config.evaluate.seed, images_per_prompt=config.evaluate.images_per_prompt, environment=environment,
-    )  # fmt: skip
+        directory,
+        make_pipeline,
+        image_list(config, graph.prompts),
+        sampler=image_sampler(config),
+        batch_size=config.evaluate.batch_size,
+        seed=config.evaluate.seed,
+        environment=environment,
+    )
 
 
 def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None:
     """Features of every family, of the full-precision images first: they serve the other rows of a table."""
     from vqdm.stages.features import extract
 
-    count = len(graph.prompts) * config.evaluate.images_per_prompt
+    count = len(image_list(config, graph.prompts))
     originals = graph.teacher_images and store.directory(graph.teacher_images)
     todo = [(family, stage, graph.teacher_images) for family, stage in graph.teacher_features.items()]
     todo += [(family, stage, graph.images) for family, stage in graph.features.items()]
@@ -82,7 +87,7 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
     """The scores; made again if images were made again since, which on another device are others."""
     from vqdm.stages.features import images_sha256
 
-    size, count = config.evaluate.batch_size, len(graph.prompts) * config.evaluate.images_per_prompt
+    size, count = config.evaluate.batch_size, len(image_list(config, graph.prompts))
     folders = [store.directory(stage) for stage in (graph.images, graph.teacher_images) if stage is not None]
     looked_at = images_sha256(folders, count, size)
 

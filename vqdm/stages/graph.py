@@ -15,7 +15,7 @@ from vqdm.errors import UserError
 from vqdm.metrics.available import Scoring, find_scoring
 from vqdm.metrics.families import FAMILIES
 from vqdm.models.location import check_pipeline_directory, configs_directory, denoiser_directory, model_identity
-from vqdm.prompts import PromptList, load_prompts
+from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
 from vqdm.runs.store import Stage
 from vqdm.stages.caption_images import images_identity
@@ -207,6 +207,11 @@ def image_sampler(config: Config) -> SamplerConfig:
     """How the images to score are sampled: as the model is, in steps of their own if these are given."""
     sampler = config.model.sampler
     return sampler if config.evaluate.steps is None else dataclasses.replace(sampler, steps=config.evaluate.steps)
+
+
+def image_list(config: Config, prompts: PromptList) -> ImageList:
+    """The images to make and score."""
+    return ImageList(prompts.prompts, config.evaluate.images_per_prompt)
 
 
 def _images(config: Config, model: str, denoiser: Stage | None, source: str) -> Stage:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vqdm.errors import UserError
+from vqdm.prompts import ImageList
 from vqdm.report.votes.study import DESTROYED, Trial
 from vqdm.runs.items import item_names, peek
 from vqdm.runs.store import Store
@@ -75,8 +76,8 @@ def chosen_images(sets: list[ImageSet], *, n: int | None, per_prompt: int | None
     if n is not None and len(prompts) < n:
         raise UserError(f"{first.system} has images of {len(prompts)} prompts, not of {n}; give a smaller --n")
     kept = set(prompts[:n])
-    copies = range(per_prompt or 1 + min(max(copy for name, copy in first.images if name == p) for p in kept))
-    wanted = [(prompt, copy) for prompt in prompts[:n] for copy in copies]
+    copies = per_prompt or 1 + min(max(copy for name, copy in first.images if name == p) for p in kept)
+    wanted = ImageList(prompts[:n], copies)
     for own in sets:
         for prompt, copy in wanted:
             _check_image(own, first, prompt, copy)

@@ -7,7 +7,7 @@ from vqdm.config.options import Config
 from vqdm.errors import UserError
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, build_stages
+from vqdm.stages.graph import Graph, Quantization, build_stages, image_list
 
 
 def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
@@ -91,7 +91,7 @@ def _print_stages(config: Config, store: Store, stages: Graph | Quantization) ->
 
 
 def _image_count(config: Config, graph: Graph) -> int:
-    return len(graph.prompts) * config.evaluate.images_per_prompt
+    return len(image_list(config, graph.prompts))
 
 
 def _images_made(directory: Path, count: int, *, batch_size: int) -> int:
