@@ -33,10 +33,10 @@ class AdditiveScheme(Scheme):
     codec: str = "additive"
     num_codebooks: int
     codebook_bits: int = 8
-    group_size: int = 8  # consecutive inputs
-    out_group_size: int = 1  # consecutive outputs
+    group_size: int = 8  # number of consecutive inputs
+    out_group_size: int = 1  # number of consecutive outputs
     input_scales: bool = False
-    shared: str | None = None  # whose codebooks: None = the layer's own, else a key of the denoiser's shared parts
+    shared: str | None = None  # None: the layer's own codebooks; else a key of the denoiser's shared parts
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,12 +57,12 @@ class AdditiveScheme(Scheme):
 
     @property
     def codebooks_shape(self) -> tuple[int, int, int, int]:
-        """[num_codebooks, codebook_size, out_group_size, in_group_size]."""
+        """Shape of the codebooks: [num_codebooks, codebook_size, out_group_size, in_group_size]."""
         return self.num_codebooks, 1 << self.codebook_bits, self.out_group_size, self.group_size
 
 
 def sum_codewords(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Σ_m codebook_m[code_m] as a matrix: int [out_groups, in_groups, M] to [out, in] in the codebooks' dtype."""
+    """The matrix Σ_m codebook_m[code_m]: int [out_groups, in_groups, M] to [out, in] in the codebooks' dtype."""
     words = codebooks.flatten(2)  # [M, codebook_size, out_group_size · in_group_size]
     total = F.embedding(codes[..., 0], words[0])
     for m in range(1, len(words)):
@@ -73,7 +73,7 @@ def sum_codewords(codes: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def decode_additive(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scales: Tensor | None = None) -> Tensor:
-    """weight = scale_out · Σ_m codebook_m[code_m] · scale_in: [out, in] in the dtype of codebooks and scales.
+    """The weight scale_out · Σ_m codebook_m[code_m] · scale_in: [out, in] in the dtype of codebooks and scales.
 
     scales: [out]; input_scales: [in] or none.
     """
@@ -84,12 +84,12 @@ def decode_additive(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scal
 def decode_packed(
     codes: Tensor, width: int, shape: tuple[int, ...], codebooks: Tensor, scales: Tensor, input_scales: Tensor | None
 ) -> Tensor:
-    """`decode_additive` of packed codes of `width` bits and this shape, in torch."""
+    """Decode packed codes of `width` bits and this shape like `decode_additive`, in torch."""
     return decode_additive(unpack_codes(codes, width, shape), codebooks, scales, input_scales)
 
 
 class DecodeAdditive(torch.autograd.Function):
-    """`decode_packed`, by `kernels` where they apply; for its gradients nothing is kept but its arguments."""
+    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
 
     @staticmethod
     def forward(ctx, codes, width, shape, codebooks, scales, input_scales):
@@ -97,7 +97,7 @@ class DecodeAdditive(torch.autograd.Function):
         ctx.save_for_backward(codes, codebooks, scales, input_scales)
         if not kernels_apply(codes, codebooks, scales, input_scales):
             return decode_packed(codes, width, shape, codebooks, scales, input_scales)
-        from vqdm.weights import kernels  # imports numba, which not everyone needs
+        from vqdm.weights import kernels  # imports numba, which is not always needed
 
         inputs = shape[1] * codebooks.shape[3]
         return kernels.decode_additive(codes, width, codebooks, inputs=inputs, scales=scales, input_scales=input_scales)
@@ -140,7 +140,7 @@ def check_shared(scheme: AdditiveScheme, shared: SharedCodebooks | None) -> None
 
 
 class AdditiveWeight(FixedWidthWeight):
-    """Codes [out_groups, in_groups, num_codebooks], codebooks of its own or shared, scales [out], input_scales [in]."""
+    """Codes [out_groups, in_groups, num_codebooks], its own or shared codebooks, scales [out], input_scales [in]."""
 
     scheme_type = AdditiveScheme
 
@@ -166,7 +166,7 @@ class AdditiveWeight(FixedWidthWeight):
         scales: Tensor,
         input_scales: Tensor | None = None,
     ) -> "AdditiveWeight":
-        """codes: int [out_groups, in_groups, M]; codebooks: its own or the shared set; scales: [out] and [in]."""
+        """Build a weight from codes int [out_groups, in_groups, M], own or shared codebooks, scales [out] and [in]."""
         shared = codebooks if isinstance(codebooks, SharedCodebooks) else None
         shape = codes.shape[0] * scheme.out_group_size, codes.shape[1] * scheme.group_size
         with codes.device:
@@ -180,7 +180,7 @@ class AdditiveWeight(FixedWidthWeight):
         return weight
 
     def effective_codebooks(self) -> Tensor:
-        """Those that decode this weight, its own or shared."""
+        """The codebooks that decode this weight, its own or shared."""
         return self.shared[0]() if self.shared else self.codebooks
 
     def forward(self) -> Tensor:

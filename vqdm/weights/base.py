@@ -1,7 +1,7 @@
 """The quantized weight: one module that an encoder makes, a layer decodes, distillation trains and a file stores.
 
 Its integer buffers are packed bytes, its float parameters fp16 as stored. A weight built from (scheme, shape) alone is
-empty: ready for `load_state_dict`, or, on the meta device, the plan whose bytes are summed before anything is run.
+empty: ready for `load_state_dict`, or, on the meta device, for a plan that sums its bytes before anything runs.
 """
 
 import functools
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vqdm.errors import UserError
 from vqdm.weights.bitpack import pack, packed_bytes, unpack
 
-STORED = torch.float16  # every float parameter of a quantized weight on disk
+STORED = torch.float16  # dtype on disk of every float parameter of a quantized weight
 LARGEST = torch.finfo(STORED).max
-LARGEST_COUNT = 1 << 16  # of what a scheme counts: whatever a file says, shapes then stay within 64 bits
+LARGEST_COUNT = 1 << 16  # limit for every count in a scheme: whatever a file says, shapes stay within 64 bits
 NOT_MERGED = (
     "quantized weights merge neither with a LoRA nor with each other: keep the LoRA loaded, or dequantize() the model"
 )
@@ -26,14 +26,14 @@ NOT_MERGED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """The codec that made a weight, and the numbers that fix the shapes of its tensors."""
+    """The kind of a weight's codes, and the numbers that fix the shapes of its tensors."""
 
     kind: ClassVar[str]
-    told_by_shapes: ClassVar[tuple[str, ...]] = ()  # fields that the shapes of the weight's tensors tell
+    told_by_shapes: ClassVar[tuple[str, ...]] = ()  # fields that follow from the shapes of the weight's tensors
     codec: str
 
     def __post_init__(self):
-        """UserError for a field that is not of its type or counts too many, as a damaged file may have it."""
+        """Raise UserError for a field of the wrong type or too large a count, as a damaged file may have."""
         for field in fields(self):
             value = getattr(self, field.name)
             fits = isinstance(value, field.type) or (field.type is float and type(value) is int)
@@ -50,21 +50,21 @@ class Scheme:
 
     @property
     def shared_key(self) -> str | None:
-        """The name, among the denoiser's shared parts, of the one this scheme decodes with; None: it has no such."""
+        """The key of the denoiser's shared part that this scheme decodes with, or None if it needs none."""
         return None
 
     def to_dict(self) -> dict:
-        """As JSON: the dataclass's fields and `kind`; `registry.scheme_from_dict` is the inverse."""
+        """The scheme as JSON values: its fields and `kind`; `registry.scheme_from_dict` is the inverse."""
         return {"kind": self.kind, **asdict(self)}
 
 
 class SharedPart(nn.Module):
-    """What many weights of a denoiser decode with: one parameter, stored once, in the denoiser's `SHARED_NAME`."""
+    """A parameter that many weights of a denoiser decode with, stored once, in the denoiser's `SHARED_NAME`."""
 
     def forward(self) -> Tensor:
-        """Its parameter. Weights call for it: offloading has tensors in place only around a call.
+        """The parameter. Weights get it by a call, since offloading puts tensors in place only around a call.
 
-        A view, since diffusers' group offloading takes the data out of the parameter itself after the call.
+        It is returned as a view, since diffusers' group offloading takes the data out of the parameter after the call.
         """
         (parameter,) = self.parameters()
         return parameter.view_as(parameter)
@@ -78,9 +78,11 @@ def stored_parameter(*shape: int) -> nn.Parameter:
 
 
 def widened(*parameters: Tensor | None) -> tuple[torch.dtype, list[Tensor | None]]:
-    """The dtype of a decoded weight, that of its float parameters, and these in the one it is computed in.
+    """The dtype of the decoded weight, which is that of its float parameters, and these in the dtype of the
+        computation.
 
-    Computed in fp32 (or fp64, where that is theirs) and rounded once: then all ways to decode give the same bits.
+        Weights are computed in fp32 (or fp64, if that is theirs) and rounded once, so that all ways to decode agree bit
+    for bit.
     """
     dtype = functools.reduce(torch.promote_types, [p.dtype for p in parameters if p is not None])
     computed = torch.promote_types(dtype, torch.float32)
@@ -88,7 +90,7 @@ def widened(*parameters: Tensor | None) -> tuple[torch.dtype, list[Tensor | None
 
 
 def kernels_apply(*tensors: Tensor | None) -> bool:
-    """Whether `kernels` may compute with these: plain CPU tensors, floats in fp32, nothing being traced."""
+    """True if `kernels` can compute with these tensors: plain, on the CPU, floats in fp32, and nothing being traced."""
     return not torch.compiler.is_compiling() and all(
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
@@ -101,7 +103,7 @@ def kernels_apply(*tensors: Tensor | None) -> bool:
 def recomputed_gradients(
     decode: Callable[..., Tensor], arguments: Sequence, wanted: Sequence[bool], gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Of the `wanted` arguments, from the `gradient` of decode(*arguments), which is computed once more; else None."""
+    """Gradients of the `wanted` arguments, None for others, from the `gradient` of a recomputed decode(*arguments)."""
     with torch.enable_grad():
         inputs = [a.detach().requires_grad_() if w else a for a, w in zip(arguments, wanted, strict=True)]
         weight = decode(*inputs)
@@ -112,11 +114,11 @@ def recomputed_gradients(
 class QuantizedWeight(nn.Module):
     """A weight [out, in] held as packed codes and float parameters; calling it decodes it.
 
-    The result has the dtype of the float parameters: fp16 as stored, fp32 after `.float()`, say for training.
-    It is decoded by `kernels` on a CPU, otherwise by torch: the same weight, bit for bit. For gradients nothing is kept
-    but codes and parameters.
-    A shared part is referred to through a tuple, which nn.Module does not register: it is not in this module's
-    state_dict, and a deepcopy of the whole denoiser refers to the copied part.
+    The result has the dtype of the float parameters: fp16 as stored, fp32 after `.float()`, as for training.
+    On a CPU `kernels` decode it, elsewhere torch, to the same weight bit for bit. Gradients need only codes and
+    parameters.
+    A shared part is held in a tuple, which nn.Module does not register: it is not in this module's state_dict, and a
+    deepcopy of the whole denoiser refers to the copied part.
     """
 
     scheme_type: ClassVar[type[Scheme]]
@@ -129,7 +131,7 @@ class QuantizedWeight(nn.Module):
             raise ValueError(f"{scheme.name} takes a shared part if and only if its scheme says so")
         self.scheme = scheme
         self.shape = (int(shape[0]), int(shape[1]))
-        self.original_shape: tuple[int, ...] = self.shape  # of the weight it stands for; a convolution's layer says it
+        self.original_shape: tuple[int, ...] = self.shape  # that of the dense weight; convolutions set their own
         self.shared = () if shared is None else (shared,)
 
     def forward(self) -> Tensor:
@@ -138,7 +140,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the float parameters, hence of the decoded weight (diffusers asks layers for `weight.dtype`)."""
+        """The dtype of float parameters and decoded weight (diffusers asks layers for `weight.dtype`)."""
         return next(self.parameters()).dtype
 
     @property
@@ -146,7 +148,7 @@ class QuantizedWeight(nn.Module):
         return next(self.parameters()).device
 
     def dim(self) -> int:
-        """Of the weight it stands for; like `size` and `data`, what peft asks of the weight under a LoRA."""
+        """Number of dimensions of the weight it stands for. peft asks for this, `size` and `data` below a LoRA."""
         return len(self.original_shape)
 
     def size(self) -> torch.Size:
@@ -154,7 +156,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def data(self) -> Tensor:
-        """UserError: who reads or writes a weight so, wants to merge it with a LoRA or with other weights."""
+        """Raise UserError: whoever reads or writes `weight.data` wants to merge it with a LoRA or other weights."""
         raise UserError(NOT_MERGED)
 
     @data.setter
@@ -162,7 +164,7 @@ class QuantizedWeight(nn.Module):
         raise UserError(NOT_MERGED)
 
     def paper_bits(self) -> int:
-        """Stored bits as the paper counts them: codes, and codebooks that are this weight's own; no scales."""
+        """Stored bits as the paper counts them: codes and this weight's own codebooks, but no scales."""
         return 8 * sum(buffer.numel() for buffer in self.buffers())
 
     def extra_repr(self) -> str:
@@ -170,7 +172,7 @@ class QuantizedWeight(nn.Module):
 
 
 class FixedWidthWeight(QuantizedWeight):
-    """A weight whose codes all have one width: `codes` is their packed stream."""
+    """A weight whose codes all have the same width; `codes` is their packed stream."""
 
     def _add_codes(self, shape: tuple[int, ...], width: int) -> None:
         self.codes_shape, self.code_width = shape, width
@@ -178,23 +180,23 @@ class FixedWidthWeight(QuantizedWeight):
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
 
     def unpacked_codes(self) -> Tensor:
-        """int32, in the shape of the codes."""
+        """The codes as int32 in their own shape."""
         return unpack_codes(self.codes, self.code_width, self.codes_shape)
 
     def set_codes(self, codes: Tensor) -> None:
-        """Replace all codes by integers in the shape of the codes."""
+        """Replace all codes by integers of the same shape."""
         if tuple(codes.shape) != self.codes_shape:
             raise ValueError(f"codes must be {self.codes_shape}, not {tuple(codes.shape)}")
         self.codes.copy_(pack(codes, self.code_width))
 
 
 def unpack_codes(codes: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
-    """int32 of this shape from a packed stream."""
+    """Unpack a stream of codes to int32 of this shape."""
     return unpack(codes, width, math.prod(shape)).view(shape)
 
 
 def check_groups(in_features: int, *, layer: str = "", group_size: int | None = None) -> None:
-    """UserError, with the layer's name, unless `group_size` divides the inputs."""
+    """Raise UserError, with the layer's name, unless `group_size` divides the inputs."""
     if group_size is not None and (group_size < 1 or in_features % group_size):
         where = f" of layer {layer}" if layer else ""
         raise UserError(

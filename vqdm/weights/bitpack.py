@@ -49,7 +49,7 @@ def _byte_of_row(rows: Tensor, byte: int, width: int) -> Tensor:
 def unpack(packed: Tensor, width: int, count: int) -> Tensor:
     """The first `count` codes of a stream made by `pack`: uint8 [bytes] to int32 [count] on the same device.
 
-    ValueError if the stream has another length than `count` codes have.
+    ValueError if the stream does not have the length of `count` codes.
     """
     size = packed_bytes(count, width)
     if packed.dtype != torch.uint8 or packed.shape != (size,):

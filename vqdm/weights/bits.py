@@ -1,4 +1,4 @@
-"""How many bits a denoiser takes, by three names, counted from its tensors: real ones or, as the plan, on meta."""
+"""The bits a denoiser takes, by three definitions, counted from its tensors: real ones, or those of a plan on meta."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,11 +10,12 @@ from vqdm.weights.base import QuantizedWeight, SharedPart
 
 @dataclass(frozen=True)
 class BitCounts:
-    """bits_per_weight: everything stored ÷ the original denoiser's parameters.
+    """Three bit counts of a denoiser, and its bytes.
 
+    bits_per_weight: everything stored ÷ the original denoiser's parameters.
     bits_quantized: quantized weights with all their scales and codebooks ÷ the weights they stand for (16 if there are
     none). bits_as_in_paper: codes, fp16 codebooks and the 16-bit weights of the other Linear and Conv layers ÷ the
-    original parameters (no scales, biases, norms; 16 if nothing is quantized). bytes: of all tensors.
+    original parameters (no scales, biases, norms; 16 if nothing is quantized). bytes: those of all tensors.
     """
 
     bits_per_weight: float
@@ -27,7 +28,7 @@ class BitCounts:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes as stored: every tensor once, floating ones at 16 bit."""
+    """Bytes of tensors as stored: every tensor once, floats in 16 bit."""
     unique = {id(tensor): tensor for tensor in tensors}.values()
     return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in unique)
 
@@ -60,7 +61,7 @@ def _states(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _others(denoiser: nn.Module, coded: Iterable[nn.Module]) -> list[Tensor]:
-    """The parameters that the original denoiser has too: those of no quantized weight or shared part."""
+    """The parameters that the original denoiser has too, outside of quantized weights and shared parts."""
     new = {id(parameter) for module in coded for parameter in module.parameters()}
     return [parameter for parameter in denoiser.parameters() if id(parameter) not in new]
 

@@ -1,7 +1,7 @@
 """Decoders for the CPU and their gradients: packed codes straight to fp32 [out, in] by the loops of `compiled`.
 
-Decoded are the same products and sums in the same order as in the torch arithmetic of the modules beside, hence the
-same bits. The first call of each compiles it (a few seconds), then it is cached on disk.
+Products and sums are formed in the same order as in the torch code, so both give the same weight bit for bit.
+The first call of each function compiles it (a few seconds); the result is cached on disk.
 """
 
 import numpy as np
@@ -17,9 +17,10 @@ from vqdm.weights.trellis_format import HIGHEST_RATE, column_bits, sequence_leng
 def decode_trellis(
     packed_rates: Tensor, stream: Tensor, table: Tensor, *, row_scales: Tensor, column_scales: Tensor
 ) -> Tensor:
-    """row_scale · (column_scale · table[state]): the two parts of the codes, uint8, and fp32 to fp32 [out, in].
+    """The weight row_scale · (column_scale · table[state]): both parts of the codes, uint8, and fp32, to fp32 [out,
+    in].
 
-    UserError where the rates are none of the format's or ask for more bits than the stream has.
+    UserError if the format has no such rates, or if they need more bits than the stream has.
     """
     weight = _empty(len(row_scales), len(column_scales))
     compiled.decode_trellis(*_trellis(packed_rates, stream, table, row_scales, column_scales), weight.numpy())
@@ -36,7 +37,7 @@ def trellis_gradients(
     column_scales: Tensor,
     of_table: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Those of table (None if not `of_table`), row scales and column scales, from that of the weight, fp32 [out, in].
+    """Gradients of table (None unless `of_table`), row scales and column scales, from the weight's, fp32 [out, in].
 
     The other arguments and the UserError are those of `decode_trellis`.
     """
@@ -50,8 +51,9 @@ def trellis_gradients(
 def decode_additive(
     codes: Tensor, width: int, codebooks: Tensor, *, inputs: int, scales: Tensor, input_scales: Tensor | None = None
 ) -> Tensor:
-    """scale_out · Σ_m codebook_m[code_m] · scale_in: uint8 [bytes] of codes [out_groups, in_groups, M] of `width` bits.
+    """The weight scale_out · Σ_m codebook_m[code_m] · scale_in, fp32 [out, in].
 
+    codes: uint8 [bytes], the stream of codes [out_groups, in_groups, M] of `width` bits.
     codebooks: fp32 [M, codebook_size, out_group_size, in_group_size]; scales: [out]; input_scales: [in] or none.
     """
     columns = scales[:0] if input_scales is None else input_scales
@@ -70,9 +72,9 @@ def additive_gradients(
     input_scales: Tensor | None = None,
     of_codebooks: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Those of codebooks (None if not `of_codebooks`), scales and input scales (None if there are none).
+    """Gradients of codebooks (None unless `of_codebooks`), scales and input scales (None if there are none).
 
-    gradient: that of the weight, fp32 [out, in]; the other arguments are those of `decode_additive`.
+    gradient: the weight's, fp32 [out, in]; the other arguments are those of `decode_additive`.
     """
     words, size = _padded(codebooks)
     columns = scales.new_ones(gradient.shape[1]) if input_scales is None else input_scales
@@ -85,14 +87,14 @@ def additive_gradients(
 
 
 def decode_scalar(codes: Tensor, width: int, *, inputs: int, scales: Tensor, zeros: Tensor) -> Tensor:
-    """scale · (code − zero): uint8 [bytes] of codes [out, inputs] of `width` bits; scales, zeros: [out, groups]."""
+    """The weight scale · (code − zero). codes: uint8, a stream of `width` bits each; scales, zeros: [out, groups]."""
     weight = _empty(len(scales), inputs)
     compiled.decode_scalar(_words(codes), width, _array(scales), _array(zeros), weight.numpy())
     return weight
 
 
 def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _zeros(*shape: int) -> np.ndarray:
@@ -104,7 +106,7 @@ def _fp32(sums: np.ndarray) -> Tensor:
 
 
 def _trellis(packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> tuple:
-    """The arrays that the loops take. By numpy, whose calls cost less than those of torch: small layers feel it."""
+    """Arguments of the loops as numpy arrays: numpy's calls cost less than torch's, which matters for small layers."""
     out = len(row_scales)
     rates = compiled.unpack_rates(_words(packed_rates), len(column_scales))
     bits = column_bits(out, rates)
@@ -121,13 +123,13 @@ def _trellis(packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Te
 
 
 def _padded(codebooks: Tensor) -> tuple[np.ndarray, int]:
-    """[M, codebook_size, out_group_size, in_group_size padded to LANES], and the size without padding."""
+    """Codebooks [M, codebook_size, out_group_size, in_group_size padded to LANES], and the size without padding."""
     size = codebooks.shape[3]
     return _array(F.pad(codebooks, (0, -size % compiled.LANES))), size
 
 
 def _words(codes: Tensor) -> np.ndarray:
-    """The stream as uint64, with at least one word of zeros behind it."""
+    """A stream as uint64, followed by at least one word of zeros."""
     words = np.zeros(len(codes) // 8 + 2, np.dtype("<u8"))
     words.view(np.uint8)[: len(codes)] = codes.numpy()
     return words

@@ -1,4 +1,4 @@
-"""Linear and Conv2d whose weight is a QuantizedWeight, and how they take their places in a denoiser."""
+"""Linear and Conv2d layers whose weight is a QuantizedWeight, and functions that put them into a denoiser."""
 
 from collections.abc import Iterable
 
@@ -20,14 +20,14 @@ def check_decode(decode: str) -> None:
 
 
 class _QuantizedLayer(nn.Module):
-    """`weight` is a QuantizedWeight (it answers `.dtype` and `.device`, as diffusers asks), `bias` a plain parameter.
+    """A layer whose `weight` is a QuantizedWeight (with the `.dtype` and `.device` that diffusers asks for).
 
     decode: "per_call" decodes in every forward; "cached" keeps the decoded weight, outside the state_dict, until any
-    tensor it came from changes. While gradients flow to the quantized weight it is always decoded.
+    tensor it came from changes. While gradients flow to the quantized weight, it is decoded in every forward.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str):
-        nn.Module.__init__(self)  # past that of nn.Linear and nn.Conv2d, which would make a weight of their own
+        nn.Module.__init__(self)  # not that of nn.Linear or nn.Conv2d, which would make a weight of their own
         check_decode(decode)
         if weight.shape != spec.shape:
             raise ValueError(f"layer {spec.name} is {spec.shape}, the quantized weight {weight.shape}")
@@ -39,14 +39,14 @@ class _QuantizedLayer(nn.Module):
 
     @property
     def original_shape(self) -> tuple[int, ...]:
-        """Of the weight it stands for."""
+        """Shape of the weight that the layer's codes stand for."""
         return self.weight.original_shape
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in its own geometry."""
         if self.decode == "per_call" or (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources())):
             return matrix_to_weight(self.weight(), self.spec).to(dtype)
-        # A weight decoded in inference mode may not be used where gradients are recorded.
+        # A weight decoded in inference mode must not be used where gradients are recorded.
         state = (dtype, torch.is_inference_mode_enabled(), *(_state(tensor) for tensor in self._sources()))
         if self._cache is None or self._cache[0] != state:
             self._cache = (state, matrix_to_weight(self.weight(), self.spec).detach().to(dtype))
@@ -59,7 +59,7 @@ class _QuantizedLayer(nn.Module):
         return layer.train(self.training)
 
     def _sources(self) -> list[Tensor]:
-        """Every tensor the decoded weight depends on, the shared part included."""
+        """Every tensor that the decoded weight depends on, the shared part included."""
         modules = (self.weight, *self.weight.shared)
         return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
@@ -82,12 +82,12 @@ class _QuantizedLayer(nn.Module):
 
 
 def _state(tensor: Tensor) -> tuple:
-    """Changes whenever the tensor is replaced, moved or written to (inference tensors keep no version)."""
+    """A key that changes whenever the tensor is replaced, moved or written to (inference tensors keep no version)."""
     return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
 
 
 class QuantizedLinear(_QuantizedLayer, nn.Linear):
-    """nn.Linear with a quantized weight [out, in]. As a subclass it takes LoRA adapters of peft like any other."""
+    """nn.Linear with a quantized weight [out, in]. Being a subclass, it takes peft's LoRA adapters like any other."""
 
     def __init__(
         self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str = "per_call"
@@ -107,11 +107,11 @@ class QuantizedLinear(_QuantizedLayer, nn.Linear):
 class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
     """nn.Conv2d with a quantized weight, the matrix [out, kh·kw·in_channels].
 
-    UserError for grouped convolutions and for other padding than zeros.
+    UserError for grouped convolutions and for padding with anything but zeros.
     """
 
     def __new__(cls, *arguments, **options):
-        """An nn.Conv2d if the arguments are one's: peft makes a LoRA's convolutions with the type of the layer."""
+        """Make a plain nn.Conv2d from the arguments of one: peft takes the layer's type for a LoRA's convolutions."""
         if arguments and isinstance(arguments[0], int):
             return nn.Conv2d(*arguments, **options)
         return super().__new__(cls)
@@ -146,12 +146,12 @@ class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
 
 
 def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
-    """By name, in module order."""
+    """The denoiser's quantized layers by name, in module order."""
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, _QuantizedLayer)}
 
 
 def dequantize_layers(denoiser: nn.Module) -> nn.Module:
-    """Put plain layers with the decoded weights where the quantized ones are, in place."""
+    """Replace quantized layers in place by plain ones with the decoded weights."""
     for name, layer in quantized_layers(denoiser).items():
         replace_layer(denoiser, name, layer.dequantized())
     denoiser._modules.pop(SHARED_NAME, None)
@@ -168,9 +168,9 @@ def replace_layer(denoiser: nn.Module, name: str, module: nn.Module) -> None:
 def swap(
     denoiser: nn.Module, spec: LayerSpec, weight: QuantizedWeight, *, decode: str = "per_call"
 ) -> QuantizedLinear | QuantizedConv2d:
-    """Replace the layer of `spec` by one with `weight`, which keeps the bias; returns the new layer.
+    """Replace the layer of `spec` by one with `weight` and the same bias; returns the new layer.
 
-    A weight with a shared part brings it to the denoiser's root. ValueError if another one is there already.
+    A weight's shared part is registered at the denoiser's root. ValueError if another one is there already.
     """
     old = denoiser.get_submodule(spec.name)
     kind = QuantizedLinear if spec.conv is None else QuantizedConv2d
@@ -199,7 +199,7 @@ def _shared_parts(denoiser: nn.Module) -> nn.ModuleDict:
 def swap_empty(
     denoiser: nn.Module, schemes: Iterable[tuple[LayerSpec, Scheme]], *, decode: str = "per_call"
 ) -> nn.Module:
-    """Replace layers by empty quantized ones on the layers' device, in place: to load into, or, on meta, to count.
+    """Replace layers in place by empty quantized ones on the same device, to load into or, on meta, to count bytes.
 
     UserError, with the layer's name, for a group size that does not divide its inputs.
     """
@@ -216,7 +216,7 @@ def swap_empty(
 
 
 def _empty_shared(denoiser: nn.Module, scheme: Scheme) -> SharedPart | None:
-    """The one that is there already, or an empty one; None if the scheme has none."""
+    """The denoiser's shared part for a scheme, or an empty one if it has none yet; None if the scheme needs none."""
     if scheme.shared_key is None:
         return None
     parts = _shared_parts(denoiser)

@@ -12,7 +12,10 @@ SHARED_PARTS: dict[str, type[SharedPart]] = {"additive": SharedCodebooks, "trell
 
 
 def scheme_from_dict(fields: dict) -> Scheme:
-    """The inverse of `Scheme.to_dict`. UserError for what no known scheme reads."""
+    """Remake a scheme from its fields: the inverse of `Scheme.to_dict`.
+
+    UserError if no known scheme has these fields.
+    """
     numbers = {key: value for key, value in fields.items() if key != "kind"}
     try:
         return WEIGHTS[fields["kind"]].scheme_type(**numbers)
@@ -26,5 +29,5 @@ def empty_weight(scheme: Scheme, shape: tuple[int, int], shared: SharedPart | No
 
 
 def empty_shared(scheme: Scheme) -> SharedPart | None:
-    """The shared part that the scheme decodes with, empty; None if it has none."""
+    """An empty shared part for a scheme to decode with; None if it needs none."""
     return None if scheme.shared_key is None else SHARED_PARTS[scheme.kind](scheme)

@@ -1,4 +1,4 @@
-"""Uniform scalar codes: what round-to-nearest, GPTQ and AdaRound make."""
+"""Uniform scalar codes, as made by round-to-nearest, GPTQ and AdaRound."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,12 +22,12 @@ from vqdm.weights.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class ScalarScheme(Scheme):
-    """One uniform code per weight, scale and zero point per row or per group of a row: `rtn4`, `gptq3g64`."""
+    """One uniform code per weight; a scale and zero point per row or per group of a row: `rtn4`, `gptq3g64`."""
 
     kind: ClassVar[str] = "scalar"
     codec: str = "rtn"
     bits: int
-    group_size: int | None = None  # consecutive inputs that share a scale; None: the whole row
+    group_size: int | None = None  # number of consecutive inputs that share a scale; None: the whole row
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,18 +42,18 @@ class ScalarScheme(Scheme):
 
 
 def decode_scalar(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """weight = scale · (code − zero): int [out, in], float [out, groups] twice, to [out, in] in the scales' dtype."""
+    """The weight scale · (code − zero): int [out, in] and float [out, groups] to [out, in] in the scales' dtype."""
     grouped = codes.view(*scales.shape, -1).to(scales.dtype)
     return ((grouped - zeros[..., None]) * scales[..., None]).view(codes.shape)
 
 
 def decode_packed(codes: Tensor, width: int, shape: tuple[int, int], scales: Tensor, zeros: Tensor) -> Tensor:
-    """`decode_scalar` of packed codes of `width` bits and this shape, in torch."""
+    """Decode packed codes of `width` bits and this shape like `decode_scalar`, in torch."""
     return decode_scalar(unpack_codes(codes, width, shape), scales, zeros)
 
 
 class DecodeScalar(torch.autograd.Function):
-    """`decode_packed`, by `kernels` where they apply; for its gradients nothing is kept but its arguments."""
+    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
 
     @staticmethod
     def forward(ctx, codes, width, shape, scales, zeros):
@@ -61,7 +61,7 @@ class DecodeScalar(torch.autograd.Function):
         ctx.save_for_backward(codes, scales, zeros)
         if not kernels_apply(codes, scales, zeros):
             return decode_packed(codes, width, shape, scales, zeros)
-        from vqdm.weights import kernels  # imports numba, which not everyone needs
+        from vqdm.weights import kernels  # imports numba, which is not always needed
 
         return kernels.decode_scalar(codes, width, inputs=shape[1], scales=scales, zeros=zeros)
 
@@ -88,7 +88,7 @@ class ScalarWeight(FixedWidthWeight):
 
     @classmethod
     def from_parts(cls, scheme: ScalarScheme, codes: Tensor, *, scales: Tensor, zeros: Tensor) -> "ScalarWeight":
-        """codes: int [out, in]; scales, zeros: [out, groups], stored as fp16."""
+        """Build a weight from codes int [out, in] and from scales and zeros [out, groups], stored as fp16."""
         with codes.device:
             weight = cls(scheme, tuple(codes.shape))
         weight.set_codes(codes)

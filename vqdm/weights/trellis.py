@@ -49,7 +49,7 @@ CHUNK = 1 << 22  # weights decoded at once
 
 @dataclass(frozen=True, kw_only=True)
 class TrellisScheme(Scheme):
-    """bits: per weight of this layer, with its scales and rates; the table is the whole model's and not in it."""
+    """Trellis codes at `bits` per weight of the layer, scales and rates included but not the table, which all share."""
 
     kind: ClassVar[str] = "trellis"
     told_by_shapes: ClassVar[tuple[str, ...]] = ("bits",)
@@ -71,7 +71,7 @@ class TrellisScheme(Scheme):
 
 
 class TrellisTable(SharedPart):
-    """The value of every state, the same for the whole model: fp16 [2^WINDOW_BITS], for data of unit variance."""
+    """The value of every state, shared by the whole model: fp16 [2^WINDOW_BITS], for data of unit variance."""
 
     def __init__(self, scheme: TrellisScheme | None = None):
         super().__init__()
@@ -110,7 +110,7 @@ class TrellisWeight(QuantizedWeight):
         row_scales: Tensor,
         column_scales: Tensor,
     ) -> "TrellisWeight":
-        """states: int [in, out], a path of the trellis in every sequence; rates: quarter bits [in]."""
+        """Build a weight from states int [in, out], a trellis path per sequence, and rates, quarter bits [in]."""
         with states.device:
             weight = cls(scheme, (states.shape[1], states.shape[0]), table)
         weight.stream.copy_(pack_states(states, rates, len(weight.stream)))
@@ -120,26 +120,26 @@ class TrellisWeight(QuantizedWeight):
 
     @property
     def packed_rates(self) -> Tensor:
-        """A view of the codes."""
+        """The packed rates, a view of the codes."""
         return self.codes[: rates_bytes(self.shape[1])]
 
     @property
     def stream(self) -> Tensor:
-        """A view of the codes."""
+        """The bit stream, a view of the codes."""
         return self.codes[rates_bytes(self.shape[1]) :]
 
     @property
     def row_scales(self) -> Tensor:
-        """[out], a view of the scales."""
+        """The scales of the rows [out], a view of all scales."""
         return self.scales[: self.shape[0]]
 
     @property
     def column_scales(self) -> Tensor:
-        """[in], a view of the scales."""
+        """The scales of the columns [in], a view of all scales."""
         return self.scales[self.shape[0] :]
 
     def unpacked_rates(self) -> Tensor:
-        """Quarter bits per weight of every column: int64 [in]."""
+        """The rate of every column, in quarter bits per weight: int64 [in]."""
         return unpack_rates(self.packed_rates, self.shape[1])
 
     def forward(self) -> Tensor:
@@ -149,21 +149,21 @@ class TrellisWeight(QuantizedWeight):
 
 
 class DecodeTrellis(torch.autograd.Function):
-    """`decode_packed`, by `kernels` where they apply; for its gradients nothing is kept but its arguments."""
+    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
 
     @staticmethod
     def forward(ctx, packed_rates, stream, table, row_scales, column_scales):
         ctx.save_for_backward(packed_rates, stream, table, row_scales, column_scales)
         if not kernels_apply(packed_rates, stream, table, row_scales, column_scales):
             return decode_packed(packed_rates, stream, table, row_scales, column_scales)
-        from vqdm.weights import kernels  # imports numba, which not everyone needs
+        from vqdm.weights import kernels  # imports numba, which is not always needed
 
         return kernels.decode_trellis(packed_rates, stream, table, row_scales=row_scales, column_scales=column_scales)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        saved = ctx.saved_tensors  # once: under gradient checkpointing they may not be asked for again
+        saved = ctx.saved_tensors  # only once: under gradient checkpointing they may not be asked for again
         if not kernels_apply(gradient, *saved):
             return recomputed_gradients(decode_packed, saved, ctx.needs_input_grad, gradient)
         from vqdm.weights import kernels
@@ -176,7 +176,7 @@ class DecodeTrellis(torch.autograd.Function):
 
 
 def unpack_rates(packed: Tensor, columns: int) -> Tensor:
-    """Quarter bits per weight of every column: packed uint8 to int64 [columns]."""
+    """Unpack the rate of every column, in quarter bits per weight: uint8 to int64 [columns]."""
     stored = unpack(packed, RATE_BITS, columns).long()
     return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
 
@@ -184,33 +184,33 @@ def unpack_rates(packed: Tensor, columns: int) -> Tensor:
 def decode_packed(
     packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor
 ) -> Tensor:
-    """`decode_trellis` of the two parts of the codes, in torch."""
+    """Decode the two packed parts of the codes like `decode_trellis`, in torch."""
     rates = unpack_rates(packed_rates, len(column_scales))
     return decode_trellis(unpack_states(stream, rates, len(row_scales)), rates, table, row_scales, column_scales)
 
 
 def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
-    """row_scale · (column_scale · table[state]): int [in, out], quarter bits [in] to [out, in] in the scales' dtype."""
+    """The weight row_scale · (column_scale · table[state]): states int [in, out] to [out, in] in the scales' dtype."""
     columns = F.embedding(states, table[:, None])[..., 0]
     return (columns * (column_scales * (rates > 0))[:, None]).T * row_scales[:, None]
 
 
 def _positions(rates: Tensor, out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where every window lies: first bit of its sequence, offset in it, the sequence's length in bits; int64 [in, out].
+    """Place of every window: first bit of its sequence, offset in it, the sequence's length in bits; int64 [in, out].
 
-    The middle one is (rate · t) // 4; the others broadcast over the values of a sequence.
+    The offset is (rate · t) // 4; the other two broadcast over the values of a sequence.
     """
     length = sequence_length(out)
     rows = torch.arange(out, device=rates.device)
     sequence, t = rows // length, rows % length
-    lengths = (out - sequence * length).clamp(max=length)  # of the sequence that every row is in
+    lengths = (out - sequence * length).clamp(max=length)  # length of the sequence that each row is in
     column_starts = column_bits(out, rates).cumsum(0) - column_bits(out, rates)
     starts = column_starts[:, None] + sequence * (rates * length // 4)[:, None]
     return starts, rates[:, None] * t // 4, rates[:, None] * lengths // 4
 
 
 def unpack_states(codes: Tensor, rates: Tensor, out: int) -> Tensor:
-    """The state of every weight: packed uint8 [bytes], quarter bits [in] to int32 [in, out], each on its own."""
+    """Unpack the state of every weight, each on its own: uint8 [bytes] and quarter bits [in] to int32 [in, out]."""
     padded = F.pad(codes, (0, 3)).to(torch.int32)
     words = padded[:-2] | padded[1:-1] << 8 | padded[2:] << 16  # the 24 bits from every byte on
     ends = column_bits(out, rates).cumsum(0)
@@ -227,11 +227,11 @@ def _states(words: Tensor, rates: Tensor, out: int, first_bit: int | Tensor) -> 
     """The states of neighbouring columns whose bits begin at `first_bit`: int32 [columns, out]."""
     starts, offsets, lengths = _positions(rates, out)
     starts = starts + first_bit
-    ahead = lengths - offsets  # bits from here to the end of the sequence, after which it goes on at its start
+    ahead = lengths - offsets  # bits from here to the end of the sequence, where reading wraps to its start
     window = _read(words, starts + offsets)
-    rest = ahead.clamp(max=WINDOW_BITS)  # all of the window, or what is left before it wraps
+    rest = ahead.clamp(max=WINDOW_BITS)  # the whole window, or what is left of it before it wraps
     tail = window & ((1 << rest) - 1)
-    # of all windows, not only of those that wrap: shapes that depend on data stop a GPU and torch.compile
+    # for all windows, not only those that wrap: shapes that depend on data stall a GPU and break torch.compile
     return (tail | _read(words, starts) << rest & (1 << WINDOW_BITS) - 1).to(torch.int32)
 
 
@@ -241,9 +241,9 @@ def _read(words: Tensor, bit: Tensor) -> Tensor:
 
 
 def pack_states(states: Tensor, rates: Tensor, size: int) -> Tensor:
-    """The stream of `size` bytes that holds the states int [in, out]: of each, the bits that its successor drops.
+    """Pack states int [in, out] into a stream of `size` bytes: from each state, the bits that its successor drops.
 
-    ValueError if the stream is too short, or if the states are no path of the trellis.
+    ValueError if the stream is too short, or if the states are not a path of the trellis.
     """
     total = int(column_bits(states.shape[1], rates).sum())
     if total > 8 * size:
@@ -251,7 +251,7 @@ def pack_states(states: Tensor, rates: Tensor, size: int) -> Tensor:
     bits = torch.zeros(8 * size, dtype=torch.uint8, device=states.device)
     starts, offsets, lengths = _positions(rates, states.shape[1])
     following = torch.cat([offsets[:, 1:], lengths[:, -1:]], 1)
-    following = torch.where(following <= offsets, lengths, following)  # the last of a sequence is followed by its end
+    following = torch.where(following <= offsets, lengths, following)  # the sequence's end follows its last window
     for k in range(-(-HIGHEST_RATE // 4)):
         new = offsets + k < following
         bits[(starts + offsets + k)[new]] = (states >> k & 1)[new].to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Constants of the trellis format and the bytes that a matrix takes in it; `trellis` describes the format."""
+"""Constants of the trellis format, and the bytes that a matrix takes in it; `trellis` describes the format."""
 
 from torch import Tensor
 
@@ -13,14 +13,14 @@ LONGEST_SEQUENCE = 320
 FEWEST_OUTPUTS = 16  # shorter columns would not fill the window at 1 bit
 
 
-LOWEST_RATE, HIGHEST_RATE = 4, 24  # quarter bits; below the lowest there is only 0
+LOWEST_RATE, HIGHEST_RATE = 4, 24  # quarter bits; below the lowest only 0 is possible
 
 
 RATE_BITS = 5
 
 
 def sequence_length(out: int) -> int:
-    """Values per sequence of a column of `out`: equal parts of at most LONGEST_SEQUENCE, rounded up."""
+    """Values per sequence in a column of `out` values: equal parts of at most LONGEST_SEQUENCE, rounded up."""
     return -(-out // -(-out // LONGEST_SEQUENCE))
 
 
@@ -35,17 +35,17 @@ def rates_bytes(columns: int) -> int:
 
 
 def side_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of row scales, column scales and rates."""
+    """Bytes of row scales, column scales and rates together."""
     return 2 * shape[0] + 2 * shape[1] + rates_bytes(shape[1])
 
 
 def side_bits(shape: tuple[int, int]) -> float:
-    """The same in bits per weight: what a layer's bits are beyond those of its codes."""
+    """Bits per weight for scales and rates: a layer's bits beyond those of its codes."""
     return 8 * side_bytes(shape) / (shape[0] * shape[1])
 
 
 def stream_bytes(shape: tuple[int, int], bits: float) -> int:
-    """Bytes of the stream: all that `bits` per weight leave beside the side information; negative where they do not."""
+    """Bytes that `bits` per weight leave for the stream after scales and rates; negative if they do not cover those."""
     return int(bits * shape[0] * shape[1] / 8 + 1e-6) - side_bytes(shape)
 
 
