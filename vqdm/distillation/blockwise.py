@@ -1,7 +1,7 @@
-"""Block after block: each learns to give, for what the student feeds it, what the original's gives for its own inputs.
+"""Block-wise distillation: given the student's inputs, each block learns to give what the original's block gives.
 
-The routine of AdaRound (`reconstruct`) with the parameters of distillation: scales, codebooks, norms, biases. What the
-whole model shares does not train here: every block would want another.
+It is AdaRound's routine (`reconstruct`) with distillation's parameters: scales, codebooks, norms, biases. Parts that
+the whole model shares do not train here, as every block would want different ones.
 """
 
 import math
@@ -30,14 +30,14 @@ from vqdm.distillation.parameters import trained_parameters
 from vqdm.models.specs import LayerSpec
 from vqdm.seeds import torch_generator
 
-RATE = 0.03  # peak of the relative rate, per root of the block's relative error to begin with
-JUDGES = 8  # one of so many samples is not trained on and judges
-Changed = dict[str, Tensor]  # of a block's state dict, by the denoiser's names
+RATE = 0.03  # peak of the relative rate, divided by the root of the block's relative error at the start
+JUDGES = 8  # one sample in this many is not trained on but judges
+Changed = dict[str, Tensor]  # changed entries of a block's state dict, by their names in the denoiser
 
 
 @dataclass(frozen=True)
 class TuningReport:
-    """Relative squared errors of the block's output on the samples that judge, before and after; what was kept."""
+    """Relative squared errors of a block's output on the judging samples, before and after, and which was kept."""
 
     before: float
     after: float
@@ -56,11 +56,11 @@ def tune_blocks(
     stored: Callable[[Block], Changed | None] = lambda block: None,
     progress: Callable[[Block, int, float], None] | None = None,
 ) -> Iterator[tuple[Block, Changed, TuningReport | None]]:
-    """Train the student's blocks in place, in execution order; yields what changed once a block is done.
+    """Train the student's blocks in place, in execution order; yields the changes of each block when it is done.
 
-    student: fp32; teacher: a module of its own. calls: gives the recorded calls anew each time; config.block_samples of
-    their rows are used. stored: what changed in a block in a run that was cut off: put in place, with the report None.
-    A block that does not get better on the samples that judge stays as it was.
+    student: fp32; teacher: a separate module. calls: gives the recorded calls anew each time; config.block_samples of
+    their rows are used. stored: a block's changes from an interrupted run, which are put in place, with the report
+    None. A block that does not get better on the judging samples stays as it was.
     """
     chosen = _calls_for(calls, config.block_samples)
     for block in blocks_of(teacher, specs, next(iter(calls()))):
@@ -77,7 +77,7 @@ def tune_blocks(
 
 
 def _calls_for(calls: Callable[[], Iterable[Call]], rows: int) -> Callable[[], Iterator[Call]]:
-    """As many of the calls, evenly spread, as hold so many rows."""
+    """Evenly spread calls, as many as hold the given number of rows."""
     sizes = [len(call[OUTPUT]) for call in calls()]
     count = min(len(sizes), max(1, round(rows * len(sizes) / sum(sizes))))
     chosen = {int((i + 0.5) * len(sizes) / count) for i in range(count)}
@@ -86,7 +86,7 @@ def _calls_for(calls: Callable[[], Iterable[Call]], rows: int) -> Callable[[], I
 
 @torch.no_grad()
 def _state(module: nn.Module, config: FinetuneConfig) -> dict[str, Tensor]:
-    """What training may change in a block: parameters that train, and codes where these move."""
+    """State that training may change in a block: the parameters that train, and codes where they move."""
     found = {part.name: part.parameter.data for part in trained_parameters(module, config.train)}
     if config.tune_codes:
         found |= {name: buffer for name, buffer in module.named_buffers() if name.endswith("weight.codes")}
@@ -117,7 +117,7 @@ def _tune(
             step, steps=config.block_steps, peak=peak, warmup=config.warmup, decay_from=config.decay_from
         )
 
-    if trained and len(learned):  # a single row only judges
+    if trained and len(learned):  # a single row can only judge
         reconstruct(
             module, inputs.part(learned), targets[learned],
             RelativeAdam((part.parameter, part.unit) for part in trained),

@@ -1,4 +1,4 @@
-"""Checkpoints of a student in training: items of its stage, the last one and the best one."""
+"""Checkpoints of a student in training, as items of its stage: the last one and the best one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from vqdm.runs.items import item_names, read_item, remove_item, write_item
 
 @dataclass
 class State:
-    """Where a training is: steps done, their losses, and every validation so far as {step, loss, …}."""
+    """Progress of a training: steps done, their losses, and every validation so far as {step, loss, …}."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -24,19 +24,19 @@ class State:
 
     @property
     def best(self) -> dict:
-        """The first of the validations of least loss."""
+        """The validation with the least loss, the first if there are several."""
         return min(self.validations, key=lambda found: (found["loss"], found["step"]))
 
 
 class Checkpoints:
-    """Those in a stage's directory, of one student and its optimizer."""
+    """Checkpoints of one student and its optimizer in a stage's directory."""
 
     def __init__(self, directory: Path, denoiser: nn.Module, trained: list[Trained], optimizer: torch.optim.Adam):
         self.directory, self.denoiser, self.optimizer = directory, denoiser, optimizer
         self.parameters = {part.name: part.parameter for part in trained}
 
     def save(self, state: State) -> None:
-        """And remove all but this one and the best."""
+        """Write a checkpoint and remove all others but the best."""
         names = {parameter: name for name, parameter in self.parameters.items()}
         tensors = {f"trained.{name}": tensor for name, tensor in self._tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, names)
@@ -49,7 +49,7 @@ class Checkpoints:
                 remove_item(self.directory, other, [_file(other)])
 
     def restore(self) -> State:
-        """Load the last checkpoint that is whole, as its best one is; a new state if there is none."""
+        """Load the last checkpoint that is whole and whose best one is whole too; a new state if there is none."""
         for name in reversed(item_names(self.directory, "step-")):
             record = read_item(self.directory, name)
             if record is None:
@@ -68,7 +68,7 @@ class Checkpoints:
         self._load(_name(state.best["step"]))
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What training changes: parameters, and the codes of weights that drift."""
+        """Tensors that training changes: parameters, and the codes of weights that drift."""
         codes = {
             f"{name}.inner.codes": module.inner.codes
             for name, module in self.denoiser.named_modules()

@@ -1,7 +1,7 @@
-"""End to end: the student learns to give the teacher's predictions on recorded latents.
+"""End-to-end distillation: the student learns to give the teacher's predictions on recorded latents.
 
-Every step's samples follow from the seed and the step's number alone, and what a process does from its rank: a run that
-is killed goes on to the same weights, and more processes at the same batch size see the same samples.
+A step's samples follow from the seed and the step's number alone, and a process's share of them from its rank. So a
+killed run goes on to the same weights, and more processes at the same batch size see the same samples.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from vqdm.errors import UserError
 from vqdm.runs import processes
 from vqdm.seeds import torch_generator
 
-BUCKETS, TIMESTEPS = 5, 1000  # validation losses are told apart by fifths of the training timesteps
-RATE = 0.01  # peak of the relative rate, per root of the error to begin with: less for a student that is nearly there
-DIVERGED = 4.0  # times the validation loss of the start
+BUCKETS, TIMESTEPS = 5, 1000  # validation losses are also given by fifths of the training timesteps
+RATE = 0.01  # peak of the relative rate, divided by the root of the first error: lower for a student nearly there
+DIVERGED = 4.0  # a validation loss this many times the first one ends the training
 
 
 @dataclass
 class Distillation:
-    """All that a step needs: the student, in fp32 on its device, and where its samples come from.
+    """Everything a training step needs: the student, in fp32 on its device, and the source of its samples.
 
-    samples: of a step, the trajectories to draw from. guidance: of sampling. scheduler: for the weights of timesteps.
-    teacher: only for the outputs of its blocks. report: takes numbers by name, for a tracker. show: called at every
-    validation.
+    samples: gives the trajectories to draw from at a step. guidance: that of sampling. scheduler: for timestep weights.
+    teacher: needed only for the outputs of its blocks. report: takes numbers by name, for a tracker. show: called at
+    every validation.
     """
 
     student: nn.Module
@@ -51,10 +51,9 @@ class Distillation:
     show: Callable[[int], None] = lambda step: None
 
     def run(self, directory) -> State:
-        """Train to the end, from the last checkpoint in `directory` if there is one; the best weights are restored.
+        """Train to the end, from the last checkpoint in `directory` if there is one, and restore the best weights.
 
-        UserError for a loss that is not finite or a validation loss that grows beyond DIVERGED times the first;
-        checkpoints stay.
+        UserError for a loss that is not finite or a validation loss beyond DIVERGED times the first; checkpoints stay.
         """
         config, student = self.config, self.student
         drifting = let_drift(student) if config.tune_codes else {}
@@ -99,11 +98,11 @@ class Distillation:
         )
 
     def _peak(self, first: float) -> float:
-        """Of the rate; first: the validation loss of the start."""
+        """The learning rate's peak. first: the validation loss at the start."""
         return self.config.learning_rate or RATE * math.sqrt(first)
 
     def _check(self, state: State, checkpoints: Checkpoints) -> None:
-        """Validation and checkpoint, where they are due and not there yet."""
+        """Validate and write a checkpoint, if they are due and not there yet."""
         due = state.step % self.config.check_every == 0 or state.step == self.config.steps
         if not due or any(found["step"] == state.step for found in state.validations):
             return
@@ -128,7 +127,7 @@ class Distillation:
         processes.wait_for_all()
 
     def _gradients(self, module: nn.Module, step: int) -> float:
-        """Those of the batch's mean loss, in the parameters; returns the loss, the same in every process."""
+        """Add the gradients of the batch's mean loss to the parameters; returns the loss, equal in every process."""
         config, trajectories = self.config, self.samples(step)
         rank, count = processes.rank_and_count()
         own = list(samples_of(step, len(trajectories), config))[rank::count]
@@ -160,7 +159,7 @@ class Distillation:
         return errors * weights.to(errors.device)
 
     def _errors(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """Of what sampling uses: PixArt gives variances in further channels, which it drops."""
+        """Errors of the channels that sampling uses: PixArt predicts variances in further ones, which it drops."""
         guidance = self.guidance if self.config.loss == "guided" else None
         latents = next(batch.arguments[name] for name in LATENTS if name in batch.arguments)
         used = slice(None), slice(latents.shape[1])
@@ -168,7 +167,7 @@ class Distillation:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """The error, with no weights, over the validation's samples: of all, and by timestep."""
+        """The unweighted error over the validation samples, in all and by timestep."""
         config, device = self.config, device_of(self.student)
         rank, processes_count = processes.rank_and_count()
         count = min(config.validation_samples, len(self.validation))
@@ -189,7 +188,7 @@ class Distillation:
         return {"loss": float(errors.sum() / counts.sum()), **by_timestep}
 
     def _precision(self, denoiser: nn.Module | None = None):
-        """As configured; else a 16-bit denoiser, as the teacher may be, computes in its own dtype."""
+        """Autocast as configured; without it a 16-bit denoiser, as the teacher may be, computes in its own dtype."""
         kind = device_of(self.student).type
         if self.config.precision == "bfloat16":
             return torch.autocast(kind, torch.bfloat16)
@@ -198,7 +197,7 @@ class Distillation:
 
 
 def samples_of(step: int, total: int, config: FinetuneConfig) -> Iterator[int]:
-    """The numbers of a step's samples: passes over all `total`, each in an order of its own."""
+    """Indices of a step's samples: passes over all `total`, each in an order of its own."""
     order, current = None, None
     for position in range(step * config.batch_size, (step + 1) * config.batch_size):
         epoch, place = divmod(position, total)
@@ -217,7 +216,7 @@ def _optimizer(trained: list[Trained], config: FinetuneConfig) -> torch.optim.Ad
 
 @contextlib.contextmanager
 def _checkpointed(student: nn.Module, *, checkpointing: bool) -> Iterator[None]:
-    """Inside, activations are computed again for the backward pass, if that is wanted."""
+    """Recompute activations for the backward pass inside, if that is wanted."""
     if checkpointing:
         student.enable_gradient_checkpointing()
     try:
@@ -228,9 +227,9 @@ def _checkpointed(student: nn.Module, *, checkpointing: bool) -> Iterator[None]:
 
 
 def _distributed(student: nn.Module) -> nn.Module:
-    """The student itself, or, if there are other processes, one whose gradients are the mean of all."""
+    """The student itself or, with several processes, a wrapper that averages gradients over them."""
     if not processes.launched():
         return student
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(student, broadcast_buffers=False)  # codes are the same in all
+    return DistributedDataParallel(student, broadcast_buffers=False)  # codes are the same in all processes

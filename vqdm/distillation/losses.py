@@ -1,4 +1,4 @@
-"""How far the student's predictions, and if wanted its blocks' outputs, are from the teacher's."""
+"""Distances of the student's predictions, and optionally of its blocks' outputs, from the teacher's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from vqdm.errors import UserError
 def squared_errors(prediction: Tensor, target: Tensor, *, rows_each: int, guidance: float | None = None) -> Tensor:
     """The mean squared error of every sample: fp32 [samples].
 
-    guidance: that of the prediction that sampling goes by, ε_u + g (ε_c − ε_u), from a sample's two rows (Ho and
-    Salimans 2022, eq. 6); None, or one row each: of all rows alike.
+    guidance: take the error of the guided prediction, ε_u + g (ε_c − ε_u), from a sample's two rows (Ho and Salimans
+    2022, eq. 6); with None, or one row each, all rows count alike.
     """
     error = prediction.float() - target.float()
     error = error.reshape(len(error) // rows_each, rows_each, -1)
@@ -24,9 +24,10 @@ def squared_errors(prediction: Tensor, target: Tensor, *, rows_each: int, guidan
 
 
 def timestep_weights(timesteps: Tensor, scheduler, *, weighting: str, limit: float) -> Tensor:
-    """The weight of every sample's error: 1, or by min-SNR-γ (Hang et al. 2023, eq. 8), γ = `limit`: fp32 [samples].
+    """Weights of the samples' errors, fp32 [samples]: 1, or min-SNR-γ (Hang et al. 2023, eq. 8) with γ = `limit`.
 
-    min(SNR, γ) / SNR for noise predictions, / (SNR + 1) for velocities. UserError for flow matching.
+    That is min(SNR, γ) / SNR for noise predictions, min(SNR, γ) / (SNR + 1) for velocities. UserError for flow
+    matching.
     """
     if weighting == "uniform":
         return torch.ones(len(timesteps))
@@ -61,12 +62,12 @@ class BlockOutputs:
     def _keeper(self, name: str):
         def keep(_module, _inputs, output):
             if isinstance(output, Tensor):
-                self.latest.setdefault(name, output)  # a checkpointed block runs once more in the backward pass
+                self.latest.setdefault(name, output)  # a checkpointed block runs again in the backward pass
 
         return keep
 
     def take(self) -> dict[str, Tensor]:
-        """Those of the last forward; the next one starts anew."""
+        """Return the outputs of the last forward and forget them."""
         outputs, self.latest = self.latest, {}
         return outputs
 
@@ -86,9 +87,9 @@ def block_outputs(*denoisers: nn.Module) -> Iterator[list[BlockOutputs]]:
 
 
 def feature_errors(student: dict[str, Tensor], teacher: dict[str, Tensor], *, rows_each: int) -> Tensor:
-    """The mean over blocks of every sample's squared error, relative to the variance in its rows: fp32 [samples].
+    """Squared error of every sample relative to the variance in its rows, averaged over blocks: fp32 [samples].
 
-    Of its own rows, not the batch's: so micro-batches and processes add up to the same loss.
+    The variance is that of its own rows, not the batch's, so that micro-batches and processes add up to the same loss.
     """
     errors = []
     for name, target in teacher.items():

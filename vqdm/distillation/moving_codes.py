@@ -1,9 +1,9 @@
-"""Codes that move while a student is trained: what gradients want of every weight gathers, and codes follow it.
+"""Codes that move while a student is trained: the changes that gradients ask for add up, and codes follow them.
 
-Gradients reach the float parameters of a quantized weight; its codes stay. A `DriftingWeight` lets them pass straight
-through to a full matrix, the drift, which an optimizer moves. `settle` then searches the codes nearest to the weight
-plus its drift, the counterpart of the discrete step of PV-Tuning (Malinovskii et al. 2024); what codes cannot express
-remains in the drift, so that small moves add up.
+Gradients reach a quantized weight's float parameters but not its codes. A `DriftingWeight` passes them straight
+through to a full matrix, the drift, which an optimizer moves. `settle` then searches the codes nearest to weight plus
+drift, as in the discrete step of PV-Tuning (Malinovskii et al. 2024); what the codes cannot express remains in the
+drift, so that small moves add up.
 """
 
 from collections.abc import Iterable
@@ -17,10 +17,9 @@ from vqdm.weights.layers import quantized_layers
 
 
 class DriftingWeight(QuantizedWeight):
-    """A quantized weight during training: `inner`, and its fp32 `drift` [out, in], of which only gradients are seen.
+    """A quantized weight in training: `inner`, and an fp32 `drift` [out, in] that takes gradients but adds nothing.
 
-    It decodes to what `inner` decodes to, bit for bit. Not for files: `stop_drifting` before a denoiser is counted or
-    saved.
+    It decodes to the same bits as `inner`. It is not for files: call `stop_drifting` before counting or saving.
     """
 
     scheme_type = Scheme
@@ -44,7 +43,8 @@ class DriftingWeight(QuantizedWeight):
 
     @torch.no_grad()
     def settle(self) -> int:
-        """Search the codes nearest to weight + drift; what they miss is the new drift. How many changed, as `recode_`.
+        """Search the codes nearest to weight + drift, keep the rest as the new drift, and return how many codes
+        changed.
 
         UserError for a drift that is not finite.
         """
@@ -56,9 +56,9 @@ class DriftingWeight(QuantizedWeight):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The first of two arguments, whose gradient is that of both.
+    """Returns the first of two arguments and passes the gradient to both.
 
-    The sum x + d − d is not x in floating point, nor is x + (d − d) where x is −0.
+    In floating point x + d − d is not x, and neither is x + (d − d) for x = −0.
     """
 
     @staticmethod
@@ -72,9 +72,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def let_drift(denoiser: nn.Module, names: Iterable[str] | None = None) -> dict[str, DriftingWeight]:
-    """Make the weights of all quantized layers, or of those named, drift, in place: by layer, in module order.
+    """Let the weights of all quantized layers, or of the named ones, drift in place; returns them by layer name.
 
-    Those that drift already go on. ValueError for a name that is no quantized layer's.
+    Weights that drift already are kept. ValueError for a name that is not a quantized layer's.
     """
     layers = quantized_layers(denoiser)
     chosen = list(layers) if names is None else list(names)
@@ -89,7 +89,7 @@ def let_drift(denoiser: nn.Module, names: Iterable[str] | None = None) -> dict[s
 
 
 def stop_drifting(denoiser: nn.Module) -> None:
-    """Put the quantized weights back in the place of the drifting ones; what has not settled is dropped."""
+    """Put quantized weights back in place of drifting ones; drift that has not settled is dropped."""
     for layer in quantized_layers(denoiser).values():
         if isinstance(layer.weight, DriftingWeight):
             layer.weight = layer.weight.inner

@@ -1,4 +1,4 @@
-"""What loops that train share: a rate for every step, Adam in units of each number, and its state as plain tensors."""
+"""Parts that all training loops share: learning rates, Adam with a unit for each number, its state as tensors."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two moments
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from: float) -> float:
-    """Linear warm-up, constant, then half a cosine to zero over the last (1 − decay_from) of the steps."""
+    """The rate of a step: linear warm-up, constant, half a cosine to zero over the last (1 − decay_from) of all."""
     if step < warmup:
         return peak * (step + 1) / warmup
     start = decay_from * steps
@@ -20,7 +20,7 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: int, decay_from
 
 
 class RelativeAdam(torch.optim.Adam):
-    """Adam whose step is multiplied by a unit: one learning rate for numbers of different sizes.
+    """Adam with its step multiplied by a unit, so that one learning rate fits numbers of different sizes.
 
     parameters: (parameter, unit) pairs; a unit broadcasts to its parameter. Adam's own step is about the rate.
     """
@@ -46,7 +46,10 @@ def optimizer_tensors(optimizer: torch.optim.Adam, names: Mapping[nn.Parameter, 
 def restore_optimizer(
     optimizer: torch.optim.Adam, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor], *, step: int
 ) -> None:
-    """The inverse of `optimizer_tensors`, after `step` steps; parameters that had no gradient have no state."""
+    """Restore Adam's moments after `step` steps: the inverse of `optimizer_tensors`.
+
+    Parameters that had no gradient have no state.
+    """
     for parameter, name in names.items():
         if f"{MOMENTS[0]}.{name}" in tensors:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}

@@ -1,4 +1,4 @@
-"""What of a student trains, and in which units its numbers are stepped."""
+"""The parameters of a student that train, and the units of their steps."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from vqdm.distillation.moving_codes import DriftingWeight
 from vqdm.weights.base import QuantizedWeight, SharedPart
 from vqdm.weights.scalar import ScalarWeight
 
-SMALLEST_UNIT = 1e-3  # of a tensor that is all but zero, such as a fresh bias
+SMALLEST_UNIT = 1e-3  # unit of a tensor that is nearly zero, such as a fresh bias
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter that trains. unit: what a step of one means, a number or one for every element."""
+    """A parameter that trains. unit: the size of a step of one, a number or a tensor with one for every element."""
 
     name: str
     parameter: nn.Parameter
@@ -24,10 +24,10 @@ class Trained:
 
 
 def trained_parameters(module: nn.Module, config: TrainedConfig, *, code_rate: float = 1.0) -> list[Trained]:
-    """Those that `config` switches on, in module order, and what lets codes move.
+    """Parameters that `config` switches on, in module order, and the drifts that move codes.
 
-    Scales step in parts of themselves, so that rows and columns of any size go alike; all else in parts of the
-    tensor's root mean square; drifts in `code_rate` parts of that of their row's weights.
+    A scale's unit is its own size, so that rows and columns of any size move alike. Other parameters have the root mean
+    square of their tensor, drifts `code_rate` times that of their row's weights.
     """
     found = []
     for prefix, part in module.named_modules():
@@ -40,7 +40,7 @@ def trained_parameters(module: nn.Module, config: TrainedConfig, *, code_rate: f
 
 
 def _kind(part: nn.Module, name: str) -> str | None:
-    """None for what never trains: zero points are whole numbers."""
+    """The kind of a parameter; None for those that never train, such as zero points, which are whole numbers."""
     if isinstance(part, DriftingWeight):
         return "drift"
     if isinstance(part, SharedPart):

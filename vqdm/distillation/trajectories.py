@@ -1,7 +1,7 @@
-"""Trajectories in files: a denoiser's calls at many steps of one batch of captions, read back sample by sample.
+"""Trajectories in files: a denoiser's calls at many steps for one batch of captions, read back sample by sample.
 
-A sample is one caption's rows of one call: two under guidance. A file holds tensors that change from call to call as
-`each.<name>` [calls, …], all others as `all.<name>` once; so captions are not kept once for every step.
+A sample is one caption's rows in one call: two with guidance. A file holds tensors that change from call to call as
+`each.<name>` [calls, …] and all others once as `all.<name>`, so that captions are not stored for every step.
 """
 
 import functools
@@ -23,7 +23,7 @@ NOTHING = torch.empty(0)
 
 
 def pack(calls: Sequence[Call], *, captions: int) -> bytes:
-    """The calls of one batch as a file. Their rows are the captions', once or, for guidance, several times over."""
+    """The calls of one batch as a file. Their rows are the captions', once or, with guidance, several times over."""
     tensors = {}
     if any(not torch.equal(call.get(PLAIN, NOTHING), calls[0].get(PLAIN, NOTHING)) for call in calls):
         raise ValueError("the denoiser takes an argument that is no tensor and changes from step to step")
@@ -37,7 +37,7 @@ def pack(calls: Sequence[Call], *, captions: int) -> bytes:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on a device, floats in fp32: arguments of one call, what the teacher gives for it, and timesteps.
+    """Samples on a device, floats in fp32: arguments of one call, the teacher's output for it, and timesteps.
 
     Rows come sample by sample, `rows_each` of them together.
     """
@@ -56,7 +56,7 @@ class _Sample:
 
 
 class Trajectories:
-    """The samples of some files, read when they are asked for."""
+    """The samples in some files, read on demand."""
 
     def __init__(self, files: Iterable[Path]):
         self._opened = functools.lru_cache(OPEN_FILES)(_open)
@@ -69,7 +69,7 @@ class Trajectories:
         return len(self.samples)
 
     def batch(self, indices: Sequence[int], *, device: str | torch.device) -> Batch:
-        """The samples of these numbers, in this order."""
+        """The samples with these indices, in this order."""
         samples = [self.samples[index] for index in indices]
         read = [_read(self._opened(sample.file), sample) for sample in samples]
         rows_each = len(read[0][OUTPUT])
@@ -83,13 +83,13 @@ def _open(path: Path):
 
 
 def _counts(file) -> tuple[int, int, int]:
-    """Calls, captions and rows of a call."""
+    """Numbers of calls, of captions, and of rows in a call."""
     about = file.metadata()
     return int(about["calls"]), int(about["captions"]), int(about["rows"])
 
 
 def _read(file, sample: _Sample) -> dict[str, "Tensor | _Whole"]:
-    """One sample's own rows of everything; a number becomes a row each, what has no row per caption is whole."""
+    """One sample's rows of every tensor; a number becomes a row, a tensor without rows per caption stays whole."""
     _, captions, rows = _counts(file)
     own = range(sample.caption, rows, captions)
     call = {}

@@ -1,4 +1,4 @@
-"""The model card that lies beside every saved denoiser: what it is, how many bits it takes, how to load it."""
+"""The model card beside every saved denoiser: what it is, how many bits it takes, how to load it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import quantized_layers
 
 CARD_FILE = "README.md"
-LICENCES = {  # of models whose own card is rarely beside their weights
+LICENCES = {  # licences of models whose own card is rarely beside their weights
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sdxl-turbo": "sai-nc-community",
 }
@@ -45,18 +45,18 @@ Licence: {licence}
 
 
 def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str | None) -> str:
-    """Markdown with the hub's front matter. base: where the original came from, a hub id or a directory.
+    """The card as Markdown with the hub's front matter. base: origin of the original, a hub id or a directory.
 
-    A quantized model that is saved once more came from what its own card says.
+    A quantized model that is saved again keeps the origin that its own card names.
     """
     licence = licence_of(base)
     name = "a model of unknown name" if base is None else base
-    if base is not None and Path(base).exists():  # a path of this machine is nobody's business
+    if base is not None and Path(base).exists():  # a path on this machine is nobody's business
         folder = Path(base).parent if Path(base).name in DENOISERS else Path(base)
         card = card_data(base)
         base = card.get("base_model") if "vqdm" in (card.get("tags") or []) else None
         name = base or folder.name
-    small = denoiser.dtype in (torch.float16, torch.bfloat16)  # then the text encoders are, and diffusers has to know
+    small = denoiser.dtype in (torch.float16, torch.bfloat16)  # the text encoders are too, and diffusers has to know
     counts, layers = count_bits(denoiser), quantized_layers(denoiser)
     schemes = Counter(_family(layer.weight.scheme) for layer in layers.values())
     rows = {
@@ -83,16 +83,16 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
 
 
 def _family(scheme) -> str:
-    """The scheme without the numbers that differ from layer to layer."""
+    """Name of a scheme without the numbers that differ from layer to layer."""
     return scheme.codec if "bits" in scheme.told_by_shapes else scheme.name
 
 
 def licence_of(base: str | None) -> str | None:
-    """The licence of a base model, from its own card if it lies there as a directory, else from what is known."""
+    """The licence of a base model: from its own card if it is a directory, else from `LICENCES`."""
     return card_data(base).get("license") or LICENCES.get(base or "")
 
 
 def card_data(base: str | None) -> dict:
-    """The front matter of the card in a directory; empty without one."""
+    """The front matter of a directory's card; empty without one."""
     card = Path(base or "") / CARD_FILE
     return ModelCard.load(card).data.to_dict() if base and card.is_file() else {}

@@ -1,8 +1,8 @@
-"""The checkpoint format: what a quantized denoiser's safetensors files hold and say of themselves (docs/format.md).
+"""The checkpoint format: tensors and metadata of a quantized denoiser's safetensors files (docs/format.md).
 
 A file holds tensors of the state dict: packed codes as uint8, all floats in 16 bit. The header's metadata, one JSON
-text under the key `vqdm`, name scheme and shape of every quantized layer and a checksum of every tensor as stored, so
-that the file alone suffices to decode a layer, and that nothing altered is taken for whole.
+text under the key `vqdm`, give scheme and shape of every quantized layer and a checksum of every tensor as stored. So
+the file alone suffices to decode a layer, and an altered file is never taken for a whole one.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _ORDER = list(_NAMES)  # safetensors puts the last of these first in a file
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Quantized layers that share scheme and shape. shape: of the original weight, [out, in] or [out, in, kh, kw]."""
+    """Quantized layers with the same scheme and shape. shape: the original weight's, [out, in] or [out, in, kh, kw]."""
 
     scheme: Scheme
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class LayerGroup:
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "LayerGroup":
-        """UserError for what is none."""
+        """Read a group from JSON values; UserError if they are not one."""
         try:
             shape, layers = tuple(fields["shape"]), tuple(fields["layers"])
             scheme = scheme_from_dict(fields["scheme"])
@@ -56,9 +56,9 @@ class LayerGroup:
 
 
 def described(groups: Sequence[LayerGroup]) -> list[dict]:
-    """The groups as a file's header has them: without the numbers that the tensors' own shapes tell.
+    """Groups as a file's header holds them: without the numbers that follow from the tensors' shapes.
 
-    So a header is as long whichever way bits are allotted to layers, and the file's size is known before.
+    The header's length then does not depend on how bits are allotted, and the file's size is known beforehand.
     """
     merged: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for group in groups:
@@ -79,18 +79,18 @@ def layer_groups(denoiser: nn.Module) -> list[LayerGroup]:
 
 
 def _is_coded(name: str, layers: set[str]) -> bool:
-    """Whether a tensor of the state dict decodes quantized weights."""
+    """True if a tensor of the state dict belongs to quantized weights."""
     return name.startswith(f"{SHARED_NAME}.") or name.rpartition(".weight.")[0] in layers
 
 
 def _stored_dtype(name: str, tensor: Tensor, layers: set[str]) -> torch.dtype:
-    """fp16 for floats; bfloat16 stays in what is not quantized."""
+    """The dtype in which a tensor is stored: fp16 for floats, but bfloat16 stays in layers that are not quantized."""
     keeps = not tensor.is_floating_point() or (tensor.dtype == torch.bfloat16 and not _is_coded(name, layers))
     return tensor.dtype if keeps else STORED
 
 
 def to_stored(state: Mapping[str, Tensor], groups: Sequence[LayerGroup]) -> dict[str, Tensor]:
-    """The tensors as a file holds them, on the CPU. UserError for a number that fp16 cannot hold."""
+    """Tensors as a file holds them, on the CPU. UserError for a number that fp16 cannot hold."""
     layers = {name for group in groups for name in group.layers}
     stored = {}
     for name, tensor in state.items():
@@ -103,21 +103,21 @@ def to_stored(state: Mapping[str, Tensor], groups: Sequence[LayerGroup]) -> dict
 
 @torch.no_grad()
 def round_to_stored_(denoiser: nn.Module) -> None:
-    """Give every float the value that a file will hold of it, in place: the model that is used is the one saved."""
+    """Round every float in place to the value a file will hold, so that the model in use is the one saved."""
     state = denoiser.state_dict()
     for name, tensor in to_stored(state, layer_groups(denoiser)).items():
         state[name].copy_(tensor)
 
 
 def checksum(name: str, tensor: Tensor) -> str:
-    """The first digits of sha256 over `name dtype shape`, a line feed, and the stored bytes."""
+    """The checksum of a tensor: first digits of sha256 over `name dtype shape`, a line feed, and the stored bytes."""
     about = f"{name} {_NAMES.get(tensor.dtype, str(tensor.dtype))} {json.dumps(list(tensor.shape))}\n"
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(about.encode() + content.tobytes()).hexdigest()[:CHECKSUM_DIGITS]
 
 
 def _metadata(layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mapping[str, str]) -> dict[str, str]:
-    """What a file says of itself. Checksums are one text, those of all tensors of the checkpoint by sorted name."""
+    """A file's metadata. Checksums are one text: those of all the checkpoint's tensors, sorted by name."""
     about = {
         "version": FORMAT_VERSION,
         "groups": described(groups),
@@ -130,22 +130,22 @@ def _metadata(layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mappin
 def stored_with_metadata(
     state: Mapping[str, Tensor], groups: Sequence[LayerGroup]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors as stored and the metadata that go into their file."""
+    """Tensors as stored, and the metadata for their file."""
     stored = to_stored(state, groups)
     sums = {name: checksum(name, tensor) for name, tensor in stored.items()}
     return stored, _metadata(_Layout(stored, groups), groups, sums)
 
 
 def checkpoint_bytes(denoiser: nn.Module) -> bytes:
-    """A whole denoiser, or a part of one, as one file's content."""
+    """The content of a file that holds a whole denoiser, or a part of one."""
     stored, metadata = stored_with_metadata(denoiser.state_dict(), layer_groups(denoiser))
     return to_bytes(stored, {"format": "pt"} | metadata)
 
 
 class _Layout:
-    """Where the tensors lie in one safetensors file, from dtypes and shapes alone.
+    """Layout of tensors in one safetensors file, computed from dtypes and shapes alone.
 
-    They come by falling alignment, then by name; the header is JSON without spaces, padded to a multiple of 8.
+    Tensors are sorted by falling alignment, then by name; the header is JSON without spaces, padded to a multiple of 8.
     """
 
     def __init__(self, state: Mapping[str, Tensor], groups: Sequence[LayerGroup]):
@@ -159,14 +159,14 @@ class _Layout:
             self.table[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, self.bytes]}
 
     def padding(self) -> int:
-        """Digits that the table is short of one whose offsets and lengths of codes are all as long as the largest."""
+        """Number of digits missing to a table whose offsets and code lengths all have as many digits as the largest."""
         digits = len(str(self.bytes))
         numbers = [number for entry in self.table.values() for number in entry["data_offsets"]]
         numbers += [entry["shape"][0] for name, entry in self.table.items() if name.endswith(CODES)]
         return sum(digits - len(str(number)) for number in numbers)
 
     def header_bytes(self, metadata: Mapping[str, str]) -> int:
-        """Of the header and of the eight bytes that tell its length."""
+        """Bytes of the header, including the eight that tell its length."""
         header = {"__metadata__": {"format": "pt"} | metadata} | self.table
         length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
         return 8 + -(-length // 8) * 8
@@ -185,7 +185,7 @@ class CheckpointSize:
 
 
 def checkpoint_size(denoiser: nn.Module) -> CheckpointSize:
-    """What `save_pretrained` will write, to the byte, from shapes alone (a denoiser on the meta device will do)."""
+    """Exact size of what `save_pretrained` will write, from shapes alone (a denoiser on the meta device will do)."""
     state, groups = denoiser.state_dict(), layer_groups(denoiser)
     layout = _Layout(state, groups)
     metadata = _metadata(layout, groups, dict.fromkeys(state, "0" * CHECKSUM_DIGITS))
@@ -194,10 +194,7 @@ def checkpoint_size(denoiser: nn.Module) -> CheckpointSize:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint's files say and hold: the groups of quantized layers, all tensors by sorted name, checksums.
-
-    shapes: of the tensors, by name.
-    """
+    """Contents of a checkpoint's files: groups of quantized layers, all tensors by sorted name, checksums, shapes."""
 
     where: str
     groups: list[dict]
@@ -206,14 +203,14 @@ class Contents:
     shapes: Mapping[str, tuple[int, ...]]
 
     def check_groups(self, groups: Sequence[LayerGroup]) -> None:
-        """UserError unless these are the quantized layers of which the files say that they hold them."""
+        """Raise UserError unless the files say that they hold exactly these quantized layers."""
         if self.groups != described(groups):
             raise UserError(
                 f"{self.where} and its config.json name other quantized layers: one is damaged or of another checkpoint"
             )
 
     def check_names(self, expected: Iterable[str]) -> None:
-        """UserError, with a tensor's name, unless the files hold what is expected, neither more nor less."""
+        """Raise UserError, with a tensor's name, unless the files hold exactly what is expected."""
         missing, extra = sorted(set(expected) - set(self.names)), sorted(set(self.names) - set(expected))
         for kind, names in (("lacks the tensor", missing), ("has the unknown tensor", extra)):
             if names:
@@ -226,7 +223,7 @@ class Contents:
             )
 
     def check_shapes(self, expected: Mapping[str, Tensor]) -> None:
-        """UserError, with a tensor's name, unless the files' tensors have these shapes (of meta tensors will do)."""
+        """Raise UserError, with a tensor's name, unless the files' tensors have these shapes (meta tensors will do)."""
         for name, tensor in expected.items():
             if self.shapes[name] != tuple(tensor.shape):
                 raise UserError(
@@ -235,7 +232,7 @@ class Contents:
                 )
 
     def check_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """UserError, with the tensor's name, unless each is as it was stored."""
+        """Raise UserError, with the tensor's name, unless each tensor is as it was stored."""
         known = dict(zip(self.names, self.checksums, strict=True))
         for name, tensor in state.items():
             if known.get(name) != checksum(name, tensor):
@@ -245,7 +242,7 @@ class Contents:
 
 
 def read_contents(files: Sequence[Path]) -> Contents:
-    """From the headers of all files of a checkpoint. UserError for anything but a whole vqdm checkpoint."""
+    """Read the headers of all files of a checkpoint. UserError for anything but a whole vqdm checkpoint."""
     names: list[str] = []
     texts: set[str] = set()
     shapes: dict[str, tuple[int, ...]] = {}

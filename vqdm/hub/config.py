@@ -1,4 +1,4 @@
-"""What a quantized model says of itself: the `quantization_config` in its config.json."""
+"""The `quantization_config` in a quantized model's config.json."""
 
 import enum
 import inspect
@@ -22,13 +22,13 @@ class _Method(enum.StrEnum):
 
 
 class VQDMConfig(QuantizationConfigMixin):
-    """How a denoiser is, or shall be, quantized.
+    """Description of how a denoiser is, or is to be, quantized.
 
-    scheme: of data-free quantization while loading, such as `trellis3`, `rtn4`, `3x8g8`; layers: a regular expression
-    of those to quantize; None: those that go with the model's class.
-    groups: what a saved checkpoint says: its quantized layers. decode: `per_call` or `cached`, of all layers.
-    options: those that the model was built with when it was quantized, which config.json says too, unprotected.
-    metrics: what is known of the model, for its card.
+    scheme: for data-free quantization while loading, such as `trellis3`, `rtn4`, `3x8g8`. layers: a regular expression
+    for the layers to quantize; None takes those that go with the model's class.
+    groups: the quantized layers of a saved checkpoint. decode: `per_call` or `cached`, for all layers.
+    options: those the model was built with when it was quantized; config.json says them too, but unprotected.
+    metrics: known scores of the model, for its card.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class VQDMConfig(QuantizationConfigMixin):
             raise UserError("VQDMConfig takes a scheme, such as VQDMConfig('trellis3'), or the groups of a checkpoint")
         if scheme is not None:
             parse_scheme(scheme)
-            if strange := sorted(set(others) - {"quant_method"}):  # of a checkpoint, a later vqdm's may be there
+            if strange := sorted(set(others) - {"quant_method"}):  # a checkpoint of a later vqdm may have more
                 raise UserError(f"VQDMConfig knows no {strange[0]}: it takes scheme, layers and decode")
         check_decode(decode)
         for name, value in (("metrics", metrics), ("options", options)):
@@ -67,13 +67,13 @@ class VQDMConfig(QuantizationConfigMixin):
         return tuple(LayerGroup.from_dict(group) for group in self.groups or ())
 
     def to_dict(self) -> dict:
-        """As config.json has it: how the layers decode is up to who loads."""
+        """The config as config.json holds it, without `decode`, which is up to whoever loads."""
         fields = {"quant_method": METHOD, "version": self.version, "options": self.options}
         fields |= {"metrics": self.metrics} if self.metrics else {}
         return fields | ({"scheme": self.scheme} if self.groups is None else {"groups": self.groups})
 
     def to_diff_dict(self) -> dict:
-        """What the base class prints."""
+        """The config as the base class prints it."""
         return self.to_dict()
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ class VQDMConfig(QuantizationConfigMixin):
 
 
 def _groups(found: Sequence[dict]) -> list[LayerGroup]:
-    """UserError unless these are groups of quantized layers, no layer in two."""
+    """Read groups of quantized layers from JSON values; UserError if they are none, or if a layer is in two."""
     if not isinstance(found, list | tuple):
         raise UserError(f"groups of a quantization_config are a list, not {str(found)[:80]!r}: config.json is damaged")
     groups = [LayerGroup.from_dict(group) for group in found]
@@ -93,13 +93,13 @@ def _groups(found: Sequence[dict]) -> list[LayerGroup]:
 
 
 def options_of(model: nn.Module) -> dict:
-    """The options that a diffusers model was built with, as plain JSON."""
+    """The options with which a diffusers model was built, as plain JSON."""
     names = inspect.signature(type(model).__init__).parameters
     return json.loads(canonical_json({name: model.config[name] for name in names if name in model.config}))
 
 
 def check_options(model: nn.Module, saved: dict) -> None:
-    """UserError, naming it, if an option is not what it was; one that only another diffusers has is let be."""
+    """Raise UserError, naming it, for an option that has changed; one that only another diffusers has is ignored."""
     for name, value in options_of(model).items():
         if name in saved and saved[name] != value:
             raise UserError(
@@ -109,6 +109,6 @@ def check_options(model: nn.Module, saved: dict) -> None:
 
 
 def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None = None) -> VQDMConfig:
-    """What a model with quantized layers says of itself."""
+    """The config that describes a model with quantized layers."""
     groups = [group.to_dict() for group in layer_groups(model)]
     return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics)

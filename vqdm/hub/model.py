@@ -1,4 +1,4 @@
-"""The class of a diffusers model while its layers are quantized: its own, with what saving, casting and LoRA need."""
+"""The class of a diffusers model with quantized layers: its own, with what saving, casting and LoRA need added."""
 
 import copyreg
 import functools
@@ -24,7 +24,7 @@ def become_plain(model: nn.Module) -> None:
 
 
 class _SameKind(type):
-    """Of a class that passes for its base, as diffusers' `from_pipe` compares types; pickled by its base, too."""
+    """Metaclass of a class that passes for its base: `from_pipe` compares types, and pickle stores the base."""
 
     def __eq__(cls, other: object) -> bool:
         return cls is other or cls.__mro__[1] is other
@@ -38,9 +38,9 @@ copyreg.pickle(_SameKind, lambda kind: (_quantized_class, (kind.__mro__[1],)))
 
 @functools.cache
 def _quantized_class(kind: type) -> type:
-    """A model class of diffusers, under its own name, that saves a model card too and refuses what codes cannot bear.
+    """A subclass of a diffusers model class, with its name, that also saves a card and refuses what codes cannot bear.
 
-    An attribute of the model instead would tie it into a cycle that keeps its memory until the next collection.
+    Attributes of the instance would tie it into a reference cycle that holds its memory until the next collection.
     """
 
     @functools.wraps(kind.save_pretrained)
@@ -52,17 +52,20 @@ def _quantized_class(kind: type) -> type:
             atomic_write(Path(save_directory) / CARD_FILE, model_card(self, metrics=metrics, base=base).encode())
 
     def fuse_lora(self, *args, **kwargs):
-        """UserError before anything is fused or scaled; a LoRA of other layers alone can be fused."""
+        """Raise UserError before anything is fused or scaled; a LoRA on other layers only can be fused."""
         if any(name.endswith(".base_layer") for name in quantized_layers(self)):
             raise UserError(NOT_MERGED)
         kind.fuse_lora(self, *args, **kwargs)
 
     def enable_layerwise_casting(self, *args, **kwargs):
-        """UserError: codes are not cast, and scales in 8 bits would be others."""
+        """Raise UserError: codes cannot be cast, and scales in 8 bits would change."""
         raise UserError("layerwise casting would round the scales of quantized weights: leave it out, or dequantize()")
 
     def to(self, *args, **kwargs):
-        """With a dtype too, which diffusers refuses for quantized models: `from_pipe` always gives one."""
+        """Move the model.
+
+        Takes a dtype too, which diffusers refuses for quantized models but `from_pipe` always gives.
+        """
         cast = "dtype" in kwargs or any(isinstance(argument, torch.dtype) for argument in args)
         return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Quantized denoisers and their pipelines in directories, by diffusers' own loading and saving."""
+"""Quantized denoisers and their pipelines in directories, through diffusers' own loading and saving."""
 
 import contextlib
 import json
@@ -21,12 +21,12 @@ from vqdm.runs.files import full_disk_is_mendable
 from vqdm.runs.locks import LOCK, locked
 from vqdm.weights.layers import check_decode, quantized_layers
 
-INDEX = "model_index.json"  # of a pipeline's directory
+INDEX = "model_index.json"  # the file that makes a directory a pipeline
 
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Without diffusers' own progress bars inside; a disk that is full is the OSError it is, not safetensors' own."""
+    """Silence diffusers' progress bars inside; a full disk raises OSError rather than an error of safetensors' own."""
     from diffusers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -67,14 +67,14 @@ def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_cal
 
 
 def set_decode(denoiser: nn.Module, decode: str) -> None:
-    """`per_call` or `cached`, of all quantized layers. UserError for anything else."""
+    """Set how all quantized layers decode: `per_call` or `cached`. UserError for anything else."""
     check_decode(decode)
     for layer in quantized_layers(denoiser).values():
         layer.decode = decode
 
 
 def check_place(directory: Path) -> None:
-    """UserError unless it can be written to: by the system, and as nothing lies there but a pipeline of vqdm's."""
+    """Raise UserError unless the place is writable and holds nothing, or nothing but a pipeline of vqdm's."""
     strange = sorted(directory.iterdir()) if directory.is_dir() else [directory] if directory.exists() else []
     if strange and _is_ours(directory):
         strange = [path for path in strange if path.name not in _names_in(directory)]
@@ -95,23 +95,23 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _names_in(directory: Path) -> set[str]:
-    """Of what a pipeline's directory holds, by its own list; empty without one."""
+    """Names of the parts in a pipeline's directory, by its own list; empty without one."""
     index = directory / INDEX
     return {INDEX, CARD_FILE, LOCK, *json.loads(index.read_text(encoding="utf-8"))} if index.is_file() else set()
 
 
 def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
-    """Write a pipeline with a quantized denoiser as a directory for from_pretrained, with a card; whole or not at all.
+    """Write a pipeline with a quantized denoiser as a directory for from_pretrained, with a card: whole or not at all.
 
-    base: where the original came from, a hub id or a directory. All other parts keep their dtype.
+    base: origin of the original, a hub id or a directory. All other parts keep their dtype.
     """
-    directory = directory.resolve()  # where a link points to, the files shall lie
+    directory = directory.resolve()  # files go where a link points to
     check_place(directory)
     denoiser_of(pipeline).register_to_config(_name_or_path=base)
     written = directory.with_name(f".{directory.name}.tmp")
     with locked(written):
         try:
-            _remove_all_in(written)  # of a process that was killed
+            _remove_all_in(written)  # left by a killed process
             with full_disk_is_mendable(directory), quiet_diffusers():
                 pipeline.save_pretrained(written)
             shutil.copy(written / denoiser_part(pipeline) / CARD_FILE, written / CARD_FILE)
@@ -123,7 +123,7 @@ def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
 
 
 def _remove_all_in(directory: Path) -> None:
-    """All but the lock that is held."""
+    """Remove everything in a directory but the lock that is held."""
     for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -132,10 +132,10 @@ def _remove_all_in(directory: Path) -> None:
 
 
 def replace_directory(new: Path, place: Path) -> None:
-    """Put a complete directory in the place of an older one, which goes only then."""
+    """Put a complete directory in the place of an older one, which is deleted only then."""
     old = new.with_name(f"{new.name}-old")
     if place.exists():
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
+        shutil.rmtree(old, ignore_errors=True)  # left by a process killed just here
         place.rename(old)
     new.rename(place)
     shutil.rmtree(old, ignore_errors=True)

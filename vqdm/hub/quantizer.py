@@ -1,7 +1,7 @@
-"""vqdm as a quantization method of diffusers: what makes `from_pretrained` and `save_pretrained` work.
+"""vqdm as a quantization method of diffusers, which makes `from_pretrained` and `save_pretrained` work.
 
-`register()` adds it to diffusers' tables; `import vqdm` sees to that. A checkpoint's config.json names scheme and
-shape of every quantized layer under `quantization_config`; its safetensors files say the same and hold the checksums.
+`register()` adds it to diffusers' tables; `import vqdm` sees to that. A checkpoint's config.json gives scheme and
+shape of every quantized layer under `quantization_config`; its safetensors files repeat them and add checksums.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from vqdm.hub.model import become_plain, become_quantized
 from vqdm.models.specs import layer_specs
 from vqdm.weights.layers import dequantize_layers, swap_empty
 
-_OWN_OPTIONS = ("quantization_config", "_pre_quantization_dtype")  # of a quantized model's config, kept by diffusers
+_OWN_OPTIONS = ("quantization_config", "_pre_quantization_dtype")  # diffusers keeps these in a quantized model's config
 
 
 class VQDMQuantizer(DiffusersQuantizer):
-    """What diffusers asks while it loads or saves a quantized model."""
+    """The answers that diffusers needs while it loads or saves a quantized model."""
 
     required_packages = None
 
@@ -33,7 +33,10 @@ class VQDMQuantizer(DiffusersQuantizer):
         self._contents: Contents | None = None
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """float32 is diffusers' default; left at None, scales would stay in fp16 beside a model in float32."""
+        """The model's dtype, by default float32 as in diffusers.
+
+        None would leave scales in fp16 beside a float32 model.
+        """
         return torch.float32 if torch_dtype is None else torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -61,7 +64,9 @@ class VQDMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         self._contents = None
         if not self.pre_quantized:
-            from vqdm.codecs.encode import quantize_without_data  # all codecs: loading what is quantized needs none
+            from vqdm.codecs.encode import (
+                quantize_without_data,
+            )  # imports all codecs: loading needs none
 
             asked, dtype = self.quantization_config, model.dtype
             quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers, decode=asked.decode)
@@ -100,7 +105,7 @@ class VQDMQuantizer(DiffusersQuantizer):
 
 
 def empty_layers(model: nn.Module, groups: Sequence[LayerGroup], *, decode: str = "per_call") -> None:
-    """Put empty quantized layers where a full-precision model has others, as `groups` say. UserError if it cannot."""
+    """Replace layers of a full-precision model by empty quantized ones, as `groups` say. UserError if that fails."""
     specs = {spec.name: spec for spec in layer_specs(model, pattern=".", min_size=1)}
     for group in groups:
         for name in group.layers:
@@ -116,7 +121,7 @@ def empty_layers(model: nn.Module, groups: Sequence[LayerGroup], *, decode: str 
 
 
 def _check_shared(groups: Sequence[LayerGroup]) -> None:
-    """UserError for schemes that cannot decode with one shared part though they name the same."""
+    """Raise UserError for schemes that name the same shared part but cannot both decode with it."""
     users: dict[str, tuple] = {}
     for scheme in (group.scheme for group in groups if group.scheme.shared_key is not None):
         part = scheme.kind, getattr(scheme, "codebooks_shape", None)
@@ -125,7 +130,7 @@ def _check_shared(groups: Sequence[LayerGroup]) -> None:
 
 
 def attach(model: nn.Module, *, decode: str = "per_call", metrics: dict[str, float] | None = None) -> None:
-    """Make a diffusers model whose layers are quantized one that diffusers' save_pretrained writes as such.
+    """Prepare a diffusers model with quantized layers so that diffusers' save_pretrained writes it as quantized.
 
     All its floats are rounded to 16 bit, as they are stored.
     """
