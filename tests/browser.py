@@ -30,7 +30,7 @@ def chromium():
     """One browser for the tests of a module; it lives no longer, as its event loop would disturb other tests."""
     executable = _executable()
     sync_api = pytest.importorskip("playwright.sync_api")
-    sync_api.expect.set_options(timeout=20_000)  # machines that run these tests are shared
+    sync_api.expect.set_options(timeout=60_000)  # machines that run these tests are shared
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
         yield browser
@@ -58,7 +58,7 @@ def browser_page(chromium):
     """A fresh page of 1280 × 800, offline, with a profile of its own."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800}, offline=True, reduced_motion="reduce")
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     problems = watch(page)
     yield page
     context.close()

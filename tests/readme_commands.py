@@ -107,7 +107,7 @@ class Checkout:
     def shell(self, command: str) -> Done:
         began = time.time()
         done = subprocess.run(
-            ["sh", "-c", command], cwd=self.place, env=self._environment(), capture_output=True, text=True, timeout=300
+            ["sh", "-c", command], cwd=self.place, env=self._environment(), capture_output=True, text=True, timeout=600
         )
         return Done(self.place, began, done.returncode, done.stdout, done.stderr)
 

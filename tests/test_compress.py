@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_world
 import torch
 from diffusers import DiffusionPipeline
+from tiny_world import ROOT, run_script
 
 import vqdm
 from vqdm.config.codecs import parse_scheme
@@ -20,7 +21,6 @@ from vqdm.models.shipped import builtin_directory
 from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import quantized_layers
 
-ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["a red circle above a blue square", "a big green triangle"]
 QUICK = ["quantize=rtn4", "calibration.n=4", "model.sampler.steps=4", "tracker=none", "threads=1"]
 
@@ -39,8 +39,7 @@ def image(pipeline, **options) -> np.ndarray:
 
 
 def run(*overrides, ok=True):
-    command = [sys.executable, str(ROOT / "run.py"), "+experiment=compress", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = tiny_world.run("+experiment=compress", *overrides)
     assert (done.returncode == 0) == ok, done.stderr
     return done
 
@@ -48,8 +47,7 @@ def run(*overrides, ok=True):
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("original") / "tiny.safetensors"
-    command = [sys.executable, str(ROOT / "scripts" / "to_single_file.py"), str(builtin_directory("tiny")), str(file)]
-    subprocess.run(command, check=True, capture_output=True)
+    assert run_script("scripts/to_single_file.py", str(builtin_directory("tiny")), str(file)).returncode == 0
     return file
 
 
@@ -125,8 +123,8 @@ def test_the_plan_foretells_the_file(compressed, single_file):
 
 
 def test_exported_it_is_a_plain_pipeline_of_the_same_images(compressed, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "export_plain.py"), str(compressed[0]), str(tmp_path / "plain")]
-    subprocess.run(command, check=True, capture_output=True)
+    export = ("scripts/export_plain.py", str(compressed[0]), str(tmp_path / "plain"))
+    assert run_script(*export).returncode == 0
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "unet" / "config.json").read_text())
     with quiet_diffusers():
         plain = DiffusionPipeline.from_pretrained(tmp_path / "plain", dtype=torch.float32)
@@ -135,7 +133,7 @@ def test_exported_it_is_a_plain_pipeline_of_the_same_images(compressed, tmp_path
     small.set_progress_bar_config(disable=True)
     assert not quantized_layers(plain.unet)
     assert np.abs(image(plain) - image(small)).max() <= 8  # its weights and text encoders are rounded to fp16
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(*export)
     assert done.returncode == 1 and "exists already" in done.stderr
 
 

@@ -21,7 +21,7 @@ def meta_nms(dets, scores, iou_threshold):
 def run(code, *, path=None):
     environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600, check=False
     )
 
 

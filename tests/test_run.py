@@ -251,11 +251,11 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_counts(tmp_path):
     results = tmp_path / "results"
     arguments = command("+experiment=tiny_rtn4", *SMALL, f"results_dir={results}")
     limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "bash", *arguments]  # 600 KiB; the denoiser takes two MiB
-    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode not in (0, -signal.SIGXFSZ)
     assert done.stderr.splitlines()[-1].startswith("error: no space left")
     assert not list(results.glob("stages/quantize/*/manifest.json"))
-    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -271,7 +271,7 @@ def test_two_processes_share_the_work(tmp_path):
         )
         for name in ("tiny_rtn4", "tiny_rtn3")
     ]
-    said = [process.communicate(timeout=300)[1] for process in both]
+    said = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum("calibrate: 100%" in text for text in said) == 1, "the shared calibration is made once"
 

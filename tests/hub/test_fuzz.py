@@ -1,10 +1,10 @@
 """Damaged and hostile checkpoints are refused with a clear error or load as they were saved."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
+import checkpoint_damage as damage
+import fuzz_checkpoints as fuzz
 import pytest
 from diffusers import UNet2DConditionModel
 
@@ -14,8 +14,6 @@ from vqdm.weights.registry import scheme_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-sys.path.insert(0, str(ROOT / "scripts"))
-damage, fuzz = importlib.import_module("checkpoint_damage"), importlib.import_module("fuzz_checkpoints")
 
 
 def test_fifty_cases_have_no_findings(tmp_path):

@@ -132,7 +132,7 @@ def download_offline(home, hub_id):
     environment.pop("HF_HUB_CACHE", None)
     done = subprocess.run(
         [sys.executable, "-c", DOWNLOAD, hub_id, REVISION],
-        capture_output=True, text=True, env=environment, timeout=120, check=False,
+        capture_output=True, text=True, env=environment, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *lines, torch_imported = done.stdout.splitlines()

@@ -1,16 +1,13 @@
 """Tables through run.py, row by row, and published: real runs of the shipped tiny model on a few prompts."""
 
 import json
-import sys
 
 import pandas as pd
+import publish_table
 import pytest
-from tiny_world import ROOT, SMALL, run
+from tiny_world import SMALL, run
 
 from vqdm.errors import UserError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import publish_table
 
 
 def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path):

@@ -101,7 +101,7 @@ def make_tables(*arguments: str) -> subprocess.CompletedProcess:
     code = WITHOUT_NETWORK_AND_TORCH.replace("SCRIPT", repr(str(ROOT / "scripts" / "make_tables.py")))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def test_every_table_is_made_again_without_network_and_torch(tmp_path):

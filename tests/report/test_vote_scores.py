@@ -3,15 +3,12 @@
 import csv
 import json
 import sys
-from pathlib import Path
 
+import make_votes
 import pytest
 import scipy.stats
-from vote_studies import ballot, write_ballot, write_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import make_votes
 import score_votes
+from vote_studies import ballot, write_ballot, write_run
 
 from vqdm.report.votes.ballots import Key, read_ballots, read_key
 from vqdm.report.votes.score import preference_rows, score

@@ -25,7 +25,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_threads_that_hold_memory_stay_within_the_room_and_one_alone_may_exceed_it():
-    gate, held, most, together = MemoryGate(100), [], [], threading.Barrier(2, timeout=20)
+    gate, held, most, together = MemoryGate(100), [], [], threading.Barrier(2, timeout=600)
 
     def work(size, meet):
         with gate.holding(size):

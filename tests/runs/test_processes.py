@@ -28,7 +28,7 @@ SMALL = (
 )  # fmt: skip
 OWN = ("finetune.train.rest=false", "finetune.train.norms=false", "finetune.train.biases=false")  # gradients end early
 SCORED = ("evaluate.prompts.n=4", "evaluate.batch_size=4", "evaluate.bootstrap=3")
-PATIENCE = 120  # seconds; who takes longer hangs
+PATIENCE = 600  # seconds; who takes longer hangs
 
 
 def only(directory: Path, pattern: str) -> Path:

@@ -221,7 +221,7 @@ def test_two_processes_make_a_stage_once(store, stage, tmp_path):
         Store(root).ensure(stage, lambda d: make(d, 0.2), environment={})
     """
     children = [start(code, store.root, tmp_path / "calls") for _ in range(2)]
-    errors = [child.communicate(timeout=30)[1] for child in children]
+    errors = [child.communicate(timeout=600)[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], errors
     assert (tmp_path / "calls").read_text() == "abc"
     assert store.status(stage) == "done"
@@ -236,7 +236,7 @@ def test_waiting_for_a_lock_is_said(store, stage, tmp_path):
     with locked(store.directory(stage)):
         child = start(code, store.root, tmp_path / "calls")
         assert "another process is working in it; waiting" in child.stderr.readline()
-    child.communicate(timeout=30)
+    child.communicate(timeout=600)
     assert store.status(stage) == "done"
 
 
@@ -254,7 +254,7 @@ def test_no_space_is_a_user_error_and_nothing_counts_as_done(store, stage, tmp_p
             print(error)
     """
     child = start(code, store.root, tmp_path / "calls")
-    output, errors = child.communicate(timeout=30)
+    output, errors = child.communicate(timeout=600)
     assert child.returncode == 0, errors
     assert "no space left" in output
     assert "results_dir=" in output

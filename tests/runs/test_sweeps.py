@@ -38,7 +38,7 @@ def _sweep(results: Path) -> Path:
     return directory
 
 
-def _wait_for(found, *, seconds: float = 200):
+def _wait_for(found, *, seconds: float = 600):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if value := found():
@@ -70,7 +70,7 @@ def test_six_jobs_on_two_workers_one_killed_and_the_same_command_again(tmp_path)
     with subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as sweep:
         _wait_for(lambda: any("quantize tiny-rtn3" in log.read_text() for log in results.glob("sweeps/*/4/log.txt")))
         _process_of(sweep, *FIFTH).kill()
-        said = sweep.communicate(timeout=300)[1]
+        said = sweep.communicate(timeout=600)[1]
     assert sweep.returncode == 1, said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, said
@@ -135,7 +135,7 @@ def test_a_worker_that_dies_is_the_launchers_error_in_one_line(tmp_path):
     with subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as sweep:
         job = _wait_for(lambda: _process_of(sweep, *FIRST))
         job.parent().kill()
-        said = sweep.communicate(timeout=300)[1]
+        said = sweep.communicate(timeout=600)[1]
         job.kill()
     assert sweep.returncode == 1
     assert said.splitlines()[-1].startswith("error: the sweep's launcher stopped: TerminatedWorkerError")
@@ -149,7 +149,7 @@ def test_a_sweep_that_is_stopped_stops_its_job(number, tmp_path):
         job = _wait_for(lambda: _process_of(sweep, *FIRST))
         time.sleep(1)
         sweep.send_signal(number)
-        said = sweep.communicate(timeout=200)[1]
+        said = sweep.communicate(timeout=600)[1]
     assert sweep.returncode == 1
     assert said.splitlines()[-1] == "stopped; the same command goes on from here"
     assert not job.is_running()

@@ -261,14 +261,14 @@ def test_an_experiment_that_is_interrupted_finishes_its_run(stop, no_network, tm
         command(*arguments, f"results_dir={tmp_path}"), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     while not list(tmp_path.glob("stages/generate/*/images/*.png")) and time.monotonic() < until:
         time.sleep(0.1)
     if stop == "SIGTERM":
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    said = process.communicate(timeout=200)[1]
+    said = process.communicate(timeout=600)[1]
     assert process.returncode == 1
     assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
     _, rows, codes = read_run(tmp_path / "tracker")

@@ -1,17 +1,13 @@
 """scripts/metric_agreement.py on variants of known order; scripts/bench_evaluation_memory.py on very small runs."""
 
 import json
-import sys
-from pathlib import Path
 
+import bench_evaluation_memory
+import metric_agreement
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"))
-import bench_evaluation_memory
-import metric_agreement
 
 from vqdm.metrics.extractors import make_extractor
 from vqdm.models.shipped import evaluators_directory

@@ -2,13 +2,13 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import bench_codecs
+import codec_layers
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 KEYS = {"layer", "codec", "bits", "relative_output_error", "heldout_error", "weight_mse", "cpu_seconds"}
 LAYERS = '''
 import torch
@@ -28,10 +28,6 @@ def make_layer(name, seed):
 
 @pytest.fixture
 def scripts(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
-    import bench_codecs
-    import codec_layers
-
     monkeypatch.setattr(bench_codecs, "warm_trellis", lambda: None)  # tests time nothing: a minute on a fresh clone
     return bench_codecs, codec_layers
 

@@ -1,8 +1,6 @@
 """The benchmark of layers, on tiny ones: what it measures, what it writes, what it refuses."""
 
-import sys
-from pathlib import Path
-
+import bench_layers
 import pandas as pd
 import pytest
 import torch
@@ -13,14 +11,9 @@ from vqdm.weights.layers import DECODE_MODES
 from vqdm.weights.trellis import TrellisScheme
 from vqdm.weights.trellis_format import LOWEST_RATE, column_bits
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
-
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
-    import bench_layers
-
     small = {
         "linear": lambda: nn.Linear(64, 48, device="meta"),
         "conv": lambda: nn.Conv2d(16, 32, 3, padding=1, device="meta"),

@@ -3,19 +3,15 @@
 import contextlib
 import io
 import json
-import sys
-from pathlib import Path
 
+import compare_runs
+import equal_bits
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"))
-import compare_runs
-import equal_bits
 
 from vqdm.metrics.distribution import Gaussian, cmmd, fid
 from vqdm.metrics.reference import find_reference

@@ -1,16 +1,16 @@
 """What plan=true says of SDXL at full size, and of models small enough to write the file that it foretells."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from test_structure import compose
+from tiny_world import ROOT, run
 from unets import sdxl_unet
 
 from vqdm.hub.checkpoint import checkpoint_bytes
@@ -22,7 +22,6 @@ from vqdm.stages.plan.layers import assignment_of, plan_denoiser
 from vqdm.stages.plan.report import layer_table
 from vqdm.weights.layers import swap_empty
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
 SDXL_LAYERS = Path(__file__).parent / "sdxl_layers.csv"
 
 
@@ -37,9 +36,8 @@ def planned(*overrides: str):
 def sdxl_plan(tmp_path_factory):
     """As a user without data, weights, network or GPU gets it: what is printed, and the JSON."""
     results = tmp_path_factory.mktemp("results")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(results / "hub"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "run.py", "+experiment=sdxl_vq3", "plan=true", f"results_dir={results}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    done = run("+experiment=sdxl_vq3", "plan=true", f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((results / "plans" / "sdxl_vq3.json").read_text())
 
 
@@ -118,10 +116,9 @@ def test_full_precision_says_why_every_layer_stays():
 
 def test_the_stages_are_printed_within_seconds_and_nothing_is_made(tmp_path):
     command = [sys.executable, "-u", "run.py", "+experiment=tiny_trellis3", "plan=true", f"results_dir={tmp_path}"]
-    began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         first = process.stdout.readline()
-        seconds = time.monotonic() - began
+        used = psutil.Process(process.pid).cpu_times()  # on a machine that is busy too
         rest = process.stdout.read()
-    assert first.startswith("calibrate  to run (missing)") and seconds < 20
+    assert first.startswith("calibrate  to run (missing)") and used.user + used.system < 20
     assert "bits_quantized 3.000" in rest and not (tmp_path / "stages").exists()
