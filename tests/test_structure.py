@@ -12,6 +12,7 @@ import pytest
 
 from vqdm.config.compose import register_schemas, to_config
 from vqdm.errors import UserError
+from vqdm.metrics.families import FAMILIES
 from vqdm.report.experiments import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,14 +116,29 @@ def test_every_experiment_composes(name):
     assert config.table == name or config.name == name
 
 
+def _compose_rows(rows) -> list:
+    return [compose(*overrides) for row in rows for overrides in row.overrides_of_runs()]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_names_experiments(name):
     table = read_table(ROOT / "experiments" / f"{name}.yaml")
     assert {row.experiment for row in table.rows} <= set(EXPERIMENTS)
-    configs = [compose(*overrides) for row in table.rows for overrides in row.overrides_of_runs()]
+    assert {config.model.name for config in _compose_rows([table.rows[0], table.rows[-1]])} == {table.model}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_of_a_table_composes_and_has_its_columns(name):
+    table = read_table(ROOT / "experiments" / f"{name}.yaml")
+    configs = _compose_rows(table.rows)
     assert {config.model.name for config in configs} == {table.model}
     names = [config.name for config in configs]
     assert len(names) == len(set(names)), "run records would overwrite each other"
+    for config in configs:
+        scored = {metric for family in config.evaluate.metrics for metric in FAMILIES[family].metrics}
+        assert set(table.metrics) <= scored, config.name
+    assert all(config.method is not None for config in configs)
 
 
 @pytest.mark.parametrize("kind", ["model", "calibration", "quantize", "finetune", "evaluate", "tracker", "tiny_train"])

@@ -8,13 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import pandas as pd
 import pytest
 from made_up_runs import score, write_made_up, write_run, write_votes
 
-from vqdm.config.compose import register_schemas, to_config
-from vqdm.metrics.families import FAMILIES
 from vqdm.report.experiments import read_table
 from vqdm.report.formats import table_content, write_table
 from vqdm.report.records import newest_records
@@ -151,23 +148,6 @@ def test_a_twin_has_the_same_rows_on_a_tiny_model(name):
     ]
     assert sides[0] == sides[1]
     assert twin.deviations and not any(row.published for row in twin.rows)
-
-
-NAMES = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_columns_of_a_table_are_metrics_that_its_rows_are_scored_by(name):
-    table = read_table(ROOT / "experiments" / f"{name}.yaml")
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        configs = [
-            to_config(hydra.compose("config", of_run)) for row in table.rows for of_run in row.overrides_of_runs()
-        ]
-    for config in configs:
-        scored = {metric for family in config.evaluate.metrics for metric in FAMILIES[family].metrics}
-        assert set(table.metrics) <= scored, config.name
-    assert all(config.method is not None for config in configs)
 
 
 def test_the_published_values_are_the_paper_s():
