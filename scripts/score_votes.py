@@ -15,7 +15,7 @@ from vqdm.errors import UserError
 from vqdm.report.votes.ballots import read_ballots, read_key
 from vqdm.report.votes.score import preference_rows, score
 from vqdm.report.votes.text import to_markdown
-from vqdm.runs.files import atomic_write, write_json
+from vqdm.runs.files import atomic_write, make_newest, write_json
 
 COLUMNS = ["left", "right", "preference_for_left_percent", "low", "high", "n_votes", "n_raters", "n_prompts"]
 
@@ -43,6 +43,7 @@ def write(folder: Path, result: dict) -> None:
     write_json(folder / "score.json", result)
     atomic_write(folder / "score.md", to_markdown(result).encode())
     write_json(folder / "human_preference.json", rows)
+    make_newest(folder / "human_preference.json", folder.parent.glob("*/human_preference.json"))
     atomic_write(folder / "human_preference.csv", pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False).encode())
 
 

@@ -181,7 +181,7 @@ def test_a_path_makes_the_source_a_file():
         (["model.builtin=null", "model.hub_id=some/model"], "model.revision"),
         (["calibration=file"], "calibration.path"),
         (["evaluate.batch_size=0"], "evaluate.batch_size=0"),
-        (["evaluate.bootstrap=1"], "at least 2"),
+        (["evaluate.bootstrap=1"], "evaluate.bootstrap=1 must be 2"),
         (["evaluate.steps=0"], "evaluate.steps=0"),
         (["evaluate.metrics=[]"], "scores nothing"),
         (["evaluate.metrics=[tiny,fid]"], "'fid' is not one of tiny"),

@@ -1,6 +1,6 @@
-"""What `import vqdm` waits for: the first import of diffusers' tables and of torchvision; it imports neither.
+"""What `import vqdm` waits for: the first import of diffusers' and transformers' tables and of torchvision.
 
-diffusers: the quantization method `vqdm` enters its tables, whichever of the two is imported first.
+diffusers, transformers: the quantization method `vqdm` enters their tables, whoever is imported first.
 
 torchvision: one built for CUDA can be imported beside a CPU torch. Its compiled operators fail to load there, and
 `import torchvision` dies because the schemas of two of them are missing ("operator torchvision::nms does not exist"),
@@ -14,8 +14,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_TABLES = "diffusers.quantizers.auto"
-_QUANTIZER = "vqdm.hub.quantizer"  # adds itself to the tables
+_TABLES = {  # and what adds itself to them
+    "diffusers.quantizers.auto": "vqdm.hub.quantizer",
+    "transformers.quantizers.auto": "vqdm.hub.transformers_table",
+}
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _libraries = []  # a torch.library.Library takes its schemas back when it is collected
 
@@ -37,23 +39,26 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _TablesFinder(_Finder):
-    module = _TABLES
+    def __init__(self, module: str):
+        self.module = module
 
     def prepare(self, spec) -> None:
         if spec.loader is not None:
-            spec.loader = _TablesLoader(spec.loader)
+            spec.loader = _TablesLoader(spec.loader, _TABLES[self.module])
 
 
 class _TablesLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader):
-        self.loader = loader
+    def __init__(self, loader: importlib.abc.Loader, ours: str):
+        self.loader, self.ours = loader, ours
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        importlib.import_module(_QUANTIZER)
+        config = sys.modules.get("vqdm.hub.config")
+        if config is None or hasattr(config, "VQDMConfig"):  # else it is being read, and enters the tables at its end
+            importlib.import_module(self.ours)
 
 
 class _TorchvisionFinder(_Finder):
@@ -80,9 +85,11 @@ def _define_missing_schemas(package: Path) -> None:
 
 
 def wait_for_imports() -> None:
-    """Watch for both modules; enters diffusers' tables at once if they are imported already."""
-    if _TABLES in sys.modules:
-        importlib.import_module(_QUANTIZER)
-    for finder in (_TablesFinder, _TorchvisionFinder):
-        if finder.module not in sys.modules and not any(isinstance(found, finder) for found in sys.meta_path):
-            sys.meta_path.insert(0, finder())
+    """Watch for these modules; enters the tables of what is imported already at once."""
+    for module, ours in _TABLES.items():
+        if module in sys.modules:
+            importlib.import_module(ours)
+    watched = {found.module for found in sys.meta_path if isinstance(found, _Finder)}
+    for finder in (*map(_TablesFinder, _TABLES), _TorchvisionFinder()):
+        if finder.module not in sys.modules and finder.module not in watched:
+            sys.meta_path.insert(0, finder)

@@ -1,10 +1,10 @@
 """vqdm from Python, without Hydra: compress a pipeline that is loaded, in place."""
 
 import hashlib
-import inspect
 import json
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +18,10 @@ from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checksum
 from vqdm.hub.pipelines import set_decode
-from vqdm.models.loader import denoiser_of
+from vqdm.models.finite import check_finite, check_storable
+from vqdm.models.loader import call_parameters, check_on_device, denoiser_of, denoiser_part
 from vqdm.models.samplers import NATIVE
+from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts, prompt_list
 from vqdm.runs.files import canonical_json
 from vqdm.stages.calibrate import calibrate
@@ -27,6 +29,7 @@ from vqdm.stages.graph import VERSIONS
 from vqdm.stages.quantize import quantize
 
 __all__ = ["compress"]
+log = logging.getLogger("vqdm")
 
 
 def compress(
@@ -54,12 +57,16 @@ def compress(
     config.check()
     if config.kind == "none" or config.sensitivity() is not None:
         raise UserError("vqdm.compress quantizes with uniform bits; allocation=sensitivity is for run.py")
+    parameters = call_parameters(pipeline)
+    _take_out_of_compile(pipeline)
     _check_denoiser(denoiser_of(pipeline), config, layers=layers)
+    check_on_device(pipeline)
+    check_finite(pipeline, type(pipeline).__name__)
+    check_storable(denoiser_of(pipeline), layer_specs(denoiser_of(pipeline), pattern=layers))
     for name, value in {"steps": steps, "recorded_steps": recorded_steps, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     chosen = load_prompts(source="builtin", n=64) if prompts is None else prompt_list(prompts)
-    parameters = _parameters(pipeline)
     sampler = SamplerConfig(
         scheduler=NATIVE,
         steps=parameters["num_inference_steps"].default if steps is None else steps,
@@ -83,15 +90,17 @@ def compress(
     return pipeline
 
 
-def _parameters(pipeline) -> Mapping[str, inspect.Parameter]:
-    """Of a call of the pipeline. UserError unless captions and noise are all that it samples from."""
-    found = inspect.signature(pipeline.__call__).parameters
-    if "image" in found or not {"prompt", "num_inference_steps", "guidance_scale"} <= set(found):
-        raise UserError(
-            f"{type(pipeline).__name__} does not make images from text alone: give the text-to-image pipeline of its "
-            "parts, such as StableDiffusionXLPipeline.from_pipe(pipeline)"
-        )
-    return found
+def _take_out_of_compile(pipeline) -> None:
+    """Put the denoiser that torch.compile wrapped where the wrapper was: it can be compiled again when quantized.
+
+    UserError for one that was compiled in place, which cannot be undone.
+    """
+    denoiser = denoiser_of(pipeline)
+    if (inner := getattr(denoiser, "_orig_mod", None)) is not None:
+        pipeline.register_modules(**{denoiser_part(pipeline): inner})
+        log.warning("the pipeline's denoiser was compiled: the module inside is quantized; compile it again after")
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in denoiser_of(pipeline).modules()):
+        raise UserError("the pipeline's denoiser is compiled in place: load it, quantize it, then compile it")
 
 
 def _make_folder(folder: Path) -> None:

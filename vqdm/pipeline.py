@@ -13,7 +13,7 @@ from vqdm.errors import UserError
 from vqdm.report.experiments import Table
 from vqdm.runs import processes
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
+from vqdm.stages.graph import Graph, Quantization, build_stages, samplers, tiny_train_stage
 from vqdm.stages.plan.command import print_plan
 
 log = logging.getLogger("vqdm")
@@ -107,7 +107,8 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     fetched = _fetch_weights(config)
     if config.model.hub_id is not None or fetched:
         stages = build_stages(config, cache=store.hashes)  # now that the files say which layers the model has
-    check_sampler(model_directory(config.model), config.model.sampler)
+    for sampler in samplers(config):
+        check_sampler(model_directory(config.model), sampler)
     if config.finetune.steps:
         _check_finetune(config, model_directory(config.model))
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)

@@ -31,5 +31,9 @@ def test_a_weight_that_is_not_there(copied):
 def test_a_denoiser_that_diffusers_does_not_know(copied):
     file = copied / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "NextYearsModel"}))
+    with pytest.raises(UserError, match=r"says _class_name='NextYearsModel' where model_index.json says UNet2D"):
+        denoiser_on_meta(ModelConfig(path=str(copied)))
+    index = copied / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["diffusers", "NextYearsModel"]}))
     with pytest.raises(UserError, match="names NextYearsModel, which diffusers"):
         denoiser_on_meta(ModelConfig(path=str(copied)))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vqdm.errors import UserError
+from vqdm.models.finite import check_call
 
 Call = dict[str, torch.Tensor]  # "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs.text_embeds", …
 OUTPUT = "output"
@@ -41,6 +42,7 @@ class Recorder:
         if self._position in self.steps:
             call = record_call(module, args, kwargs)
             call[OUTPUT] = _kept(output[0] if isinstance(output, tuple) else output.sample)
+            check_call(call, denoiser=type(module).__name__)
             self.calls.append(call)
         self._position += 1
 

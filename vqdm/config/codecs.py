@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
-from vqdm.config.ranges import check_fields, choice, number
+from vqdm.config.ranges import SEEDS, check_fields, choice, number
 from vqdm.errors import UserError
 
 
@@ -17,7 +17,7 @@ class QuantizeConfig:
 
     kind: str = "none"  # key of OPTIONS; follows from the group (quantize=rtn) or the class, never given by hand
     bits: float = number(4, least=1, most=16)  # per weight
-    seed: int = 0  # of what a codec draws, and of the tokens its Hessians take
+    seed: int = number(0, least=0, most=SEEDS)  # of what a codec draws, and of the tokens its Hessians take
 
     short: ClassVar[str] = "fp"  # what names and folders begin with: rtn4, vq3
 

@@ -8,6 +8,7 @@ stages name the parts they take, in `vqdm/stages/graph.py`.
 import dataclasses
 
 from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.ranges import MOST, SEEDS, number
 
 PROMPT_SOURCES = ("tiny", "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
@@ -45,9 +46,9 @@ class PromptsConfig:
     column: str | None = None  # of a table; None = the first of captions, caption, prompt, text
     split: str = "train"  # source=tiny: train | validation | test | reference | unseen_pairs; of Karpathy's file:
     # train (without restval) | val | test | restval; other files have no splits
-    n: int | None = 64
+    n: int | None = number(64, least=1, most=MOST)
     order: str = "first"  # first | shuffled
-    seed: int = 0  # of the shuffle
+    seed: int = number(0, least=0, most=SEEDS)  # of the shuffle
     sha256: str | None = None  # of the list that these must be, or be the beginning of; or of the file
 
     def __post_init__(self):
@@ -58,18 +59,18 @@ class PromptsConfig:
 @dataclasses.dataclass
 class SamplerConfig:
     scheduler: str = "ddim"  # ddim | euler | euler_ancestral | dpm_solver | native: the model's own (flow matching)
-    steps: int = 20
-    guidance: float = 3.0  # classifier-free guidance scale; 0 = none (turbo models)
+    steps: int = number(20, least=1, most=10_000)
+    guidance: float = number(3.0, least=0, most=1000)  # classifier-free guidance scale; 0 = none (turbo models)
     timestep_spacing: str | None = None  # None = the model's own; trailing for turbo models
-    size: int | None = None  # pixels; None = the model's own
+    size: int | None = number(None, least=8, most=16_384)  # pixels; None = the model's own
 
 
 @dataclasses.dataclass
 class RescaleConfig:
     """Function-preserving per-channel rescalings: heavy-tailed channels, as large models have them."""
 
-    sigma: float = 0.0  # of log s; 0 = off
-    seed: int = 0
+    sigma: float = number(0.0, least=0, most=5)  # of log s; 0 = off
+    seed: int = number(0, least=0, most=SEEDS)
 
 
 @dataclasses.dataclass
@@ -83,7 +84,7 @@ class ModelConfig:
     variant: str | None = None  # file variant, e.g. fp16
     dtype: str = "float32"  # of the computation
     layers: str | None = None  # regular expression of the layers to quantize; None = by the model: `layer_pattern`
-    min_size: int = 16  # layers with fewer inputs or outputs stay in 16 bit
+    min_size: int = number(16, least=1, most=MOST)  # layers with fewer inputs or outputs stay in 16 bit
     rescale: RescaleConfig = dataclasses.field(default_factory=RescaleConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
 
@@ -92,26 +93,28 @@ class ModelConfig:
 class CalibrationConfig(PromptsConfig):
     """Prompts, and calls of the full-precision denoiser recorded on them."""
 
-    recorded_steps: int = 4  # sampling steps whose denoiser calls are kept
+    recorded_steps: int = number(4, least=1, most=10_000)  # sampling steps whose denoiser calls are kept
     timesteps: str = "uniform"  # uniform: evenly spread steps | normal: each batch draws its own ~ N(0.4 T, 0.4 T)
-    batch_size: int = 16
-    noise_seed: int = 0
+    batch_size: int = number(16, least=1, most=65_536)
+    noise_seed: int = number(0, least=0, most=SEEDS)
 
 
 @dataclasses.dataclass
 class TrajectoriesConfig(PromptsConfig):
     """Prompts, and the noisy latents on the way to their images, which the student learns on."""
 
-    n: int | None = 128
+    n: int | None = number(128, least=1, most=MOST)
     order: str = "shuffled"  # by another seed than the calibration's: few are the same, if the list is long
-    seed: int = 1
+    seed: int = number(1, least=0, most=SEEDS)
     along: str = "teacher"  # whose sampling: teacher | student; data: latents of images, noised
     images: str | None = None  # along=data: folder of <prompt id>.png or .jpg; None: the tiny world's own scenes
-    validation: int = 16  # as many prompts more, never trained on: always the teacher's sampling
-    sampler_steps: list[int] | None = None  # sampled with each of these numbers of steps; None: the model's
-    recorded_steps: int | None = None  # of each, evenly spread; None = all
-    batch_size: int = 16  # prompts sampled at once
-    noise_seed: int = 0
+    # as many prompts more, never trained on: always the teacher's sampling
+    validation: int = number(16, least=1, most=MOST)
+    # sampled with each of these numbers of steps; None: the model's
+    sampler_steps: list[int] | None = number(None, least=1, most=10_000)
+    recorded_steps: int | None = number(None, least=1, most=10_000)  # of each, evenly spread; None = all
+    batch_size: int = number(16, least=1, most=65_536)  # prompts sampled at once
+    noise_seed: int = number(0, least=0, most=SEEDS)
 
 
 @dataclasses.dataclass
@@ -129,48 +132,56 @@ class TrainedConfig:
 class FinetuneConfig:
     """Distillation of the quantized denoiser from the original: block after block, then end to end. 0 steps: not so."""
 
-    block_steps: int = 0  # for every block, on what the original's gives
-    steps: int = 0  # end to end, on the predictions of the whole denoiser
+    block_steps: int = number(0, least=0, most=MOST)  # for every block, on what the original's gives
+    steps: int = number(0, least=0, most=MOST)  # end to end, on the predictions of the whole denoiser
     train: TrainedConfig = dataclasses.field(default_factory=TrainedConfig)
     tune_codes: bool = False  # codes follow where the gradient draws their weights
-    code_rate: float = 2.0  # of a weight's step, in parts of the learning rate × its row's root mean square
-    code_every: int = 10  # steps between two searches for nearer codes
-    seed: int = 0
+    # of a weight's step, in parts of the learning rate × its row's root mean square
+    code_rate: float = number(2.0, least=0, most=1e4, above=True)
+    code_every: int = number(10, least=1, most=MOST)  # steps between two searches for nearer codes
+    seed: int = number(0, least=0, most=SEEDS)
     # block after block, on the calibration's recorded calls
-    block_rate: float | None = None  # in parts of a number's size; None = 0.03 × the root of the block's error
-    block_samples: int = 512  # rows of recorded calls; an eighth of them judges
-    block_batch_size: int = 32
+    # in parts of a number's size; None = 0.03 × the root of the block's error
+    block_rate: float | None = number(None, least=0, most=10, above=True)
+    block_samples: int = number(512, least=1, most=MOST)  # rows of recorded calls; an eighth of them judges
+    block_batch_size: int = number(32, least=1, most=65_536)
     # end to end
     trajectories: TrajectoriesConfig = dataclasses.field(default_factory=TrajectoriesConfig)
-    batch_size: int = 32  # samples in a step, over all processes: one caption at one timestep, both guidance halves
-    micro_batch_size: int | None = None  # of them at once on a device; gradients add up; None = all
-    learning_rate: float | None = None  # None = 0.01 × the root of the validation's error to begin with
+    # samples in a step, over all processes: one caption at one timestep, both guidance halves
+    batch_size: int = number(32, least=1, most=65_536)
+    # of them at once on a device; gradients add up; None = all
+    micro_batch_size: int | None = number(None, least=1, most=65_536)
+    # None = 0.01 × the root of the validation's error to begin with
+    learning_rate: float | None = number(None, least=0, most=10, above=True)
     relative_rate: bool = True  # in parts of a scale, or of a tensor's root mean square; false: absolute (the paper)
-    warmup: int = 10  # steps
-    decay_from: float = 0.0  # of the steps, from where the rate falls to 0 by half a cosine; 1 = constant
+    warmup: int = number(10, least=0, most=MOST)  # steps
+    # of the steps, from where the rate falls to 0 by half a cosine; 1 = constant
+    decay_from: float = number(0.0, least=0, most=1)
     precision: str = "float32"  # of the activations: float32 | bfloat16
     checkpointing: bool = False  # activations are computed again for the backward pass
     loss: str = "guided"  # of the prediction that guided sampling goes by: guided | of both its halves alike: halves
     weighting: str = "uniform"  # of timesteps: uniform | min_snr (Hang et al. 2023)
-    min_snr: float = 5.0
-    feature_weight: float = 0.0  # of the relative squared error of the blocks' outputs; the teacher then runs along
-    refresh: int = 50  # trajectories.along=student: steps between two recordings
-    check_every: int = 50  # steps between two validations, each with a checkpoint
-    validation_samples: int = 256
+    min_snr: float = number(5.0, least=0, most=1e6, above=True)
+    # of the relative squared error of the blocks' outputs; the teacher then runs along
+    feature_weight: float = number(0.0, least=0, most=1e6)
+    refresh: int = number(50, least=1, most=MOST)  # trajectories.along=student: steps between two recordings
+    check_every: int = number(50, least=1, most=MOST)  # steps between two validations, each with a checkpoint
+    validation_samples: int = number(256, least=1, most=MOST)
 
 
 @dataclasses.dataclass
 class EvaluateConfig:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     metrics: list[str] = dataclasses.field(default_factory=lambda: ["tiny", "paired"])  # families: METRIC_FAMILIES
-    images_per_prompt: int = 1
+    images_per_prompt: int = number(1, least=1, most=65_536)
     evaluators: str | None = None  # of family tiny: a directory; None = those shipped with the package
     weights: str = "data/metrics"  # where the files of the other families are looked for, before the hub's cache
     reference: str | None = None  # real images' statistics: of scripts/make_reference_stats.py, or .npz with mu, sigma
-    steps: int | None = None  # of sampling; None = model.sampler.steps
-    batch_size: int = 32  # images sampled at once, and looked at at once
-    seed: int = 0  # image i starts from the noise of (seed, prompt i)
-    bootstrap: int = 100  # resamples behind the standard errors of what is no mean over images (FID, KID, CMMD)
+    steps: int | None = number(None, least=1, most=10_000)  # of sampling; None = model.sampler.steps
+    batch_size: int = number(32, least=1, most=65_536)  # images sampled at once, and looked at at once
+    seed: int = number(0, least=0, most=SEEDS)  # image i starts from the noise of (seed, prompt i)
+    # resamples behind the standard errors of what is no mean over images (FID, KID, CMMD)
+    bootstrap: int = number(100, least=2, most=1_000_000)
 
 
 @dataclasses.dataclass
@@ -185,21 +196,21 @@ class TrackerConfig:
 class TinyTrainConfig:
     """Retrain the tiny world from nothing; step counts are those of the shipped weights."""
 
-    seed: int = 0
-    scenes: int = 150_000
-    batch_size: int = 128
-    vae_steps: int = 4200
-    vae_batch_size: int = 32
-    vae_scenes: int = 100_000
-    text_steps: int = 3000
-    text_scenes: int = 100_000
-    unet_steps: int = 12_000
-    turbo_steps: int = 2500
-    turbo_guidance: float = 3.0
-    attribute_steps: int = 2500
-    clip_steps: int = 1500
-    evaluator_scenes: int = 80_000  # and a quarter as many with unseen pairs
-    reference_scenes: int = 4096
+    seed: int = number(0, least=0, most=SEEDS)
+    scenes: int = number(150_000, least=1, most=MOST)
+    batch_size: int = number(128, least=1, most=65_536)
+    vae_steps: int = number(4200, least=1, most=MOST)
+    vae_batch_size: int = number(32, least=1, most=65_536)
+    vae_scenes: int = number(100_000, least=1, most=MOST)
+    text_steps: int = number(3000, least=1, most=MOST)
+    text_scenes: int = number(100_000, least=1, most=MOST)
+    unet_steps: int = number(12_000, least=1, most=MOST)
+    turbo_steps: int = number(2500, least=1, most=MOST)
+    turbo_guidance: float = number(3.0, least=0, most=1000)
+    attribute_steps: int = number(2500, least=1, most=MOST)
+    clip_steps: int = number(1500, least=1, most=MOST)
+    evaluator_scenes: int = number(80_000, least=1, most=MOST)  # and a quarter as many with unseen pairs
+    reference_scenes: int = number(4096, least=1, most=MOST)
     init_from: str | None = None  # a diffusers directory whose U-Net to go on from
 
 
@@ -210,11 +221,11 @@ class Config:
     table: str | None = None  # a file of experiments/: run its rows and write its table
     row: str | None = None  # of a table: run only this one, by its name; the others are shown as far as they were run
     mixed: bool = False  # a table's columns may mix runs of different protocols, dtypes or devices; footnotes say which
-    seeds: int | None = None  # of a table's rows at most; None = as many as the table says
+    seeds: int | None = number(None, least=1, most=MOST)  # of a table's rows at most; None = as many as the table says
     method: str | None = None  # how tables call this row
     plan: bool = False  # only say what is done and what would run
     device: str = "auto"  # auto | cpu | cuda
-    threads: int | None = None  # of torch on the CPU; None = all cores
+    threads: int | None = number(None, least=1, most=1024)  # of torch on the CPU; None = all cores
     results_dir: str = "results"
     show_layers: bool = False  # a line for every layer that is quantized
     output: str | None = None  # task=compress: the directory to write; None = below results_dir

@@ -6,10 +6,16 @@ from typing import Any
 
 from vqdm.errors import UserError
 
+MOST = 10**9  # of what is counted: far beyond use, and still a number that nothing overflows with
+SEEDS = (1 << 63) - 1
 
-def number(default: float | None, *, least: float | None = None, most: float | None = None) -> Any:
-    """A field whose number must be `least` to `most`, both included; None may always stand for "not given"."""
-    return dataclasses.field(default=default, metadata={"least": least, "most": most})
+
+def number(default: Any, *, least: float | None = None, most: float | None = None, above: bool = False) -> Any:
+    """A field whose number must be `least` to `most`, both included; above: all but `least` itself.
+
+    None may always stand for "not given"; of a list, every number is meant.
+    """
+    return dataclasses.field(default=default, metadata={"least": least, "most": most, "above": above})
 
 
 def choice(default: str, *others: str) -> Any:
@@ -26,8 +32,10 @@ def check_fields(config, key: str, *, where: str = "") -> None:
         value, name = getattr(config, field.name), f"{key}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(value):
             check_fields(value, name, where=where)
-        elif value is not None and not isinstance(value, bool):
-            _check(value, name, field.metadata, where)
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not isinstance(one, bool):
+                _check(one, name, field.metadata, where)
 
 
 def _check(value, name: str, metadata, where: str) -> None:
@@ -36,15 +44,16 @@ def _check(value, name: str, metadata, where: str) -> None:
         raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}{where}")
     if not isinstance(value, int | float):
         return
-    least, most = metadata.get("least"), metadata.get("most")
-    inside = math.isfinite(value) and (least is None or value >= least) and (most is None or value <= most)
-    if not inside:
-        raise UserError(f"{name}={value:g} must be {_range(least, most)}{where}")
+    least, most, above = metadata.get("least"), metadata.get("most"), metadata.get("above", False)
+    high_enough = least is None or (value > least if above else value >= least)
+    if not (math.isfinite(value) and high_enough and (most is None or value <= most)):
+        raise UserError(f"{name}={value:g} must be {_range(least, most, above)}{where}")
 
 
-def _range(least: float | None, most: float | None) -> str:
+def _range(least: float | None, most: float | None, above: bool) -> str:
     if least is None and most is None:
         return "a finite number"
-    if least is None or most is None:
-        return f"at most {most:g}" if least is None else f"at least {least:g}"
-    return f"{least:g} to {most:g}"
+    lower = "" if least is None else f"{'above' if above else 'at least'} {least:g}"
+    if least is None or most is None or most >= MOST:
+        return lower or f"at most {most:g}"
+    return f"above {least:g}, up to {most:g}" if above else f"{least:g} to {most:g}"

@@ -17,6 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from vqdm.errors import UserError
+from vqdm.models.finite import fault_of
 from vqdm.weights.base import LARGEST, SHARED_NAME, STORED, Scheme
 from vqdm.weights.layers import quantized_layers
 from vqdm.weights.registry import scheme_from_dict
@@ -95,6 +96,8 @@ def to_stored(state: Mapping[str, Tensor], groups: Sequence[LayerGroup]) -> dict
     stored = {}
     for name, tensor in state.items():
         dtype = _stored_dtype(name, tensor, layers)
+        if (fault := fault_of(tensor)) is not None:
+            raise UserError(f"{name} has {fault} numbers: what cannot be used is not saved; load the original again")
         if dtype != tensor.dtype and bool((tensor.detach().abs() > LARGEST).any()):
             raise UserError(f"{name} has numbers beyond fp16's {LARGEST:.0f}: load the model in bfloat16 and save that")
         stored[name] = tensor.detach().to(dtype).cpu().contiguous()
@@ -239,6 +242,8 @@ class Contents:
                 raise UserError(
                     f"{self.where}: tensor {name} is not as it was saved; the file is damaged, get it again"
                 )
+            if (fault := fault_of(tensor)) is not None:  # whoever forges a tensor can forge its checksum
+                raise UserError(f"{self.where}: tensor {name} has {fault} numbers; get the model again")
 
 
 def read_contents(files: Sequence[Path]) -> Contents:
@@ -257,6 +262,18 @@ def read_contents(files: Sequence[Path]) -> Contents:
     if len(texts) != 1:
         raise UserError(f"{files[0]} and its other shards are of different checkpoints: save the model again")
     return _parse(str(files[0]), texts.pop(), names, shapes)
+
+
+def is_plain(files: Sequence[Path]) -> bool:
+    """Whether these are the files of an ordinary model: none says that it is vqdm's, none holds codes."""
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                if METADATA in (file.metadata() or {}) or any(name.endswith(CODES) for name in file.keys()):  # noqa: SIM118
+                    return False
+        except (SafetensorError, OSError, UnicodeDecodeError):
+            return False  # read_contents says what is wrong
+    return True
 
 
 def _parse(where: str, text: str, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Contents:

@@ -1,8 +1,10 @@
 """The `quantization_config` in a quantized model's config.json."""
 
 import enum
+import importlib
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -112,3 +114,11 @@ def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None
     """The config that describes a model with quantized layers."""
     groups = [group.to_dict() for group in layer_groups(model)]
     return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics)
+
+
+for _table, _ours in (
+    ("diffusers.quantizers.auto", "quantizer"),
+    ("transformers.quantizers.auto", "transformers_table"),
+):
+    if _table in sys.modules:  # read on the way here, when there was no VQDMConfig yet
+        importlib.import_module(f"vqdm.hub.{_ours}")

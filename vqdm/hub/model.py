@@ -2,6 +2,7 @@
 
 import copyreg
 import functools
+import sys
 from pathlib import Path
 
 import torch
@@ -11,7 +12,10 @@ from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE, model_card
 from vqdm.runs.files import atomic_write
 from vqdm.weights.base import NOT_MERGED
-from vqdm.weights.layers import quantized_layers
+from vqdm.weights.layers import NOT_CAST, quantized_layers
+
+NO_DORA = "DoRA needs the weights themselves, which are codes here: take a plain LoRA (use_dora=False), or dequantize()"
+_COPIERS = ("from_unet", "from_unet2d", "from_transformer")  # of ControlNets and motion models of diffusers
 
 
 def become_quantized(model: nn.Module) -> None:
@@ -57,18 +61,60 @@ def _quantized_class(kind: type) -> type:
             raise UserError(NOT_MERGED)
         kind.fuse_lora(self, *args, **kwargs)
 
+    def add_adapter(self, adapter_config, *args, **kwargs):
+        """Add an adapter of peft. UserError for DoRA, which needs the weights themselves."""
+        if getattr(adapter_config, "use_dora", False):
+            raise UserError(NO_DORA)
+        kind.add_adapter(self, adapter_config, *args, **kwargs)
+
+    def load_lora_adapter(self, *args, **kwargs):
+        """Load a LoRA. UserError for DoRA, which peft finds to be one by its tensors only when it meets a weight."""
+        try:
+            return kind.load_lora_adapter(self, *args, **kwargs)
+        except TypeError as error:
+            if "nn.Parameter" in str(error):
+                raise UserError(NO_DORA) from error
+            raise
+
     def enable_layerwise_casting(self, *args, **kwargs):
         """Raise UserError: codes cannot be cast, and scales in 8 bits would change."""
-        raise UserError("layerwise casting would round the scales of quantized weights: leave it out, or dequantize()")
+        raise UserError(NOT_CAST)
 
     def to(self, *args, **kwargs):
         """Move the model.
 
         Takes a dtype too, which diffusers refuses for quantized models but `from_pipe` always gives.
         """
-        cast = "dtype" in kwargs or any(isinstance(argument, torch.dtype) for argument in args)
+        dtype = next((value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)), None)
+        if dtype is not None and dtype.itemsize < 2:
+            raise UserError(NOT_CAST)
+        cast = "dtype" in kwargs or dtype is not None
         return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
 
-    methods = (save_pretrained, fuse_lora, enable_layerwise_casting, to)
-    own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)}
+    @functools.wraps(kind.forward)
+    def forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs):
+        """Run the model. UserError for captions in another dtype, which would fail in a matrix product deep inside."""
+        texts, own = getattr(encoder_hidden_states, "dtype", self.dtype), self.dtype
+        if texts != own and not torch.is_autocast_enabled(sample.device.type):
+            raise UserError(
+                f"the captions come in {texts} and the {kind.__name__} computes in {own}: load the whole pipeline with "
+                f"dtype={own}, or cast the text encoders (pipeline.text_encoder.to({own}))"
+            )
+        return kind.forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs)
+
+    @property
+    def config(self):
+        """The options of the model. UserError for those who go by them to copy weights into another model."""
+        if torch.compiler.is_compiling():  # it cannot trace what looks at frames
+            return self._internal_dict
+        if (caller := sys._getframe(1).f_code.co_name) in _COPIERS:
+            raise UserError(
+                f"{caller} copies weights as they are, and these are codes: give it copy.deepcopy(model).dequantize()"
+            )
+        return self._internal_dict
+
+    methods = (save_pretrained, fuse_lora, add_adapter, load_lora_adapter, enable_layerwise_casting, to)
+    own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)} | {"config": config}
+    if "UNet" in kind.__name__:  # transformers cast what they are given
+        own["forward"] = forward
     return _SameKind(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__} | own)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
-from vqdm.hub.checkpoint import Contents, LayerGroup, read_contents, round_to_stored_, stored_with_metadata
+from vqdm.hub.checkpoint import Contents, LayerGroup, is_plain, read_contents, round_to_stored_, stored_with_metadata
 from vqdm.hub.config import METHOD, VQDMConfig, check_options, config_of
 from vqdm.hub.model import become_plain, become_quantized
 from vqdm.models.specs import layer_specs
@@ -24,12 +24,17 @@ _OWN_OPTIONS = ("quantization_config", "_pre_quantization_dtype")  # diffusers k
 
 
 class VQDMQuantizer(DiffusersQuantizer):
-    """The answers that diffusers needs while it loads or saves a quantized model."""
+    """The answers that diffusers needs while it loads or saves a quantized model.
 
+    plain: the model's config says that it is quantized, and its weights are not: it is loaded as what it is.
+    """
+
+    plain = False
     required_packages = None
 
     def __init__(self, quantization_config: VQDMConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.groups is not None  # from_single_file does not say
         self._contents: Contents | None = None
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
@@ -40,9 +45,12 @@ class VQDMQuantizer(DiffusersQuantizer):
         return torch.float32 if torch_dtype is None else torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        files = [Path(file) for file in checkpoint_files]
+        if self.pre_quantized and is_plain(files):  # saved from the config of a quantized model, as EMA copies are
+            self.pre_quantized, self.plain = False, True
         if not self.pre_quantized:
             return loaded_keys
-        self._contents = read_contents([Path(file) for file in checkpoint_files])
+        self._contents = read_contents(files)
         self._contents.check_groups(self.quantization_config.layer_groups())
         return list(self._contents.names)
 
@@ -57,16 +65,20 @@ class VQDMQuantizer(DiffusersQuantizer):
         self._contents.check_shapes(state)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.pre_quantized and self._contents is None:
+            raise UserError("a model that vqdm has saved is loaded by from_pretrained: give VQDMConfig a scheme here")
         if self.pre_quantized:
             self._contents.check_tensors(state_dict)
         return state_dict
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         self._contents = None
+        if self.plain:
+            _forget(model)
+            return model
         if not self.pre_quantized:
-            from vqdm.codecs.encode import (
-                quantize_without_data,
-            )  # imports all codecs: loading needs none
+            _check_complete(model)
+            from vqdm.codecs.encode import quantize_without_data  # all codecs: loading what is quantized needs none
 
             asked, dtype = self.quantization_config, model.dtype
             quantize_without_data(model, parse_scheme(asked.scheme), pattern=asked.layers, decode=asked.decode)
@@ -80,6 +92,8 @@ class VQDMQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if self.plain:
+            return state_dict, {}
         if not safe_serialization:
             raise UserError("vqdm saves safetensors only: leave safe_serialization=True")
         adapter = next((name for name in state_dict if ".base_layer." in name), None)
@@ -88,11 +102,11 @@ class VQDMQuantizer(DiffusersQuantizer):
         return stored_with_metadata(state_dict, self.quantization_config.layer_groups())
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        if self.plain:
+            return model
         dequantize_layers(model)
         become_plain(model)
-        own = {key: value for key, value in model.config.items() if key not in _OWN_OPTIONS}
-        model._internal_dict = type(model.config)(own)
-        model.__dict__.pop("quantization_method", None)
+        _forget(model)
         return model
 
     @property
@@ -127,6 +141,19 @@ def _check_shared(groups: Sequence[LayerGroup]) -> None:
         part = scheme.kind, getattr(scheme, "codebooks_shape", None)
         if users.setdefault(scheme.shared_key, part) != part:
             raise UserError(f"{scheme.name} cannot decode with the shared {scheme.shared_key} of other layers")
+
+
+def _forget(model: nn.Module) -> None:
+    """Take what says that a model is quantized out of its config."""
+    own = {key: value for key, value in model.config.items() if key not in _OWN_OPTIONS}
+    model._internal_dict = type(model.config)(own)
+    model.__dict__.pop("quantization_method", None)
+
+
+def _check_complete(model: nn.Module) -> None:
+    """UserError, naming it, for a weight that no file held, before others are quantized."""
+    if missing := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise UserError(f"the file holds no {missing[0]} of this {type(model).__name__} ({len(missing)} in all)")
 
 
 def attach(model: nn.Module, *, decode: str = "per_call", metrics: dict[str, float] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Load a diffusers pipeline, ready to sample: U-Nets and transformers through the same lines."""
 
 import inspect
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,8 @@ from torch import nn
 
 from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.errors import UserError
+from vqdm.models.finite import check_finite, check_images
+from vqdm.models.foreign import json_object, loading
 from vqdm.models.location import DENOISERS, configs_directory, denoiser_directory, model_directory, single_file
 from vqdm.models.rescale import rescale_
 from vqdm.models.samplers import check_sampler, set_sampler
@@ -32,7 +34,9 @@ def load_pipeline(config: ModelConfig, *, device: str):
     directory = model_directory(config)
     check_sampler(directory, config.sampler)
     pipeline = _from_files(config, directory)
-    _check_whole(pipeline, single_file(config) or directory)
+    place = single_file(config) or directory
+    _check_whole(pipeline, place)
+    check_finite(pipeline, place)
     pipeline.set_progress_bar_config(disable=True)
     set_sampler(pipeline, config.sampler)
     denoiser = denoiser_of(pipeline)
@@ -42,6 +46,8 @@ def load_pipeline(config: ModelConfig, *, device: str):
             f"model.rescale.sigma={config.rescale.sigma:g}: {type(denoiser).__name__} has nothing to rescale, "
             "only U-Nets have; set it to 0"
         )
+    if config.rescale.sigma:
+        check_finite(pipeline, f"model.rescale.sigma={config.rescale.sigma:g} in {config.dtype}")
     return pipeline.to(device)
 
 
@@ -52,14 +58,34 @@ def _from_files(config: ModelConfig, directory: Path):
     dtype = getattr(torch, config.dtype)
     if (file := single_file(config)) is not None:
         return load_single_file(file, configs=directory, dtype=dtype)
-    try:
-        return DiffusionPipeline.from_pretrained(
+    with loading(directory):
+        pipeline = DiffusionPipeline.from_pretrained(
             directory, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    call_parameters(pipeline)
+    return pipeline
+
+
+def call_parameters(pipeline) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's call. UserError unless captions and noise are all that it samples from."""
+    found = inspect.signature(pipeline.__call__).parameters
+    if "image" in found or not {"prompt", "num_inference_steps", "guidance_scale"} <= set(found):
         raise UserError(
-            f"{directory} cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}"
-        ) from error
+            f"{type(pipeline).__name__} does not make images from text alone: give the text-to-image pipeline of its "
+            "parts, such as StableDiffusionXLPipeline.from_pipe(pipeline)"
+        )
+    return found
+
+
+def check_on_device(pipeline) -> None:
+    """UserError for a pipeline in memory whose weights are elsewhere, as sequential offloading has it."""
+    for part, module in pipeline.components.items():
+        state = module.state_dict() if isinstance(module, nn.Module) else {}
+        if away := next((name for name, tensor in state.items() if tensor.is_meta), None):
+            raise UserError(
+                f"the weight {away} of the pipeline's {part} is on the meta device: load the pipeline without "
+                "offloading (enable_sequential_cpu_offload, device_map), compress it, then offload"
+            )
 
 
 def _check_whole(pipeline, place: Path) -> None:
@@ -77,13 +103,12 @@ def denoiser_on_meta(config: ModelConfig) -> nn.Module:
     import diffusers
 
     directory = denoiser_directory(configs_directory(config))
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(diffusers, settings["_class_name"], None)  # imported here, not on the meta device
-    if kind is None:
-        raise UserError(
-            f"{directory}/config.json names {settings['_class_name']}, which diffusers {diffusers.__version__} lacks"
-        )
-    with torch.device("meta"):
+    settings = json_object(directory / "config.json")
+    name = str(settings.get("_class_name"))
+    kind = getattr(diffusers, name, None)  # diffusers imports it now: not on the meta device
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
+        raise UserError(f"{directory}/config.json names {name}, which diffusers {diffusers.__version__} lacks")
+    with loading(directory / "config.json", f"a {name}"), torch.device("meta"):
         return nn.Module.to(kind.from_config(settings), dtype=getattr(torch, config.dtype))
 
 
@@ -93,7 +118,8 @@ def sample(
 ):
     """Sample images of the prompts; every image draws all its noise from its own CPU generator.
 
-        PixArt gets captions as they are (diffusers would clean them where packages for that happen to be installed) and
+    Arrays become pictures here, as diffusers does it, so that NaN is found before it is cast to black: UserError.
+    PixArt gets captions as they are (diffusers would clean them where packages for that happen to be installed) and
     exactly the size that was asked for.
     """
     arguments = {
@@ -103,9 +129,11 @@ def sample(
         "height": sampler.size,
         "width": sampler.size,
         "generator": generators,
-        "output_type": output,
+        "output_type": "np" if output == "pil" else output,
         "clean_caption": False,
         "use_resolution_binning": False,
     }
     known = inspect.signature(pipeline.__call__).parameters
-    return pipeline(**{name: value for name, value in arguments.items() if name in known}).images
+    made = pipeline(**{name: value for name, value in arguments.items() if name in known}).images
+    check_images([torch.as_tensor(image) for image in made], texts)
+    return pipeline.image_processor.numpy_to_pil(made) if output == "pil" else made

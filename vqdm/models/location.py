@@ -1,18 +1,16 @@
 """The place of a model's files, and their identity. Imports no torch."""
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
+from vqdm.models.foreign import json_object
+from vqdm.models.parts import DENOISERS, check_parts, parts_of, weight_files
 from vqdm.models.shipped import builtin_directory, named_configs
 from vqdm.runs.files import canonical_json
 from vqdm.runs.identity import files_identity
-
-DENOISERS = ("unet", "transformer")
 
 
 def check_pipeline_directory(directory: Path) -> Path:
@@ -24,23 +22,14 @@ def check_pipeline_directory(directory: Path) -> Path:
         raise UserError(
             f"{directory} has no model_index.json; give a directory written by a pipeline's save_pretrained"
         )
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{index} is not JSON ({error}); download the model again") from error
-    named = [part for part in DENOISERS if isinstance(parts, dict) and part in parts]
-    denoiser_directory(directory, named)
+    denoiser_directory(directory, [part for part in DENOISERS if part in json_object(index)])
     return directory
 
 
 def check_original(directory: Path) -> Path:
     """Check that a pipeline directory's denoiser is not quantized yet: quantizing starts from its weights."""
     file = denoiser_directory(check_pipeline_directory(directory)) / "config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); download the model again") from error
-    if isinstance(settings, dict) and (found := settings.get("quantization_config")):
+    if found := json_object(file).get("quantization_config"):
         method = found.get("quant_method", "another method") if isinstance(found, dict) else found
         raise UserError(f"{directory} is quantized already (by {method}): give the original as model.path")
     return directory
@@ -75,11 +64,13 @@ def _file_configs(config: ModelConfig, file: Path) -> Path:
 def local_directory(config: ModelConfig) -> Path | None:
     """The checked directory of a shipped or local model; None for a model of the hub."""
     if config.builtin is not None:
-        return check_original(builtin_directory(config.builtin))
+        return check_parts(check_original(builtin_directory(config.builtin)))
     if config.path is None:
         return None
     file = single_file(config)
-    return check_original(Path(config.path) if file is None else _file_configs(config, file))
+    if file is not None:
+        return check_original(_file_configs(config, file))
+    return check_parts(check_original(Path(config.path)), variant=config.variant)
 
 
 def configs_directory(config: ModelConfig) -> Path:
@@ -109,33 +100,52 @@ def model_identity(config: ModelConfig, *, cache: Path) -> str:
 
 
 def download(config: ModelConfig, *, allow_network: bool = True) -> Path:
-    """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line if neither works."""
+    """The local snapshot of a hub model, from the hub's cache or downloaded; one clear line where neither works.
+
+    Whether a snapshot is whole is told by its own model_index.json: the cache may hold configs alone, and what others
+    downloaded lacks what they had no use for.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    # only in the parts' folders: some repositories hold the whole model a second time as one file
-    weights = "*/*.safetensors" if config.variant is None else f"*/*.{config.variant}*.safetensors"
-    wanted = {
-        "repo_id": config.hub_id,
-        "revision": config.revision,
-        "allow_patterns": ["*.json", "*.txt", "*.model", weights],
-        "ignore_patterns": ["vae_1_0/*", "*/flax*", "*/openvino*"],
-    }  # fmt: skip
+    about = {"repo_id": config.hub_id, "revision": config.revision}
+
+    def whole(folder: str) -> Path:
+        return check_parts(check_pipeline_directory(Path(folder)), variant=config.variant)
+
+    half = ""
     try:
-        return check_pipeline_directory(Path(snapshot_download(**wanted, local_files_only=True)))
-    except (LocalEntryNotFoundError, UserError) as error:
+        return whole(snapshot_download(**about, allow_patterns="model_index.json", local_files_only=True))
+    except LocalEntryNotFoundError as error:
         if not allow_network:
             raise _not_here(config, "is not in the hub's cache") from error
+    except UserError as error:
+        half = f"; the hub's cache has it in part: {error}"
+        if not allow_network:
+            raise _not_here(config, f"is not whole in the hub's cache ({error})") from error
     except HFValidationError as error:
         raise UserError(f"model.hub_id={config.hub_id!r} is no hub id; give owner/name") from error
     try:
         # ask once first: a download without network would be retried for half a minute, with many lines of output
         HfApi().model_info(config.hub_id, revision=config.revision, timeout=10)
-        return check_pipeline_directory(Path(snapshot_download(**wanted)))
+        index = Path(snapshot_download(**about, allow_patterns="model_index.json"))
+        return whole(snapshot_download(**about, allow_patterns=_wanted(index, config.variant)))
     except UserError:
         raise
     except Exception as error:  # from requests, httpx or httpx2, depending on the version of huggingface_hub
-        raise _not_here(config, f"cannot be downloaded ({type(error).__name__})") from error
+        raise _not_here(config, f"cannot be downloaded ({type(error).__name__}{half})") from error
+
+
+def _wanted(directory: Path, variant: str | None) -> list[str]:
+    """Patterns of a repository's files: those of the parts that its model_index.json names, as some have more.
+
+    Some repositories hold the whole model once more as one file, for other runtimes, or with another VAE.
+    """
+    weights = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
+    return [
+        "model_index.json",
+        *(f"{p}/{n}" for p in parts_of(directory) for n in ("*.json", "*.txt", "*.model", weights)),
+    ]
 
 
 def _not_here(config: ModelConfig, why: str) -> UserError:
@@ -153,7 +163,5 @@ def full_precision_bytes(config: ModelConfig) -> int:
         from vqdm.models.single_file import denoiser_bytes
 
         return denoiser_bytes(file)
-    files = list(denoiser_directory(model_directory(config, allow_network=False)).glob("*.safetensors"))
-    variant = f".{config.variant}" if config.variant else ""  # x.fp16.safetensors, x.fp16-00001-of-00002.safetensors
-    own = [path for path in files if re.fullmatch(rf"[^.]+{re.escape(variant)}(-\d+-of-\d+)?\.safetensors", path.name)]
-    return sum(path.stat().st_size for path in own or files)
+    directory = denoiser_directory(model_directory(config, allow_network=False))
+    return sum(path.stat().st_size for path in weight_files(directory, variant=config.variant))

@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vqdm.errors import UserError
+from vqdm.models.foreign import first_line, json_object, loading, safetensors_header
 from vqdm.models.original_keys import COMPONENTS, to_original
 from vqdm.models.shipped import CONFIGS, shipped_configs
+from vqdm.models.training import differs, few_step_kind, say_assumption
 
 UNET = COMPONENTS["unet"][0]
 POSITIONS = (
@@ -45,8 +47,7 @@ KINDS = (
     ("conditioner.embedders.0.model.", "the SDXL refiner"),
     ("down_blocks.", "a model in diffusers' own names"),
 )
-# keys that say a file was trained with other noise than SDXL
-TRAINED_OTHERWISE = {"v_pred": "v-prediction", "edm_mean": "EDM preconditioning"}
+PARTS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "first text encoder", "text_encoder_2": "second text encoder"}
 
 
 def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
@@ -54,15 +55,13 @@ def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
     import diffusers
 
     check_single_file(path, configs)
-    name = _json(configs / "model_index.json").get("_class_name")
+    name = json_object(configs / "model_index.json").get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not hasattr(kind, "from_single_file"):
         raise UserError(f"{configs}/model_index.json names {name}, which diffusers cannot load from a single file")
     own = {name: clip_tokenizer(configs / name) for name in TOKENIZERS if not _has_vocabulary(configs / name)}
-    try:
+    with loading(path, f"an SDXL-type checkpoint with the configs of {configs}"):
         return kind.from_single_file(str(path), config=str(configs), dtype=dtype, local_files_only=True, **own)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be loaded with the configs of {configs}: {_first_line(error)}") from error
 
 
 def check_single_file(path: Path, configs: Path) -> None:
@@ -72,6 +71,12 @@ def check_single_file(path: Path, configs: Path) -> None:
     absent = [name for name in CONFIG_FILES if not (configs / name).is_file()]
     if absent:
         raise UserError(f"{configs} has no {', '.join(absent)}; give model.configs=DIR with an SDXL-type pipeline's")
+    scheduler = json_object(configs / "scheduler" / "scheduler_config.json")
+    if (other := differs(scheduler, shapes, _metadata(path))) is not None:
+        raise UserError(
+            f"{path} was trained with {other}, and the scheduler of {configs} is for another training: give "
+            "model.configs=DIR with the file's own scheduler"
+        )
     expected = _expected_shapes(configs)
     width, width_2 = (expected[key][-1] for key in POSITIONS)
     if width == width_2:
@@ -83,16 +88,21 @@ def check_single_file(path: Path, configs: Path) -> None:
 
 
 def default_configs(path: Path) -> Path:
-    """The shipped configs that fit the file; for SDXL-Turbo too they are SDXL's, as keys and shapes are the same."""
-    shapes = _shapes(path)
+    """The shipped configs that fit the file. What it does not say of its training is assumed, and said.
+
+    SDXL-Turbo has SDXL's keys and shapes: it is told by the metadata or the name, or not at all.
+    """
+    shapes, metadata = _shapes(path), _metadata(path)
     _check_denoiser(path, shapes)
-    for key, training in TRAINED_OTHERWISE.items():
-        if key in shapes:
-            raise UserError(f"{path} was trained with {training} ({key}); give model.configs=DIR with its scheduler")
+    if (other := differs({}, shapes, metadata)) is not None:
+        raise UserError(f"{path} was trained with {other}; give model.configs=DIR with its scheduler")
     shipped = [shipped_configs(index.parent.name) for index in sorted(CONFIGS.glob("*/model_index.json"))]
     faults = [_fault(shapes, _expected_shapes(configs)) for configs in shipped]
-    if None in faults:
-        return shipped[faults.index(None)]
+    fitting = {configs.name: configs for configs, fault in zip(shipped, faults, strict=True) if fault is None}
+    if fitting:
+        chosen, reason = few_step_kind(path, metadata) if "sdxl_turbo" in fitting else (next(iter(fitting)), None)
+        say_assumption(path, chosen, reason)
+        return fitting[chosen]
     names = ", ".join(configs.name for configs in shipped)
     raise UserError(
         f"{path} fits none of the shipped configs ({names}): by {shipped[0].name}, {faults[0]}; "
@@ -101,10 +111,9 @@ def default_configs(path: Path) -> Path:
 
 
 def denoiser_bytes(path: Path) -> int:
-    """Bytes that the denoiser's tensors take in the file."""
-    with _opened(path), path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    offsets = [entry["data_offsets"] for key, entry in header.items() if key.startswith(UNET)]
+    """Bytes of the denoiser's tensors, as they lie in the file."""
+    _opened(path)
+    offsets = [entry["data_offsets"] for key, entry in safetensors_header(path).items() if key.startswith(UNET)]
     return sum(end - start for start, end in offsets)
 
 
@@ -134,8 +143,8 @@ def component_on_meta(directory: Path) -> nn.Module:
     import diffusers
     import transformers
 
-    settings = _json(directory / "config.json")
-    # the classes are looked up first: both libraries import them only now, which must not happen on the meta device
+    settings = json_object(directory / "config.json")
+    # the classes are looked up first: both libraries import them only now, and that not on the meta device
     ours = getattr(diffusers, str(settings.get("_class_name")), None)
     theirs = getattr(transformers, str((settings.get("architectures") or [None])[0]), None)
     with torch.device("meta"):
@@ -168,7 +177,7 @@ def _opened(path: Path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise UserError(
-            f"{path} is no whole safetensors file ({_first_line(error)}); download or convert it again"
+            f"{path} is no whole safetensors file ({first_line(error)}); download or convert it again"
         ) from error
 
 
@@ -179,7 +188,20 @@ def _shapes(path: Path) -> dict[str, list[int]]:
     other = {view.get_dtype() for key, view in views.items() if key.startswith(UNET)} - FLOATS
     if other:
         raise UserError(f"{path} holds a U-Net of {', '.join(sorted(other))}; give a file with 16- or 32-bit floats")
+    for key, view in views.items():
+        if (
+            key.endswith((".weight", ".bias"))
+            and view.get_dtype() not in FLOATS
+            and not view.get_dtype().startswith("F8")
+        ):
+            raise UserError(f"{path}: the weight {key} is of {view.get_dtype()}: give a file with floats")
     return {key: view.get_shape() for key, view in views.items()}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What the file's writer says of it."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _check_denoiser(path: Path, keys: Iterable[str]) -> None:
@@ -189,6 +211,13 @@ def _check_denoiser(path: Path, keys: Iterable[str]) -> None:
     if found is not None or not has_unet:
         names = found or f"keys such as {', '.join(sorted(keys)[:2]) or 'none'}"
         raise UserError(f"{path} is no SDXL-type checkpoint: it holds {names}; give one with {UNET}… and conditioner.…")
+    absent = [PARTS[part] for part, (prefix, *_) in COMPONENTS.items() if not any(k.startswith(prefix) for k in keys)]
+    if absent:
+        raise UserError(
+            f"{path} has no weights of the {' and the '.join(absent)}: give a file that holds them too, or join them "
+            "in Python (StableDiffusionXLPipeline.from_single_file(file, vae=…), save_pretrained) and give that folder "
+            "as model.path"
+        )
 
 
 def _fault(shapes: dict[str, list[int]], expected: dict[str, list[int]]) -> str | None:
@@ -209,14 +238,3 @@ def _trimmed(shape: list[int]) -> list[int]:
 
 def _has_vocabulary(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-
-
-def _json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is no JSON object ({_first_line(error)}); copy the model's configs again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

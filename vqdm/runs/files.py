@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +52,14 @@ def atomic_write(path: Path, data: bytes) -> None:
 def write_json(path: Path, obj) -> None:
     """Write JSON, indented, since people read these files too."""
     atomic_write(path, (json.dumps(obj, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def make_newest(path: Path, others: Iterable[Path]) -> None:
+    """Give a file that was just written a later mtime than all `others`, even where a clock ran ahead of ours."""
+    latest = max((other.stat().st_mtime_ns for other in others if other != path), default=0)
+    stat = path.stat()
+    if stat.st_mtime_ns <= latest:
+        os.utime(path, ns=(stat.st_atime_ns, latest + 1_000_000))
 
 
 def canonical_json(obj) -> bytes:

@@ -11,7 +11,7 @@ from vqdm.runs.files import canonical_json, sha256_file, write_json
 def files_identity(directory_or_file: Path, cache: Path) -> str:
     """sha256 over (relative path, sha256) of the model's files. `cache` is a JSON file, made when it is missing.
 
-    File hashes are cached by (path, size, mtime), since hashing 7 GB at every start would take longer than planning.
+    File hashes are cached by path, size, times and inode: hashing 7 GB at every start would take longer than planning.
     Hidden files and *.md are left out: a download's bookkeeping or an edited model card does not make another model.
     """
     root = Path(directory_or_file)
@@ -48,9 +48,12 @@ def _counts(relative: Path) -> bool:
 
 
 def _hashed(path: Path, known: dict) -> dict:
-    """{size, mtime_ns, sha256} of a file; from `known` where size and mtime still hold."""
+    """{size, mtime_ns, ctime_ns, inode, sha256} of a file; from `known` where all but the last still hold.
+
+    Size and mtime can be those of another file that was put in its place (`cp -p`, rsync); inode and ctime cannot both.
+    """
     stat = path.stat()
-    now = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    now = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
     cached = known.get(str(path.resolve()), {})
     if now.items() <= cached.items():
         return cached

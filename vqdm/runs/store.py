@@ -31,6 +31,7 @@ from vqdm.runs.files import (
     describe_file,
     file_fault,
     full_disk_is_mendable,
+    make_newest,
     read_sealed,
     sha256_file,
     write_json,
@@ -190,6 +191,7 @@ class Store:
         stages = [self._relative(directory) for directory in payload["stages"]]
         path = self.root / "runs" / experiment / f"{payload['fingerprint'][:8]}.json"
         write_json(path, payload | {"experiment": experiment, "stages": stages})
+        make_newest(path, path.parent.glob("*.json"))
         return path
 
     def _relative(self, directory: Path | str) -> str:

@@ -6,7 +6,6 @@ may give other output from the same configuration.
 
 import dataclasses
 import functools
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from vqdm.config.options import Config, ModelConfig, PromptsConfig, SamplerConfi
 from vqdm.errors import UserError
 from vqdm.metrics.available import Scoring, find_scoring
 from vqdm.metrics.families import FAMILIES
+from vqdm.models.foreign import json_object
 from vqdm.models.location import check_pipeline_directory, configs_directory, denoiser_directory, model_identity
 from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
@@ -126,7 +126,7 @@ def _denoiser_class(config: ModelConfig) -> str:
         directory = denoiser_directory(configs_directory(config))
     except UserError:
         return "UNet2DConditionModel"
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    return str(json_object(directory / "config.json").get("_class_name"))
 
 
 def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
@@ -212,6 +212,13 @@ def image_sampler(config: Config) -> SamplerConfig:
 def image_list(config: Config, prompts: PromptList) -> ImageList:
     """The images to make and score."""
     return ImageList(prompts.prompts, config.evaluate.images_per_prompt)
+
+
+def samplers(config: Config) -> list[SamplerConfig]:
+    """Every way in which a run samples: for calibration, for the images to score, for trajectories."""
+    own = config.model.sampler
+    counts = config.finetune.trajectories.sampler_steps or [] if config.finetune.steps else []
+    return [own, image_sampler(config), *(dataclasses.replace(own, steps=count) for count in counts)]
 
 
 def _images(config: Config, model: str, denoiser: Stage | None, source: str) -> Stage:

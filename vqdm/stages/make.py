@@ -70,8 +70,13 @@ def ensure_denoiser(
     """The directory of the last stage that makes a denoiser; it and those before it are made unless they are there."""
 
     def make_calibration(directory: Path) -> dict:
+        from vqdm.models.finite import check_storable
+        from vqdm.models.loader import denoiser_of
+        from vqdm.models.specs import layer_specs
         from vqdm.stages.calibrate import calibrate
 
+        denoiser, own = denoiser_of(models.teacher), config.model
+        check_storable(denoiser, layer_specs(denoiser, pattern=own.layers, min_size=own.min_size))
         return calibrate(
             directory, models.teacher, stages.prompts, config=config.calibration, sampler=config.model.sampler
         )

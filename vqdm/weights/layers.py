@@ -12,6 +12,7 @@ from vqdm.weights.base import SHARED_NAME, QuantizedWeight, Scheme, SharedPart
 from vqdm.weights.registry import empty_shared, empty_weight
 
 DECODE_MODES = ("per_call", "cached")
+NOT_CAST = "casting to 8 bits would round the scales of quantized weights: leave layerwise casting out, or dequantize()"
 
 
 def check_decode(decode: str) -> None:
@@ -65,6 +66,13 @@ class _QuantizedLayer(nn.Module):
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
+
+    def to(self, *args, **kwargs):
+        """UserError for a dtype of 8 bits, which diffusers' layerwise casting asks of one layer after another."""
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        if dtype is not None and dtype.itemsize < 2:
+            raise UserError(f"layer {self.spec.name}: {NOT_CAST}")
+        return super().to(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         self._cache = None

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.errors import UserError
+from vqdm.models.location import local_directory
+from vqdm.models.samplers import check_sampler
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, build_stages, image_list
+from vqdm.stages.graph import Graph, Quantization, build_stages, image_list, samplers
 
 
 def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
@@ -15,6 +17,9 @@ def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> Non
 
     What keeps the stages from being known (a caption file that is missing) is said; the rest is planned all the same.
     """
+    if config.model.hub_id is None:  # one of the hub may be downloaded only when it runs
+        for sampler in samplers(config):
+            check_sampler(local_directory(config.model), sampler)
     try:
         stages = build_stages(config, cache=store.hashes)
     except UserError as error:

@@ -1,0 +1,88 @@
+"""Refuse NaN, infinite and too large numbers where they enter, by the name of the tensor that has them.
+
+Once computed with they are found nowhere: an image of NaN is cast to black, and a black image has a score.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqdm.errors import UserError
+from vqdm.models.specs import LayerSpec
+
+LARGEST_STORED = torch.finfo(torch.float16).max  # of checkpoints' floats: 65504
+
+
+def fault_of(tensor: Tensor) -> str | None:
+    """The word for what no number of a model may be, NaN or infinite; None for a finite tensor, integers included."""
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return None
+    if tensor.dtype.itemsize == 1:  # of eight bits few operations are there
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor.detach())  # one pass, without a mask as large as the tensor; NaN comes through
+    if bool(torch.isnan(low)):
+        return "NaN"
+    return "infinite" if bool(torch.isinf(low) | torch.isinf(high)) else None
+
+
+def check_finite(pipeline, place: Path | str) -> None:
+    """UserError, naming the tensor, for a NaN or infinite weight of any part: text encoders, VAE and denoiser."""
+    for part, module in pipeline.components.items():
+        for name, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            if (fault := fault_of(tensor)) is not None:
+                raise UserError(
+                    f"{place}: the weight {name} of the {part} has {fault} numbers: the file is damaged or was saved "
+                    "from a training that diverged; get it again"
+                )
+
+
+def check_storable(denoiser: nn.Module, specs: list[LayerSpec]) -> None:
+    """UserError, naming the tensor, for weights that a compressed model in 16 bit could not hold; before calibration.
+
+    specs: the layers to be quantized, whose scales are fp16 whatever the model's dtype; the rest may be bfloat16.
+    """
+    quantized = {f"{spec.name}.weight" for spec in specs}
+    for name, tensor in denoiser.state_dict().items():
+        if (fault := fault_of(tensor)) is not None:
+            raise UserError(f"the weight {name} of the denoiser has {fault} numbers: get the model again")
+        if (
+            not tensor.is_floating_point()
+            or tensor.is_meta
+            or (name not in quantized and tensor.dtype != torch.float32)
+        ):
+            continue
+        if float(tensor.detach().abs().max() if tensor.numel() else 0) > LARGEST_STORED:
+            cure = (
+                f"leave {name.removesuffix('.weight')} out of the layers to quantize"
+                if name in quantized
+                else "load the model in bfloat16"
+            )
+            raise UserError(f"the weight {name} of the denoiser has numbers beyond fp16's {LARGEST_STORED:.0f}: {cure}")
+
+
+def check_call(call: Mapping[str, Tensor], *, denoiser: str) -> None:
+    """UserError, naming the argument or the output, for a recorded call with numbers that are not finite.
+
+    Masks may hold minus infinity: that is how attention is told to look away.
+    """
+    for name, tensor in call.items():
+        if "mask" in name:
+            continue
+        if (fault := fault_of(tensor)) is not None:
+            what = "the output" if name == "output" else f"the input {name}"
+            raise UserError(
+                f"{what} of the {denoiser} has {fault} numbers while it samples: give another model.dtype "
+                "(float32 or bfloat16), or look for what in the model overflows"
+            )
+
+
+def check_images(images: Sequence[Tensor], texts: Sequence[str]) -> None:
+    """UserError, naming the caption, for an image or latent with numbers that are not finite: a cast makes it black."""
+    for image, text in zip(images, texts, strict=True):
+        if (fault := fault_of(image)) is not None:
+            raise UserError(
+                f"the image of {text[:60]!r} has {fault} numbers: the model overflows while it samples; "
+                "give model.dtype=float32 or bfloat16, or look for what in the model does"
+            )
