@@ -3,6 +3,7 @@
 Used by scripts/fuzz_checkpoints.py and its tests.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+CHECKSUM_DIGITS = 16  # docs/format.md
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -313,8 +315,56 @@ def hostile(folder: Path, rng: random.Random) -> str:
     return f"{how} {name}"
 
 
+def forge_checksums(folder: Path) -> None:
+    """Make the checksums of a file fit what it holds now; a file that cannot be taken apart is left as it is."""
+    try:
+        file = File.read(folder / WEIGHTS)
+        names = sorted(file.tensors)
+        texts = [
+            f"{name} {_stored_name(file.header[name]['dtype'])} {json.dumps(file.header[name]['shape'])}\n"
+            for name in names
+        ]
+        contents = [file.get(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return
+    sums = [hashlib.sha256(text.encode() + data).hexdigest() for text, data in zip(texts, contents, strict=True)]
+    file.about["checksums"] = "".join(one[:CHECKSUM_DIGITS] for one in sums)
+    file.write()
+
+
+def _stored_name(dtype: str) -> str:
+    """The name of a dtype as a checksum has it: safetensors' own for what vqdm stores, else torch's."""
+    return {"I8": "torch.int8", "I16": "torch.int16", "BOOL": "torch.bool"}.get(dtype, dtype)
+
+
+def forge_numbers(folder: Path, rng: random.Random) -> str:
+    """One float of one tensor becomes NaN, infinite or the largest there is; the checksums fit."""
+    file = File.read(folder / WEIGHTS)
+    name = rng.choice([name for name, entry in sorted(file.tensors.items()) if entry["dtype"] == "F16"])
+    content, value = bytearray(file.get(name)), rng.choice([0x7E00, 0xFE01, 0x7C00, 0xFC00, 0x7BFF])
+    place = 2 * rng.randrange(len(content) // 2)
+    content[place : place + 2] = value.to_bytes(2, "little")
+    file.put(name, bytes(content))
+    file.write()
+    forge_checksums(folder)
+    return f"{name} at {place} is {value:#x}"
+
+
+def _forged(mutate: Callable[[Path, random.Random], str]) -> Callable[[Path, random.Random], str]:
+    """The same damage, with checksums that fit it."""
+
+    def forge(folder: Path, rng: random.Random) -> str:
+        done = mutate(folder, rng)
+        forge_checksums(folder)
+        return done
+
+    forge.__name__ = f"forged_{mutate.__name__}"
+    return forge
+
+
 MUTATIONS: tuple[Callable[[Path, random.Random], str], ...] = (
     flip_weights, flip_header, flip_data, flip_config, truncate, append, edit_table, edit_metadata,
     edit_quantization_config, edit_both, edit_options, swap_tensors, shuffle_codes, rename_tensor, retype, sharded,
-    hostile,
+    hostile, forge_numbers,
+    *map(_forged, (flip_data, edit_table, edit_both, swap_tensors, shuffle_codes, rename_tensor, retype, hostile)),
 )  # fmt: skip

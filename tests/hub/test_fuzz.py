@@ -21,7 +21,7 @@ def test_fifty_cases_have_no_findings(tmp_path):
         cases = {number: fuzz.run_case(number, tmp_path) for number in range(50)}
     assert not {number: case for number, case in cases.items() if case[1] == "finding"}
     assert {case[0] for case in cases.values()} == {mutate.__name__ for mutate in damage.MUTATIONS}
-    assert {case[1] for case in cases.values()} >= {"refused", "library", "same"}
+    assert {case[1] for case in cases.values()} >= {"refused", "same", "forged"}
     assert not list(tmp_path.iterdir())
 
 
@@ -40,10 +40,48 @@ def test_an_untouched_copy_is_the_same_and_another_weight_is_a_finding(tmp_path)
     folder = tmp_path / "rtn"
     folder.mkdir()
     _copied("rtn", folder)
-    assert fuzz.judge(folder, of_config=False) == ("same", "")
+    assert fuzz.judge(folder, forged=False) == ("same", "")
     model, original = fuzz.load(folder), fuzz.load(GOLDEN / "rtn")
     model.conv_in.bias.data[0] += 1
     assert fuzz.difference(model, original) == "another conv_in.bias"
+
+
+def test_a_forged_nan_is_refused_by_the_name_of_its_tensor(tmp_path):
+    """Checksums tell damage, not malice: a NaN in the shared table would decode to NaN even in columns without bits."""
+    folder = _copied("trellis", tmp_path)
+    file = damage.File.read(folder / damage.WEIGHTS)
+    name = "shared.trellis_table.table"
+    file.put(name, b"\x00\x7e" * (len(file.get(name)) // 2))
+    file.write()
+    with pytest.raises(UserError, match=f"tensor {name} is not as it was saved"):
+        fuzz.load(folder)
+    damage.forge_checksums(folder)
+    with pytest.raises(UserError, match=f"tensor {name} has NaN numbers"):
+        fuzz.load(folder)
+
+
+def test_forged_rates_that_reach_beyond_the_codes_are_refused_by_the_name_of_the_layer(tmp_path):
+    folder = _copied("trellis", tmp_path)
+    file = damage.File.read(folder / damage.WEIGHTS)
+    name = next(name for name in file.tensors if name.endswith(".weight.codes"))
+    for byte, said in (
+        (b"\xff", "rate is 34 quarter bits, above 24"),
+        (b"\x84", "columns take .* bits where the stream"),
+    ):
+        file.put(name, byte * len(file.get(name)))
+        file.write()
+        damage.forge_checksums(folder)
+        with pytest.raises(UserError, match=f"layer {name.removesuffix('.weight.codes')} are damaged: .*{said}"):
+            fuzz.load(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "{}", '{"_class_name": "DDIMScheduler"}', '{"_class_name": 5}'])
+def test_a_config_of_another_form_is_refused_before_diffusers_reads_it(content, tmp_path):
+    folder = _copied("rtn", tmp_path)
+    (folder / damage.CONFIG).write_text(content)
+    with pytest.raises(UserError, match=str(folder)) as error:
+        fuzz.load(folder)
+    assert "\n" not in str(error.value)
 
 
 def _with_groups(folder: Path, change) -> Path:

@@ -204,6 +204,7 @@ class Contents:
     names: tuple[str, ...]
     checksums: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # as safetensors calls them
 
     def check_groups(self, groups: Sequence[LayerGroup]) -> None:
         """Raise UserError unless the files say that they hold exactly these quantized layers."""
@@ -233,6 +234,11 @@ class Contents:
                     f"{self.where}: tensor {name} is {list(self.shapes[name])} where the model has "
                     f"{list(tensor.shape)}: it, or its config.json, is damaged or of another model"
                 )
+            fitting = ("F16", "BF16", "F32") if tensor.is_floating_point() else (_NAMES.get(tensor.dtype),)
+            if self.dtypes[name] not in fitting:
+                raise UserError(
+                    f"{self.where}: tensor {name} is of {self.dtypes[name]} instead of {fitting[0]}: it is damaged"
+                )
 
     def check_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Raise UserError, with the tensor's name, unless each tensor is as it was stored."""
@@ -251,17 +257,22 @@ def read_contents(files: Sequence[Path]) -> Contents:
     names: list[str] = []
     texts: set[str] = set()
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 texts.add((file.metadata() or {}).get(METADATA, ""))
                 names += file.keys()
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes |= {name: tuple(view.get_shape()) for name, view in views.items()}
+                dtypes |= {name: view.get_dtype() for name, view in views.items()}
         except (SafetensorError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read ({error}): it is damaged or no safetensors file") from error
     if len(texts) != 1:
         raise UserError(f"{files[0]} and its other shards are of different checkpoints: save the model again")
-    return _parse(str(files[0]), texts.pop(), names, shapes)
+    where, names = str(files[0]), tuple(sorted(names))
+    groups, sums = _parse(where, texts.pop())
+    return Contents(where, groups, names, sums, shapes, dtypes)
 
 
 def is_plain(files: Sequence[Path]) -> bool:
@@ -276,7 +287,8 @@ def is_plain(files: Sequence[Path]) -> bool:
     return True
 
 
-def _parse(where: str, text: str, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Contents:
+def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...]]:
+    """The groups and the checksums that a file's metadata tell."""
     try:
         about = json.loads(text)
         version, groups, joined = about["version"], list(about["groups"]), str(about["checksums"])
@@ -284,7 +296,7 @@ def _parse(where: str, text: str, names: list[str], shapes: Mapping[str, tuple[i
         raise UserError(f"{where} does not say what it holds ({error!r}): it is no vqdm file, or damaged") from error
     check_version(where, version)
     sums = (joined[i : i + CHECKSUM_DIGITS] for i in range(0, len(joined), CHECKSUM_DIGITS))
-    return Contents(where, groups, tuple(sorted(names)), tuple(sums), shapes)
+    return groups, tuple(sums)
 
 
 def check_version(where: str, version: object) -> None:

@@ -14,9 +14,12 @@ from torch import nn
 
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
+from vqdm.hub.config import METHOD, VQDMConfig
 from vqdm.hub.quantizer import attach
+from vqdm.models.foreign import json_object, loading, safetensors_header
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
+from vqdm.models.parts import weight_files
 from vqdm.runs.files import full_disk_is_mendable
 from vqdm.runs.locks import LOCK, locked
 from vqdm.weights.layers import check_decode, quantized_layers
@@ -51,19 +54,53 @@ def save_denoiser(denoiser: nn.Module, directory: Path, *, metrics: Mapping[str,
 
 
 def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_call") -> nn.Module:
-    """A saved denoiser on the CPU, ready to sample. UserError if it is not what it says."""
-    import diffusers
-
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        raise UserError(f"{directory}/config.json names no model of diffusers ({config.get('_class_name')})")
-    with quiet_diffusers():
+    """A saved denoiser on the CPU, ready to sample. UserError, naming the directory, if it is not what it says."""
+    kind = check_saved(directory)
+    with naming(directory), loading(directory, "a quantized denoiser"), quiet_diffusers():
         denoiser = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
     if not quantized_layers(denoiser):
-        raise UserError(f"{directory} is not a quantized denoiser: its config.json has no quantization_config")
+        raise UserError(f"{directory} is not a quantized denoiser: its files hold plain weights")
     set_decode(denoiser, decode)
     return denoiser.requires_grad_(False)
+
+
+def check_saved(directory: Path) -> type:
+    """The class of a saved denoiser; what its files say of themselves is checked before diffusers builds from it.
+
+    UserError, naming the directory, for a config of another form or of other options than it was quantized with, and
+    for shards or files that are not whole.
+    """
+    import diffusers
+
+    config = json_object(directory / "config.json")
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
+        raise UserError(f"{directory}/config.json names no model of diffusers ({str(config.get('_class_name'))[:80]})")
+    said = config.get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != METHOD or "groups" not in said:
+        raise UserError(f"{directory} is not a quantized denoiser: its config.json has no quantization_config of vqdm")
+    with naming(directory / "config.json"):
+        options = VQDMConfig.from_dict(said).options
+    for name, value in options.items():
+        if name not in config or config[name] != value:
+            raise UserError(
+                f"{directory}/config.json says {name}={str(config.get(name))[:80]}, and that the model was quantized "
+                f"with {str(value)[:80]}: it is damaged or of another model"
+            )
+    for file in weight_files(directory, variant=None):
+        safetensors_header(file)
+    return kind
+
+
+@contextlib.contextmanager
+def naming(place: Path):
+    """Put the place before the message of a UserError that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        if str(place) in str(error):
+            raise
+        raise UserError(f"{place}: {error}") from error
 
 
 def set_decode(denoiser: nn.Module, decode: str) -> None:

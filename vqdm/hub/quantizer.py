@@ -18,7 +18,7 @@ from vqdm.hub.checkpoint import Contents, LayerGroup, is_plain, read_contents, r
 from vqdm.hub.config import METHOD, VQDMConfig, check_options, config_of
 from vqdm.hub.model import become_plain, become_quantized
 from vqdm.models.specs import layer_specs
-from vqdm.weights.layers import dequantize_layers, swap_empty
+from vqdm.weights.layers import dequantize_layers, quantized_layers, swap_empty
 
 _OWN_OPTIONS = ("quantization_config", "_pre_quantization_dtype")  # diffusers keeps these in a quantized model's config
 
@@ -72,6 +72,8 @@ class VQDMQuantizer(DiffusersQuantizer):
         return state_dict
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        if self.pre_quantized:
+            check_codes(model, self._contents.where)
         self._contents = None
         if self.plain:
             _forget(model)
@@ -141,6 +143,13 @@ def _check_shared(groups: Sequence[LayerGroup]) -> None:
         part = scheme.kind, getattr(scheme, "codebooks_shape", None)
         if users.setdefault(scheme.shared_key, part) != part:
             raise UserError(f"{scheme.name} cannot decode with the shared {scheme.shared_key} of other layers")
+
+
+def check_codes(model: nn.Module, where: str) -> None:
+    """UserError, naming the layer, for codes that would be read beyond their end; checksums can be forged."""
+    for name, layer in quantized_layers(model).items():
+        if not layer.weight.codes.is_meta and (fault := layer.weight.fault()) is not None:
+            raise UserError(f"{where}: the codes of layer {name} are damaged: {fault}")
 
 
 def _forget(model: nn.Module) -> None:

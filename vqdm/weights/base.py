@@ -163,6 +163,10 @@ class QuantizedWeight(nn.Module):
     def data(self, value: Tensor) -> None:
         raise UserError(NOT_MERGED)
 
+    def fault(self) -> str | None:
+        """The reason why the codes decode to nothing, in words; None if they are what the format allows."""
+        return None
+
     def paper_bits(self) -> int:
         """Stored bits as the paper counts them: codes and this weight's own codebooks, but no scales."""
         return 8 * sum(buffer.numel() for buffer in self.buffers())

@@ -142,6 +142,15 @@ class TrellisWeight(QuantizedWeight):
         """The rate of every column, in quarter bits per weight: int64 [in]."""
         return unpack_rates(self.packed_rates, self.shape[1])
 
+    def fault(self) -> str | None:
+        """Rates that no column may have, or columns that reach beyond the stream."""
+        rates = self.unpacked_rates()
+        if int(rates.max()) > HIGHEST_RATE:
+            return f"a column's rate is {int(rates.max())} quarter bits, above {HIGHEST_RATE}"
+        bits = int(column_bits(self.shape[0], rates).sum())
+        held = 8 * len(self.stream)
+        return f"its columns take {bits} bits where the stream holds {held}" if bits > held else None
+
     def forward(self) -> Tensor:
         dtype, (table, scales) = widened(self.shared[0](), self.scales)
         decode = decode_packed if torch.compiler.is_compiling() else DecodeTrellis.apply
