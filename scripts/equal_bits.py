@@ -55,7 +55,7 @@ def main() -> None:
     files = {name: options.results / "tables" / f"{name}{end}.csv" for name in ("codecs", "trellis_bits", "adaround")}
     missing = next((name for name in ("codecs", "trellis_bits") if not files[name].is_file()), None)
     if missing is not None:
-        sys.exit(f"error: {files[missing]} is not there; run python run.py +experiment={missing} first")
+        sys.exit(f"error: {files[missing]} is not there; run python run.py table={missing} first")
     found = {name: pd.read_csv(file) for name, file in files.items() if file.is_file()}
     tables = {name: table.dropna(subset="bits_quantized") for name, table in found.items()}  # rows that were run
     trellis = tables.pop("trellis_bits")

@@ -3,9 +3,9 @@
 import json
 
 import torch
+from quantized import checkpoint_bytes
 from torch import Tensor, nn
 
-from vqdm.hub.checkpoint import checkpoint_bytes
 from vqdm.models.specs import spec_of
 from vqdm.weights.bitpack import pack
 from vqdm.weights.layers import swap

@@ -1,10 +1,13 @@
 """Small quantized U-Nets that tests share, one per kind of weight."""
 
 import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
 from unets import small_unet
 
 from vqdm.codecs import additive, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
+from vqdm.hub.checkpoint import layer_groups, stored_with_metadata
 from vqdm.hub.quantizer import attach
 from vqdm.models.specs import layer_specs, weight_to_matrix
 from vqdm.seeds import torch_generator
@@ -37,3 +40,9 @@ def quantized_unet(kind: str, **changes):
         swap(unet, spec, weight)
     attach(torch.nn.Module.float(torch.nn.Module.half(unet)).eval().requires_grad_(False))
     return unet
+
+
+def checkpoint_bytes(denoiser: nn.Module) -> bytes:
+    """A whole denoiser, or a part of one, as one file's content."""
+    stored, metadata = stored_with_metadata(denoiser.state_dict(), layer_groups(denoiser))
+    return to_bytes(stored, {"format": "pt"} | metadata)

@@ -4,12 +4,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from viterbi_columns import constrained_states
 
 from vqdm.codecs import additive, recode, rtn, trellis
 from vqdm.codecs.additive import train_shared_codebooks
 from vqdm.codecs.recode import recode_
 from vqdm.codecs.trellis_table import load_table
-from vqdm.codecs.viterbi_compiled import constrained_states, prepare
+from vqdm.codecs.viterbi_compiled import prepare
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme, AdditiveWeight

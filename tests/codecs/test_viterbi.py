@@ -3,10 +3,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from viterbi_columns import constrained_states
 
 from vqdm.codecs import viterbi, viterbi_torch
 from vqdm.codecs.viterbi import Search, choose_states
-from vqdm.codecs.viterbi_compiled import choose_states_numpy, constrained_states, prepare
+from vqdm.codecs.viterbi_compiled import choose_states_numpy, prepare
 from vqdm.seeds import numpy_generator
 
 TABLE = numpy_generator(0, "test table").standard_normal(4096, np.float32)

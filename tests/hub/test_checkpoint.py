@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from quantized import KINDS, quantized_unet
+from quantized import KINDS, checkpoint_bytes, quantized_unet
 from safetensors.torch import load_file, save_file
 from torch import nn
 from unets import small_unet
 
 from vqdm.errors import UserError
-from vqdm.hub.checkpoint import checkpoint_bytes, checkpoint_size, checksum, layer_groups, read_contents
+from vqdm.hub.checkpoint import checkpoint_size, checksum, layer_groups, read_contents
 from vqdm.models.specs import layer_specs
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.bits import count_bits

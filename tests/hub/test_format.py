@@ -9,10 +9,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from format_reader import FormatError, fingerprint, read
-from quantized import KINDS, quantized_unet
+from quantized import KINDS, checkpoint_bytes, quantized_unet
 from torch import nn
 
-from vqdm.hub.checkpoint import checkpoint_bytes
 from vqdm.models.specs import spec_of
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme

@@ -10,7 +10,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from vqdm.metrics import distribution
-from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd, fid, kid
+from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd, kid
+
+
+def fid(real, fake):
+    return FrechetDistance(Gaussian.of(real))(fake)
 
 
 def features(n, d, *, seed, scale=1.0, shift=0.0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqdm.metrics.distribution import cmmd, fid, kid
+from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd, kid
 from vqdm.metrics.extractors import make_extractor
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
@@ -16,6 +16,10 @@ from vqdm.tiny.evaluator import load_reference, to_tensor
 from vqdm.tiny.scenes import draw_scene, render
 
 N = 40
+
+
+def fid(real, fake):
+    return FrechetDistance(Gaussian.of(real))(fake)
 
 
 @pytest.fixture(scope="module")

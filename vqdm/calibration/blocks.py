@@ -56,7 +56,7 @@ def blocks_of(denoiser: nn.Module, specs: Iterable[LayerSpec], call: Call) -> li
     """
     members: dict[str, list[LayerSpec]] = {}
     for spec in specs:
-        members.setdefault(_unit_around(denoiser, spec.name), []).append(spec)
+        members.setdefault(unit_around(denoiser, spec.name), []).append(spec)
     layers = [spec.name for specs in members.values() for spec in specs]
     executed = execution_order(denoiser, call, {**members, **dict.fromkeys(layers)})
     idle = sorted(set(layers) - set(executed))
@@ -65,7 +65,7 @@ def blocks_of(denoiser: nn.Module, specs: Iterable[LayerSpec], call: Call) -> li
     return [Block(name, tuple(members[name])) for name in executed if name in members]
 
 
-def _unit_around(denoiser: nn.Module, name: str) -> str:
+def unit_around(denoiser: nn.Module, name: str) -> str:
     """The innermost ancestor of a layer that is a residual unit, else the layer itself."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):

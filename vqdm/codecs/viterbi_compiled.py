@@ -28,16 +28,6 @@ def choose_states_numpy(
     return states
 
 
-def constrained_states(
-    targets: np.ndarray, weights: np.ndarray, layouts: np.ndarray, *, quarter_rate: int, first_state: int
-) -> np.ndarray:
-    """The best states, int32 [T], of one sequence whose value 0 has the given state. Arrays as above."""
-    constants = check_window(len(targets), quarter_rate, layouts.shape[1])
-    states = np.empty(len(targets), np.int32)
-    _search_column(targets, weights, layouts, quarter_rate, len(targets), first_state, states, *constants)
-    return states
-
-
 def prepare(table: np.ndarray) -> np.ndarray:
     """The table in the orders the search reads it, float32 [LAYOUTS, 2^L]: row K has state (j << K) | n at [n, j]."""
     return np.stack([table.reshape(-1, 1 << shift).T.ravel() for shift in range(LAYOUTS)]).astype(np.float32)

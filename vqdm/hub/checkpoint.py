@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from vqdm.errors import UserError
@@ -137,12 +136,6 @@ def stored_with_metadata(
     stored = to_stored(state, groups)
     sums = {name: checksum(name, tensor) for name, tensor in stored.items()}
     return stored, _metadata(_Layout(stored, groups), groups, sums)
-
-
-def checkpoint_bytes(denoiser: nn.Module) -> bytes:
-    """The content of a file that holds a whole denoiser, or a part of one."""
-    stored, metadata = stored_with_metadata(denoiser.state_dict(), layer_groups(denoiser))
-    return to_bytes(stored, {"format": "pt"} | metadata)
 
 
 class _Layout:

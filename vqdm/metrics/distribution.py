@@ -54,11 +54,6 @@ class FrechetDistance:
         return float(gap + self.reference.covariance.trace() + centred.square().sum() - 2 * cross)
 
 
-def fid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Fréchet distance of Gaussians fitted to [n, d] and [m, d]."""
-    return FrechetDistance(Gaussian.of(real))(fake)
-
-
 def kid(real: torch.Tensor, fake: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Unbiased squared MMD with kernel (x·y/d + 1)³ (Binkowski et al. 2018), of [n, d] and [m, d]: all rows of both.
 

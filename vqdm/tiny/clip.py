@@ -29,11 +29,3 @@ def load_clip(directory: Path):
     open_clip.add_model_config(directory / "open_clip")
     model = open_clip.create_model(CLIP_NAME, pretrained=str(directory / "open_clip" / f"{CLIP_NAME}.safetensors"))
     return model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(directory / "tokenizer")
-
-
-@torch.no_grad()
-def cosines(model, tokenizer, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """Raw cosine of every image (float [n, 3, 32, 32] in [-1, 1]) with its own caption."""
-    seen = model.encode_image(images, normalize=True)
-    read = model.encode_text(clip_tokens(tokenizer, captions), normalize=True)
-    return (seen * read).sum(-1)

@@ -9,11 +9,11 @@ import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from quantized import checkpoint_bytes
 from test_structure import compose
 from tiny_world import ROOT, run
 from unets import sdxl_unet
 
-from vqdm.hub.checkpoint import checkpoint_bytes
 from vqdm.hub.config import VQDMConfig
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.shipped import builtin_directory

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from vqdm.calibration.blocks import RESIDUAL_UNITS
+from vqdm.calibration.blocks import unit_around
 from vqdm.calibration.recording import play
 from vqdm.config.options import FinetuneConfig
 from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors
@@ -295,14 +295,6 @@ def _block_calls(denoiser: nn.Module, names: Iterable[str], *, size: int | None)
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def unit_around(denoiser: nn.Module, name: str) -> str:
-    """The innermost residual unit that a layer lies in, else the layer itself: what is made a block of."""
-    parts = name.split(".")
-    ancestors = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-    units = (a for a in ancestors if type(denoiser.get_submodule(a)).__name__ in RESIDUAL_UNITS)
-    return next(units, name)
 
 
 def _rows(count: int, leaf):
