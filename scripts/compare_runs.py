@@ -12,46 +12,21 @@ The Inception score and KID over subsets have no such draws and are left out.
 
 import argparse
 import functools
-import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from vqdm.errors import UserError
-from vqdm.report.records import images_of, is_finished, scores_of
+from vqdm.report.records import LOWER_IS_BETTER, is_finished
+from vqdm.report.scored import Run, columns_of, read_run
 from vqdm.runs.store import Store
 from vqdm.stages.layout import IMAGES_FILE
 
-LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")
 SAME_IMAGES = ("n", "images_per_prompt", "prompts_sha256", "image_seed")
 SAME_NUMBERS = ("sampler", "dtype", "device")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its evaluation and where its stages lie."""
-
-    results: Path
-    record: dict
-    protocol: dict
-    metrics: dict[str, dict]
-
-    @property
-    def scores(self) -> Path:
-        return self.results / self.record["directories"]["evaluate"]
-
-    def stages_of(self, kind: str) -> dict[str, Path]:
-        """{family: directory} of the features ("features") or of those of the full-precision images ("originals")."""
-        found = json.loads((self.scores / "config.json").read_text())["upstream"]
-        of_kind = {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{kind}/")}
-        return {family: self._directory(fingerprint) for family, fingerprint in of_kind.items()}
-
-    def _directory(self, fingerprint: str) -> Path:
-        return next(self.results / d for d in self.record["stages"] if d.endswith(f"-{fingerprint[:8]}"))
 
 
 def find_runs(results: Path, name: str, model: str) -> list[Run]:
@@ -66,11 +41,6 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
     if not newest:
         raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
     return [read_run(results, record) for record in newest.values()]
-
-
-def read_run(results: Path, record: dict) -> Run:
-    written = scores_of(record, results)
-    return Run(results, record, written["protocol"], written["metrics"])
 
 
 def check(runs: list[Run], *, mixed: bool) -> list[str]:
@@ -128,15 +98,6 @@ def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple
         for metric, seeds in found.items()
         if len(seeds) == len(runs)
     }
-
-
-def columns_of(run: Run, directory: Path | None) -> dict | None:
-    from vqdm.stages.features import load_columns
-
-    if directory is None:
-        return None
-    batch_size = json.loads((directory / "config.json").read_text())["config"]["batch_size"]
-    return load_columns(directory, len(images_of(run.protocol)), batch_size)
 
 
 def compare_sets(one: dict, other: dict) -> list[dict]:

@@ -1,4 +1,4 @@
-"""scripts/metric_agreement.py on variants of known order; scripts/bench_evaluation_memory.py on very small runs."""
+"""scripts/lab/metric_agreement.py on variants of known order; scripts/bench_evaluation_memory.py on very small runs."""
 
 import json
 

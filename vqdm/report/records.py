@@ -1,6 +1,7 @@
 """Run records and the scores behind them, as tables, figures and pages read them: results/**.json only."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from vqdm.prompts import ImageList
 from vqdm.report.experiments import Table
 from vqdm.runs.store import Stage, Store
 from vqdm.stages.layout import SCORES_FILE
+
+LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")  # names of metrics
 
 
 def scores_of(record: dict, results: Path) -> dict:

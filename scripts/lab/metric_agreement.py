@@ -1,7 +1,7 @@
 """Which metric to trust at which n: how each orders compressed variants, against caption fidelity at the largest n.
 
 python run.py table=codecs seeds=1 evaluate.prompts.n=2048
-python scripts/metric_agreement.py [--prefix ""] [--model tiny] [--n 32 … 2048] [--results results]
+python scripts/lab/metric_agreement.py [--prefix ""] [--model tiny] [--n 32 … 2048] [--results results]
 
 Spearman's rank correlation over the compressed variants; where lower is better, the sign is turned.
 Every cell is the mean over as many disjoint parts of n images as there are, at most 8, with their standard deviation; –
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
-from compare_runs import LOWER_IS_BETTER, Run, columns_of, read_run
 
 from vqdm.errors import UserError
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
 from vqdm.models.shipped import evaluators_directory
-from vqdm.report.records import images_of, is_finished
+from vqdm.report.records import LOWER_IS_BETTER, images_of, is_finished
+from vqdm.report.scored import Run, columns_of, read_run
 from vqdm.runs.identity import files_identity
 from vqdm.runs.store import Store
 from vqdm.stages.layout import captions_of

@@ -1,7 +1,7 @@
 """The true bits at which trellis codes equal each rival: the trellis_bits table read at the rivals' scores.
 
 python run.py table=codecs && python run.py table=trellis_bits   # and adaround, if there
-python scripts/equal_bits.py [--model tiny_outlier] [--results results]
+python scripts/lab/equal_bits.py [--model tiny_outlier] [--results results]
 
 Bits are bits_quantized: of the quantized layers, all that is stored for them counted. Between the bits that were run,
 scores are interpolated (FID and distance by their logarithm).

@@ -1,6 +1,6 @@
 """How few samples do: each layer's error on the population when its Hessian comes from a part of it, tiny model.
 
-python scripts/calibration_samples.py [--model tiny] [--bits 3] [--prompts 256] [--layers 24]
+python scripts/lab/calibration_samples.py [--model tiny] [--bits 3] [--prompts 256] [--layers 24]
 
 The population is every sampling step of `--prompts` calibration prompts, as in the paper's recipe; it is scored on the
 same number of other prompts, all steps. Printed: the mean over layers of the trellis codec's relative output error
@@ -32,7 +32,7 @@ from vqdm.stages.quantize import matrix_of
 from vqdm.weights.trellis import TrellisTable
 from vqdm.weights.trellis_format import side_bits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = [  # prompts, steps, tokens of each call (None: all)
     (8, 4, None), (16, 4, None), (32, 4, None), (64, 1, None), (64, 4, None), (64, 4, 64), (128, 4, None),
     (256, 1, None), (256, 4, None), (256, 4, 64), (256, 20, None),

@@ -1,6 +1,6 @@
 """The floors and ceilings beside the tiny model's scores: what real renders, the VAE and wrong captions reach.
 
-python scripts/tiny_floors.py [--n 2000] [--model vqdm/models/tiny] [--evaluators vqdm/models/tiny_evaluators]
+python scripts/lab/tiny_floors.py [--n 2000] [--model vqdm/models/tiny] [--evaluators vqdm/models/tiny_evaluators]
 """
 
 import argparse
@@ -49,7 +49,7 @@ def scores_of(columns: dict[str, torch.Tensor], captions: list[str], reference: 
 
 @torch.no_grad()
 def main() -> None:
-    package = Path(__file__).resolve().parent.parent / "vqdm" / "models"
+    package = Path(__file__).resolve().parents[2] / "vqdm" / "models"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--model", type=Path, default=package / "tiny")

@@ -1,6 +1,6 @@
 """AdaRound against GPTQ and nearest rounding, block by block, on the same inputs and grids' widths.
 
-python scripts/block_losses.py [--model tiny] [--bits 4] [--blocks 3] [--iterations 2000] [--prompts 64] [--steps 8]
+python scripts/lab/block_losses.py [--model tiny] [--bits 4] [--blocks 3] [--iterations 2000] [--prompts 64] [--steps 8]
 
 Blocks are evenly spread over the denoiser and get their full-precision inputs. The loss is the relative squared error
 of the output, on the recorded calls and on as many other prompts. GPTQ takes its Hessians from the same inputs.
@@ -31,7 +31,7 @@ from vqdm.stages.calibrate import calibrate
 from vqdm.stages.quantize import matrix_of
 from vqdm.weights.layers import swap
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def calls_of(config, *, split: str, prompts: int, steps: int) -> list[Call]:

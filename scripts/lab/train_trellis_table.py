@@ -1,6 +1,6 @@
 """Train the table that ships with the trellis codec, and report its error on Gaussian data that it was not trained on.
 
-python scripts/train_trellis_table.py [--output vqdm/weights/trellis_table.safetensors] [--report-only]
+python scripts/lab/train_trellis_table.py [--output vqdm/weights/trellis_table.safetensors] [--report-only]
 """
 
 import argparse
