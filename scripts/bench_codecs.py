@@ -54,10 +54,17 @@ CODECS = {  # as the command line calls them: kind, and options beside bits
 }
 DEFAULT_CODECS = ("rtn", "rtn-g64", "gptq", "gptq-g64", "additive", "trellis")
 DIGITS = {
-    "asked_bits": "g", "bits": ".3f", "relative_output_error": ".5f", "heldout_error": ".5f", "weight_mse": ".5f",
-    "cpu_seconds": ".2f", "db_over_bound": ".2f", "db_over_gaussian": ".2f", "error_ratio": ".3f",
+    "asked_bits": "g",
+    "bits": ".3f",
+    "relative_output_error": ".5f",
+    "heldout_error": ".5f",
+    "weight_mse": ".5f",
+    "cpu_seconds": ".2f",
+    "db_over_bound": ".2f",
+    "db_over_gaussian": ".2f",
+    "error_ratio": ".3f",
     "time_ratio": ".5f",
-}  # fmt: skip
+}
 NOTE = (
     "bits: all that is stored for the layer; the trellis table, 8 KiB for a whole model, is not counted. "
     "Errors are relative; seconds are of one CPU thread after compilation."

@@ -55,8 +55,10 @@ def check(runs: list[Run], *, mixed: bool) -> list[str]:
         ours, theirs = (one.metrics[name].get("protocol", {}) for one in (first, run))
         differing += sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differing and not mixed:
-            raise UserError(f"{name} has another {', '.join(differing)} in one run than in the other; give --mixed "
-                            "to compare them all the same")  # fmt: skip
+            raise UserError(
+                f"{name} has another {', '.join(differing)} in one run than in the other; give --mixed "
+                "to compare them all the same"
+            )
     return shared
 
 
@@ -114,9 +116,16 @@ def compare_sets(one: dict, other: dict) -> list[dict]:
 def _row(metric: str, first: float, second: float, error: float, *, low: float, high: float, bias: float) -> dict:
     sign = -1 if LOWER_IS_BETTER.fullmatch(metric) else 1
     return {
-        "metric": metric, "first": first, "second": second, "difference": first - second, "paired_se": error,
-        "low95": low, "high95": high, "bias": bias, "better_by_se": sign * (first - second) / error if error else 0.0,
-    }  # fmt: skip
+        "metric": metric,
+        "first": first,
+        "second": second,
+        "difference": first - second,
+        "paired_se": error,
+        "low95": low,
+        "high95": high,
+        "bias": bias,
+        "better_by_se": sign * (first - second) / error if error else 0.0,
+    }
 
 
 @functools.cache
@@ -140,8 +149,14 @@ def reference_loader(options: argparse.Namespace):
             if [files_identity(directory, cache)] != run.metrics["clip_score"]["protocol"]["weights_sha256"]:
                 raise UserError(f"{run.record['experiment']} was scored with other evaluators; give --evaluators DIR")
             return load_reference(directory)
-        used = next((entry["protocol"]["reference_sha256"] for name, entry in run.metrics.items()
-                     if name in _metrics_of(family) and "reference_sha256" in entry["protocol"]), None)  # fmt: skip
+        used = next(
+            (
+                entry["protocol"]["reference_sha256"]
+                for name, entry in run.metrics.items()
+                if name in _metrics_of(family) and "reference_sha256" in entry["protocol"]
+            ),
+            None,
+        )
         if used is None:
             return None
         reference = _reference(options.reference, cache)

@@ -61,8 +61,10 @@ def extract(
     work: Path, images: list[ImageFile], hashes: list, *, batch_size: int, made_by: dict, make_extractors
 ) -> None:
     """Features of every batch that is not there yet, all families in one file."""
-    whole = [(name, rows, {"images": hashes[rows.start : rows.stop]} | made_by)
-             for name, rows in batches(len(images), batch_size)]  # fmt: skip
+    whole = [
+        (name, rows, {"images": hashes[rows.start : rows.stop]} | made_by)
+        for name, rows in batches(len(images), batch_size)
+    ]
     pending = [batch for batch in whole if read_item(work, batch[0]) != batch[2]]
     if not pending:
         return
@@ -105,9 +107,13 @@ def make(options: argparse.Namespace) -> dict:
         raise UserError(f"{options.out} holds another reference, {earlier['name']}; give another --out")
     device = _device(options.device)
     extract(
-        work, images, hashes, batch_size=options.batch_size, make_extractors=lambda: _extractors(paths, device),
+        work,
+        images,
+        hashes,
+        batch_size=options.batch_size,
+        make_extractors=lambda: _extractors(paths, device),
         made_by={"families": about["families"], "device": device},
-    )  # fmt: skip
+    )
     for family in families:
         write_family(options.out, family, len(images), options.batch_size)
     about |= {"device": device, "versions": versions(), "git": git_state(), "command": options.command}
@@ -127,8 +133,12 @@ def describe(hashes: list, weights: dict[str, list[str]], *, name: str, source: 
     }
     images_sha256 = hashlib.sha256(canonical_json(hashes)).hexdigest()
     return {
-        "name": name, "images": len(hashes), "images_sha256": images_sha256, "source": source, "families": families,
-    }  # fmt: skip
+        "name": name,
+        "images": len(hashes),
+        "images_sha256": images_sha256,
+        "source": source,
+        "families": families,
+    }
 
 
 def _device(wanted: str) -> str:

@@ -61,9 +61,15 @@ def make(options: argparse.Namespace) -> list[Path]:
     )
     directory = options.results / "votes" / (options.study or "-".join([*options.runs, options.model]))
     return write_study(
-        directory, trials, {own.system: own for own in sets}, protocol=Protocol(), size=options.size,
-        quality=options.quality, seed=options.seed, about={"comparisons": comparisons, **git_state()},
-    )  # fmt: skip
+        directory,
+        trials,
+        {own.system: own for own in sets},
+        protocol=Protocol(),
+        size=options.size,
+        quality=options.quality,
+        seed=options.seed,
+        about={"comparisons": comparisons, **git_state()},
+    )
 
 
 def main() -> None:

@@ -83,9 +83,14 @@ def compress(
         calls, made = Path(place) / "calibration", Path(place) / "quantized"
         calibrate(calls, pipeline, chosen, config=calibration, sampler=sampler)
         quantize(
-            made, pipeline, calls, config=config, model=model, calibration_config=calibration,
+            made,
+            pipeline,
+            calls,
+            config=config,
+            model=model,
+            calibration_config=calibration,
             device=str(denoiser_of(pipeline).device),
-        )  # fmt: skip
+        )
     set_decode(denoiser_of(pipeline), "per_call")
     return pipeline
 

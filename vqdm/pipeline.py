@@ -66,9 +66,12 @@ def _track_table(name: str, config: Config, files: list[Path], store: Store) -> 
     from vqdm.runs.tracker import start_tracker
 
     tracker = start_tracker(
-        **asdict(config.tracker), name=name, run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
-        settings={"table": name, "model": config.model.name}, directory=store.root / "tracker",
-    )  # fmt: skip
+        **asdict(config.tracker),
+        name=name,
+        run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        settings={"table": name, "model": config.model.name},
+        directory=store.root / "tracker",
+    )
     tracker.figures([file.with_suffix(".png") for file in files if file.parent.name == "figures"])
     tracker.finish(failed=False)
 
@@ -171,9 +174,12 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     processes.check_agreement(last.fingerprint)
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
-        **asdict(config.tracker), name=last.directory_name, run_id=last.fingerprint[:16],
-        settings=asdict(config), directory=store.root / "tracker",
-    )  # fmt: skip
+        **asdict(config.tracker),
+        name=last.directory_name,
+        run_id=last.fingerprint[:16],
+        settings=asdict(config),
+        directory=store.root / "tracker",
+    )
     failed = True
     try:
         record |= _work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}

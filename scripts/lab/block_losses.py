@@ -74,9 +74,15 @@ def main() -> None:
     for block in tqdm(blocks[:: max(1, len(blocks) // options.blocks)][: options.blocks], desc="blocks"):
         data, held_out = (record_block(denoiser, block.name, part) for part in (calls, others))
         learned, report = reconstruct_block(
-            denoiser, block, data, data.output, bits=options.bits, iterations=options.iterations, batch_size=16,
+            denoiser,
+            block,
+            data,
+            data.output,
+            bits=options.bits,
+            iterations=options.iterations,
+            batch_size=16,
             generator=torch_generator(0, "adaround", block.name),
-        )  # fmt: skip
+        )
         methods = {
             f"GPTQ {clip}": gptq_weights(denoiser, block, calls, bits=options.bits, clip=clip)
             for clip in ("mse", "hessian")

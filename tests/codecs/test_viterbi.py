@@ -5,9 +5,9 @@ import pytest
 import torch
 from viterbi_columns import constrained_states
 
-from vqdm.codecs import viterbi, viterbi_torch
+from vqdm.codecs import viterbi_torch
 from vqdm.codecs.viterbi import Search, choose_states
-from vqdm.codecs.viterbi_compiled import choose_states_numpy, prepare
+from vqdm.codecs.viterbi_compiled import choose_states_numpy, prepare, turn_start
 from vqdm.seeds import numpy_generator
 
 TABLE = numpy_generator(0, "test table").standard_normal(4096, np.float32)
@@ -153,4 +153,4 @@ def test_what_cannot_be_searched_is_refused():
 
 
 def test_turns_start_from_different_values():
-    assert [viterbi.turn_start(turn, 16) for turn in range(1, 5)] == [0, 10, 4, 14]
+    assert [turn_start(turn, 16) for turn in range(1, 5)] == [0, 10, 4, 14]

@@ -298,9 +298,11 @@ def _add_by_displacement(total: Tensor, inputs: Tensor, conv: ConvGeometry) -> N
             for i, j in members:
                 y, x = taps[i]
                 strips = (
-                    (y, top, x, x + width), (bottom, y + height, x, x + width),
-                    (top, bottom, x, left), (top, bottom, right, x + width),
-                )  # fmt: skip
+                    (y, top, x, x + width),
+                    (bottom, y + height, x, x + width),
+                    (top, bottom, x, left),
+                    (top, bottom, right, x + width),
+                )
                 block = torch.addmm(product, _pixels(image, strips).T, _pixels(image, strips, shift))
                 blocks[i, :, j] += block
                 if i != j:

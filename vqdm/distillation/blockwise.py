@@ -119,12 +119,19 @@ def _tune(
 
     if trained and len(learned):  # a single row can only judge
         reconstruct(
-            module, inputs.part(learned), targets[learned],
+            module,
+            inputs.part(learned),
+            targets[learned],
             RelativeAdam((part.parameter, part.unit) for part in trained),
-            steps=config.block_steps, batch_size=config.block_batch_size, rate=rate, loss=loss, after_step=settle,
-            generator=torch_generator(config.seed, "blocks", block.name), name=block.name,
+            steps=config.block_steps,
+            batch_size=config.block_batch_size,
+            rate=rate,
+            loss=loss,
+            after_step=settle,
+            generator=torch_generator(config.seed, "blocks", block.name),
+            name=block.name,
             progress=None if progress is None else partial(progress, block),
-        )  # fmt: skip
+        )
     stop_drifting(module)
     after = judge()
     if not after < before:

@@ -157,9 +157,13 @@ def to_latex(title: str, cells, below: list[str], lines: list[str], *, label: st
     escaped = cells.map(escape_latex).rename(columns=escape_latex)
     columns = "".join("l" if name in TEXT_COLUMNS else "r" for name in cells.columns)
     table = escaped.style.hide(axis="index").to_latex(
-        hrules=True, column_format=columns, caption=escape_latex(title), label=f"tab:{label}", position="tb",
+        hrules=True,
+        column_format=columns,
+        caption=escape_latex(title),
+        label=f"tab:{label}",
+        position="tb",
         position_float="centering",
-    )  # fmt: skip
+    )
     comments = "".join(f"% {line}\n" for line in [*below, *lines])
     return f"% needs \\usepackage{{booktabs,amssymb}}\n{table}{comments}"
 

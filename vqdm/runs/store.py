@@ -340,10 +340,9 @@ def _matches(relative: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _remove_scratch(directory: Path, scratch: tuple[str, ...]) -> None:
-    """Remove the scratch files of a stage that is done, also those that a kill left; not those in its manifest.
+    """Remove the scratch files of a stage that is done, also those that a kill left.
 
-    Manifests made before there was scratch list such files, and a listed file that is gone is a fault. Items' sidecars
-    go with their files; the order does not matter, since nothing reads them once there is a manifest.
+    Older manifests list such files, and a listed file that is gone is a fault: those stay.
     """
     if not any(_matches(relative, scratch) for relative in _files(directory)):
         return

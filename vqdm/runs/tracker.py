@@ -110,10 +110,16 @@ def start_tracker(
     directory.mkdir(parents=True, exist_ok=True)
     try:
         run = wandb.init(
-            project=project, group=group, name=name, id=run_id, config=settings, dir=str(directory),
-            mode=mode, resume="allow" if mode == "online" else None,
+            project=project,
+            group=group,
+            name=name,
+            id=run_id,
+            config=settings,
+            dir=str(directory),
+            mode=mode,
+            resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, init_timeout=60, console="off"),
-        )  # fmt: skip
+        )
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
         raise UserError(
             f"Weights & Biases does not start ({error}); use tracker.mode=offline or tracker=none"

@@ -36,6 +36,8 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
     processes.wait_for_all()
     log.info(
         "wrote %s: the denoiser takes %.2f MiB, %.3f bits per weight with everything counted",
-        directory, summary["file_bytes"] / 2**20, summary["bits_per_weight"],
-    )  # fmt: skip
+        directory,
+        summary["file_bytes"] / 2**20,
+        summary["bits_per_weight"],
+    )
     return {"bits": summary, "output": str(directory)}

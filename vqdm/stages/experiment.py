@@ -72,9 +72,14 @@ def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None
         make_extractor = functools.partial(_extractor, family, graph.scoring.weights[family], device.name)
         with processes.opened(store, stage) as directory:
             extract(
-                directory, store.directory(images), originals if FAMILIES[family].pairs else None, count=count,
-                batch_size=config.evaluate.batch_size, make_extractor=make_extractor, environment=environment,
-            )  # fmt: skip
+                directory,
+                store.directory(images),
+                originals if FAMILIES[family].pairs else None,
+                count=count,
+                batch_size=config.evaluate.batch_size,
+                make_extractor=make_extractor,
+                environment=environment,
+            )
 
 
 def _extractor(family: str, weights: list[Path], device: str):
@@ -106,11 +111,17 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
             for name, stage in graph.features.items()
         }
         evaluate(
-            directory, families, scoring.not_run, graph.prompts, config=config.evaluate, reference=scoring.reference,
+            directory,
+            families,
+            scoring.not_run,
+            graph.prompts,
+            config=config.evaluate,
+            reference=scoring.reference,
             tiny_reference=load_reference(*scoring.weights["tiny"]) if "tiny" in families else None,
-            sampler=image_sampler(config), images=environments(store.directory(graph.images), count, size),
+            sampler=image_sampler(config),
+            images=environments(store.directory(graph.images), count, size),
             images_sha256=looked_at,
-        )  # fmt: skip
+        )
 
     def holds(directory: Path) -> bool:
         return _scores(directory).get("images_sha256") == looked_at

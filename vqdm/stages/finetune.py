@@ -64,10 +64,16 @@ def finetune(
         tracker.images("finetune/images", paths, [prompt.text for prompt in shown])
 
     state = Distillation(
-        student, samples, trajectories_in(trajectories, VALIDATION), config, sampler.guidance, pipeline.scheduler,
-        teacher=teacher if config.feature_weight else None, show=show,
+        student,
+        samples,
+        trajectories_in(trajectories, VALIDATION),
+        config,
+        sampler.guidance,
+        pipeline.scheduler,
+        teacher=teacher if config.feature_weight else None,
+        show=show,
         report=lambda values: tracker.log({f"finetune/{name}": value for name, value in values.items()}),
-    ).run(directory)  # fmt: skip
+    ).run(directory)
     if not processes.is_main():
         return {}
     return _finish(directory, student, calibration, state, dtype=dtype, device=device)
@@ -84,8 +90,11 @@ def _finish(directory: Path, student: nn.Module, calibration: Path, state: State
     first, best = state.validations[0], state.best
     log.info(
         "finetuned in %d steps: validation loss %.5f, from %.5f; best at step %d",
-        state.step, best["loss"], first["loss"], best["step"],
-    )  # fmt: skip
+        state.step,
+        best["loss"],
+        first["loss"],
+        best["step"],
+    )
     return found | {"best_step": best["step"], "validation_loss": best["loss"], "validation_loss_before": first["loss"]}
 
 

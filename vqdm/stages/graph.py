@@ -21,9 +21,17 @@ from vqdm.runs.store import Stage
 from vqdm.stages.caption_images import images_identity
 
 VERSIONS = {
-    "calibrate": 1, "sensitivity": 1, "quantize": 4, "tune_blocks": 2, "trajectories": 1, "finetune": 2, "generate": 2,
-    "features": 1, "evaluate": 3, "tiny_train": 1,
-}  # fmt: skip
+    "calibrate": 1,
+    "sensitivity": 1,
+    "quantize": 4,
+    "tune_blocks": 2,
+    "trajectories": 1,
+    "finetune": 2,
+    "generate": 2,
+    "features": 1,
+    "evaluate": 3,
+    "tiny_train": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)

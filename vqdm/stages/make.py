@@ -92,9 +92,16 @@ def ensure_denoiser(
         from vqdm.stages.quantize import quantize
 
         return quantize(
-            directory, models.own(), calibration, config=config.quantize, model=config.model,
-            calibration_config=config.calibration, device=models.device, harm=harm, show_layers=config.show_layers,
-        )  # fmt: skip
+            directory,
+            models.own(),
+            calibration,
+            config=config.quantize,
+            model=config.model,
+            calibration_config=config.calibration,
+            device=models.device,
+            harm=harm,
+            show_layers=config.show_layers,
+        )
 
     calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
     harm = None
@@ -106,9 +113,15 @@ def ensure_denoiser(
     if stages.denoiser is stages.quantize:
         return quantized
     return ensure_distilled(
-        config, store, stages, models, quantized=quantized, calibration=calibration, environment=environment,
+        config,
+        store,
+        stages,
+        models,
+        quantized=quantized,
+        calibration=calibration,
+        environment=environment,
         tracker=tracker,
-    )  # fmt: skip
+    )
 
 
 def ensure_distilled(
@@ -127,9 +140,12 @@ def ensure_distilled(
         from vqdm.stages.trajectories import record_trajectories
 
         return record_trajectories(
-            directory, models.teacher, stages.finetune_prompts, config=config.finetune.trajectories,
+            directory,
+            models.teacher,
+            stages.finetune_prompts,
+            config=config.finetune.trajectories,
             sampler=config.model.sampler,
-        )  # fmt: skip
+        )
 
     def make_finetuned(directory: Path) -> dict:
         from vqdm.stages.finetune import finetune, teacher_runs_along
@@ -138,10 +154,17 @@ def ensure_distilled(
         if not teacher_runs_along(config.finetune):
             teacher = None  # its memory is free now
         return finetune(
-            directory, pipeline, teacher, trajectories,
-            stages.finetune_prompts, calibration, config=config.finetune, model=config.model, device=models.device,
+            directory,
+            pipeline,
+            teacher,
+            trajectories,
+            stages.finetune_prompts,
+            calibration,
+            config=config.finetune,
+            model=config.model,
+            device=models.device,
             tracker=tracker,
-        )  # fmt: skip
+        )
 
     tuned = quantized
     if stages.tune_blocks is not None:

@@ -50,7 +50,7 @@ class OwnTrajectories:
 
     def __init__(
         self, directory: Path, pipeline, teacher: nn.Module, prompts: PromptList, *, config, sampler, device, running
-    ):  # fmt: skip
+    ):
         self.directory, self.pipeline, self.teacher, self.prompts = directory, pipeline, teacher, prompts
         self.config, self.sampler, self.device, self.running = config, sampler, device, running
         self.round, self.samples = None, None

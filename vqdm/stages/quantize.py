@@ -248,9 +248,14 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, p
 
     with one_thread_each():
         for _, weights, report in encoder.codec.by_blocks(
-            encoder.denoiser, teacher, assignment.specs, lambda: recorded_calls(calibration), config=config,
-            stored=stored, progress=show,
-        ):  # fmt: skip
+            encoder.denoiser,
+            teacher,
+            assignment.specs,
+            lambda: recorded_calls(calibration),
+            config=config,
+            stored=stored,
+            progress=show,
+        ):
             if report is None:
                 progress.skip([specs[name] for name in weights])
                 continue

@@ -37,9 +37,14 @@ def tune_all_blocks(
     names = [block.name for block in blocks_of(teacher, specs, next(recorded_calls(calibration)))]
     with one_thread_each(), tqdm(total=len(names), desc=f"tune {directory.name}", unit="block") as progress:
         for block, changed, report in tune_blocks(
-            student, teacher, specs, lambda: recorded_calls(calibration), config=config, stored=stored,
+            student,
+            teacher,
+            specs,
+            lambda: recorded_calls(calibration),
+            config=config,
+            stored=stored,
             progress=lambda block, step, loss: progress.set_postfix(block=block.name, step=step, loss=f"{loss:.4f}"),
-        ):  # fmt: skip
+        ):
             if report is not None:
                 content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in changed.items()})
                 write_item(directory, block.name, {_file(block): content}, dataclasses.asdict(report))

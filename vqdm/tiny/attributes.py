@@ -18,9 +18,12 @@ VALUES = {
     "layout": LAYOUTS,
     "background": tuple(BACKGROUNDS),
     "pattern": PATTERNS,
-    **{f"{kind}{slot}": v for slot in (0, 1)
-       for kind, v in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("size", tuple(RADII)))},
-}  # fmt: skip
+    **{
+        f"{kind}{slot}": v
+        for slot in (0, 1)
+        for kind, v in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("size", tuple(RADII)))
+    },
+}
 KINDS = ("count", "relation", "shape", "colour", "size", "background", "pattern")
 MISSING = (None, None, None)  # counterpart of a requested thing that is not in the picture: agrees in nothing
 

@@ -117,9 +117,14 @@ def _trellis(packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Te
             "the weights are damaged, make or download them again"
         )
     return (
-        _words(stream), rates, bits.cumsum() - bits, sequence_length(out), _array(table), _array(row_scales),
+        _words(stream),
+        rates,
+        bits.cumsum() - bits,
+        sequence_length(out),
+        _array(table),
+        _array(row_scales),
         _array(column_scales),
-    )  # fmt: skip
+    )
 
 
 def _padded(codebooks: Tensor) -> tuple[np.ndarray, int]:

@@ -143,9 +143,15 @@ class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
     def dequantized(self) -> nn.Conv2d:
         """The same layer with the decoded weight."""
         layer = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, stride=self.stride, padding=self.padding,
-            dilation=self.dilation, bias=self.bias is not None, device="meta",
-        )  # fmt: skip
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            bias=self.bias is not None,
+            device="meta",
+        )
         return self._filled(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:

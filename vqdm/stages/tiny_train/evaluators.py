@@ -38,9 +38,16 @@ def train_attribute_net(scenes: SceneSet, *, directory: Path, steps: int, batch_
         return sum(F.cross_entropy(value.float(), targets[name][rows]) for name, value in logits.items())
 
     average = fit(
-        net, loss_of, purpose="attribute_net", directory=directory, steps=steps, learning_rate_peak=2e-3, seed=seed,
-        weight_decay=0.01, average_decay=0.99,
-    )  # fmt: skip
+        net,
+        loss_of,
+        purpose="attribute_net",
+        directory=directory,
+        steps=steps,
+        learning_rate_peak=2e-3,
+        seed=seed,
+        weight_decay=0.01,
+        average_decay=0.99,
+    )
     net.load_state_dict(average)
     return net.eval().requires_grad_(False)
 
@@ -65,8 +72,15 @@ def train_clip(scenes: SceneSet, tokenizer, *, directory: Path, steps: int, batc
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
     average = fit(
-        model, loss_of, purpose="clip", directory=directory, steps=steps, learning_rate_peak=1e-3, seed=seed,
-        weight_decay=0.01, average_decay=0.99,
-    )  # fmt: skip
+        model,
+        loss_of,
+        purpose="clip",
+        directory=directory,
+        steps=steps,
+        learning_rate_peak=1e-3,
+        seed=seed,
+        weight_decay=0.01,
+        average_decay=0.99,
+    )
     model.load_state_dict(average, strict=False)
     return model.eval().requires_grad_(False)

@@ -44,11 +44,15 @@ class ContrastivePair(nn.Module):
         channels = (3, 32, 64, 128)
         blocks = [
             nn.Sequential(
-                nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
-                nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
+                nn.Conv2d(a, b, 3, stride=2, padding=1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+                nn.Conv2d(b, b, 3, padding=1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
             )
             for a, b in itertools.pairwise(channels)
-        ]  # fmt: skip
+        ]
         self.image_tower = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 192))
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
@@ -84,9 +88,16 @@ def train_text_encoders(scenes: SceneSet, *, directory: Path, steps: int, batch_
             return pair(scenes.images(rows), ids[rows])
 
     average = fit(
-        pair, loss_of, purpose="text_encoders", directory=directory, steps=steps, learning_rate_peak=1e-3, seed=seed,
-        weight_decay=0.01, average_decay=0.99,
-    )  # fmt: skip
+        pair,
+        loss_of,
+        purpose="text_encoders",
+        directory=directory,
+        steps=steps,
+        learning_rate_peak=1e-3,
+        seed=seed,
+        weight_decay=0.01,
+        average_decay=0.99,
+    )
     pair.load_state_dict(average, strict=False)
     pair.eval().requires_grad_(False)
     return tokenizer, pair.text_encoder, pair.text_encoder_2

@@ -81,9 +81,12 @@ def _vae(work: Path, config: TinyTrainConfig, start: Path | None) -> Autoencoder
         if start is not None:
             return AutoencoderKL.from_pretrained(start / "vae")
         return train_vae(
-            _scenes(config, config.vae_scenes), directory=work / "checkpoints", steps=config.vae_steps,
-            batch_size=config.vae_batch_size, seed=config.seed,
-        )  # fmt: skip
+            _scenes(config, config.vae_scenes),
+            directory=work / "checkpoints",
+            steps=config.vae_steps,
+            batch_size=config.vae_batch_size,
+            seed=config.seed,
+        )
 
     return _part(work / "vae", make, AutoencoderKL.from_pretrained)
 
@@ -105,9 +108,12 @@ def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> t
             # transformers keeps the 16 bit of the files
             return {name: part if name == "tokenizer" else part.float() for name, part in loaded.items()}
         parts = train_text_encoders(
-            _scenes(config, config.text_scenes), directory=work / "checkpoints", steps=config.text_steps,
-            batch_size=config.batch_size, seed=config.seed,
-        )  # fmt: skip
+            _scenes(config, config.text_scenes),
+            directory=work / "checkpoints",
+            steps=config.text_steps,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
         return dict(zip(TEXT_PARTS, parts, strict=True))
 
     return tuple(
@@ -189,9 +195,16 @@ def write_reference(folder: Path, *, scenes: int) -> None:
 def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_encoder, text_encoder_2) -> None:
     """A StableDiffusionXLPipeline in fp16 safetensors."""
     pipeline = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
     parts = (unet, vae, text_encoder, text_encoder_2)
     for part in parts:
         torch.nn.Module.to(part, torch.float16)

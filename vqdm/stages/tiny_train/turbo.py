@@ -75,8 +75,15 @@ def distil_turbo(
         return ((error.square() + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber, as the method's paper
 
     average = fit(
-        student, loss_of, purpose="turbo", directory=directory, steps=steps, learning_rate_peak=learning_rate,
-        seed=seed, warmup=min(100, steps), after_step=after_step,
-    )  # fmt: skip
+        student,
+        loss_of,
+        purpose="turbo",
+        directory=directory,
+        steps=steps,
+        learning_rate_peak=learning_rate,
+        seed=seed,
+        warmup=min(100, steps),
+        after_step=after_step,
+    )
     student.load_state_dict(average)
     return student.eval().requires_grad_(False)

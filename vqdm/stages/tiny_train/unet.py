@@ -128,8 +128,16 @@ def train_unet(
         return (weights[timesteps] * error).mean()
 
     average = fit(
-        unet, loss_of, purpose="unet", directory=directory, steps=steps, learning_rate_peak=learning_rate, seed=seed,
-        warmup=min(500, steps), weight_decay=0.01, after_step=after_step,
-    )  # fmt: skip
+        unet,
+        loss_of,
+        purpose="unet",
+        directory=directory,
+        steps=steps,
+        learning_rate_peak=learning_rate,
+        seed=seed,
+        warmup=min(500, steps),
+        weight_decay=0.01,
+        after_step=after_step,
+    )
     unet.load_state_dict(average)
     return unet.eval().requires_grad_(False)
