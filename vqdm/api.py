@@ -116,9 +116,11 @@ def _make_folder(folder: Path) -> None:
 
 
 def _check_denoiser(denoiser: nn.Module, config: QuantizeConfig, *, layers: str | None) -> None:
-    """UserError unless the scheme fits every layer, known from the shapes, and the weights are the original's."""
+    """UserError unless the scheme fits every layer, known from the shapes, and the weights are in full precision."""
     if getattr(denoiser, "is_quantized", False):
-        raise UserError("the pipeline's denoiser is quantized already: load the original, or dequantize() it first")
+        raise UserError(
+            "the pipeline's denoiser is quantized already: load the full-precision model, or dequantize() it first"
+        )
     if any(name.endswith(".base_layer") for name, _ in denoiser.named_modules()):
         raise UserError("the pipeline's denoiser carries a LoRA: unload it, and load it again when all is quantized")
     with torch.device("meta"):

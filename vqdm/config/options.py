@@ -130,9 +130,9 @@ class TrainedConfig:
 
 @dataclasses.dataclass
 class FinetuneConfig:
-    """Distillation of the quantized denoiser from the original: block after block, then end to end. 0 steps: not so."""
+    """Distillation of the quantized denoiser from its teacher: block after block, then end to end. 0 steps: not so."""
 
-    block_steps: int = number(0, least=0, most=MOST)  # for every block, on what the original's gives
+    block_steps: int = number(0, least=0, most=MOST)  # for every block, on what the teacher's gives
     steps: int = number(0, least=0, most=MOST)  # end to end, on the predictions of the whole denoiser
     train: TrainedConfig = dataclasses.field(default_factory=TrainedConfig)
     tune_codes: bool = False  # codes follow where the gradient draws their weights

@@ -1,1 +1,1 @@
-"""Distillation: a quantized denoiser learns to give the original's predictions."""
+"""Distillation: a quantized denoiser learns to give its teacher's predictions."""

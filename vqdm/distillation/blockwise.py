@@ -1,4 +1,4 @@
-"""Block-wise distillation: given the student's inputs, each block learns to give what the original's block gives.
+"""Block-wise distillation: given the student's inputs, each block learns to give what the teacher's block gives.
 
 It is AdaRound's routine (`reconstruct`) with distillation's parameters: scales, codebooks, norms, biases. Parts that
 the whole model shares do not train here, as every block would want different ones.

@@ -140,7 +140,7 @@ def _names_in(directory: Path) -> set[str]:
 def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
     """Write a pipeline with a quantized denoiser as a directory for from_pretrained, with a card: whole or not at all.
 
-    base: origin of the original, a hub id or a directory. All other parts keep their dtype.
+    base: origin of the full-precision model, a hub id or a directory. All other parts keep their dtype.
     """
     directory = directory.resolve()  # files go where a link points to
     check_place(directory)

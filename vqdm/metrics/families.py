@@ -26,7 +26,7 @@ class Family:
     library: str = "vqdm"  # the package whose version goes into the protocol
     computed_in: str = "float32"  # what is extracted
     weights: tuple[Weights, ...] = ()
-    pairs: bool = False  # looks at each image beside its original
+    pairs: bool = False  # looks at each image beside the full-precision one
     against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
     against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
 

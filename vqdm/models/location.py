@@ -31,7 +31,7 @@ def check_original(directory: Path) -> Path:
     file = denoiser_directory(check_pipeline_directory(directory)) / "config.json"
     if found := json_object(file).get("quantization_config"):
         method = found.get("quant_method", "another method") if isinstance(found, dict) else found
-        raise UserError(f"{directory} is quantized already (by {method}): give the original as model.path")
+        raise UserError(f"{directory} is quantized already (by {method}): give the full-precision model as model.path")
     return directory
 
 

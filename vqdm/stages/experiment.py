@@ -1,4 +1,4 @@
-"""One experiment through the store: a quantized model, its images, the original's, and their scores."""
+"""One experiment through the store: a quantized model, its images, those of full precision, and their scores."""
 
 import functools
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Distil the quantized denoiser from the original, end to end; every checkpoint is an item."""
+"""Distil the quantized denoiser from its teacher, end to end; every checkpoint is an item."""
 
 import functools
 import logging
@@ -32,8 +32,8 @@ def finetune(
 ) -> dict:  # fmt: skip
     """Fill the stage's directory: `denoiser/`, `history.json`, images. Returns bits, bytes, and losses.
 
-    pipeline: its denoiser is the student, in fp32, trained in place. teacher: the original, where its predictions were
-    not recorded (`teacher_runs_along`). prompts: of the trajectories.
+    pipeline: its denoiser is the student, in fp32, trained in place. teacher: its denoiser, where predictions were not
+    recorded (`teacher_runs_along`). prompts: of the trajectories.
     """
     dtype, sampler = getattr(torch, model.dtype), model.sampler
     student = denoiser_of(pipeline)

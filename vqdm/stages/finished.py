@@ -21,7 +21,7 @@ def output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> flo
 
 
 def squared_errors(denoiser: nn.Module, calls: Iterable[Call], device: str) -> dict[float, tuple[float, float]]:
-    """timestep -> squared error of the output, and the squares of the original's, over its recorded calls."""
+    """timestep -> squared error of the output, and the squares of the teacher's, over its recorded calls."""
     sums: dict[float, tuple[float, float]] = {}
     for call in calls:
         output, target = play_back(denoiser, call, device=device).double(), call[OUTPUT].double()

@@ -177,7 +177,7 @@ def ensure_distilled(
 
 
 def _student_in_fp32(models: Models, directory: Path):
-    """(pipeline of the student, the original denoiser). No decoded weights are kept: a small GPU lacks the room."""
+    """(pipeline of the student, the teacher's denoiser). No decoded weights are kept: a small GPU lacks the room."""
     import torch
 
     return models.student_and_teacher(directory, decode="per_call", dtype=torch.float32)

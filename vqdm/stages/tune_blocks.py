@@ -24,7 +24,7 @@ def tune_all_blocks(
 ) -> dict:
     """Fill the stage's directory: `denoiser/`, `blocks.json`. Returns bits, bytes and output error.
 
-    pipeline: its denoiser is the student, in fp32, tuned in place. teacher: the original; both on `device`.
+    pipeline: its denoiser is the student, in fp32, tuned in place. teacher: in full precision; both on `device`.
     """
     student = denoiser_of(pipeline)
     specs = [layer.spec for layer in quantized_layers(student).values()]

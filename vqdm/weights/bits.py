@@ -12,10 +12,10 @@ from vqdm.weights.base import QuantizedWeight, SharedPart
 class BitCounts:
     """Three bit counts of a denoiser, and its bytes.
 
-    bits_per_weight: everything stored ÷ the original denoiser's parameters.
+    bits_per_weight: everything stored ÷ the full-precision denoiser's parameters.
     bits_quantized: quantized weights with all their scales and codebooks ÷ the weights they stand for (16 if there are
     none). bits_as_in_paper: codes, fp16 codebooks and the 16-bit weights of the other Linear and Conv layers ÷ the
-    original parameters (no scales, biases, norms; 16 if nothing is quantized). bytes: those of all tensors.
+    full-precision parameters (no scales, biases, norms; 16 if nothing is quantized). bytes: those of all tensors.
     """
 
     bits_per_weight: float
@@ -39,15 +39,15 @@ def count_bits(denoiser: nn.Module) -> BitCounts:
     shared = [module for module in denoiser.modules() if isinstance(module, SharedPart)]
     coded = [*quantized, *shared]
     weights = sum(weight.shape[0] * weight.shape[1] for weight in quantized)
-    original = weights + sum(p.numel() for p in _others(denoiser, coded))
-    if original == 0:
+    parameters = weights + sum(p.numel() for p in _others(denoiser, coded))
+    if parameters == 0:
         raise ValueError("a denoiser without parameters has no bits per weight")
     total = tensor_bytes(_state(denoiser))
     in_paper = sum(weight.paper_bits() for weight in quantized) + 8 * tensor_bytes(_states(shared))
     return BitCounts(
-        bits_per_weight=8 * total / original,
+        bits_per_weight=8 * total / parameters,
         bits_quantized=8 * tensor_bytes(_states(coded)) / weights if weights else 16.0,
-        bits_as_in_paper=(in_paper + 16 * _unquantized_weights(denoiser)) / original if weights else 16.0,
+        bits_as_in_paper=(in_paper + 16 * _unquantized_weights(denoiser)) / parameters if weights else 16.0,
         bytes=total,
     )
 
@@ -61,7 +61,7 @@ def _states(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _others(denoiser: nn.Module, coded: Iterable[nn.Module]) -> list[Tensor]:
-    """The parameters that the original denoiser has too, outside of quantized weights and shared parts."""
+    """The parameters that the full-precision denoiser has too, outside of quantized weights and shared parts."""
     new = {id(parameter) for module in coded for parameter in module.parameters()}
     return [parameter for parameter in denoiser.parameters() if id(parameter) not in new]
 

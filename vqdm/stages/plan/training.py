@@ -242,8 +242,8 @@ def _loss(denoiser, teacher, arguments: dict, target: Tensor, *, config, rows_ea
         if watched:
             with torch.no_grad():
                 play(teacher, denoiser_inputs(teacher, batch=len(target), size=size))
-            student, original = (found.take() for found in outputs)
-            errors = errors + config.feature_weight * feature_errors(student, original, rows_each=rows_each)
+            seen = [found.take() for found in outputs]
+            errors = errors + config.feature_weight * feature_errors(*seen, rows_each=rows_each)
     return errors.sum()
 
 
