@@ -45,7 +45,7 @@ Licence: {licence}
 
 
 def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str | None) -> str:
-    """The card as Markdown with the hub's front matter. base: origin of the full-precision model, a hub id or a directory.
+    """The card as Markdown with the hub's front matter. base: full precision, a hub id or a directory.
 
     A quantized model that is saved again keeps the origin that its own card names.
     """
