@@ -340,17 +340,13 @@ def _matches(relative: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _remove_scratch(directory: Path, scratch: tuple[str, ...]) -> None:
-    """Remove the scratch files of a stage that is done, also those that a kill left.
-
-    Older manifests list such files, and a listed file that is gone is a fault: those stay.
-    """
-    if not any(_matches(relative, scratch) for relative in _files(directory)):
+    """Remove the scratch files of a stage that is done, but for those that an older manifest lists as its files."""
+    if not (found := [relative for relative in _files(directory) if _matches(relative, scratch)]):
         return
     with locked(directory):  # a process that makes the stage anew may hold it; then its manifest is what counts
         manifest = json.loads((directory / MANIFEST).read_bytes())
-        for relative in _files(directory):
-            if _matches(relative, scratch) and relative not in manifest["files"]:
-                (directory / relative).unlink(missing_ok=True)
+        for relative in set(found) - set(manifest["files"]):
+            (directory / relative).unlink(missing_ok=True)
         for folder in {(directory / pattern).parent for pattern in scratch} - {directory}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
