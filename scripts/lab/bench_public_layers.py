@@ -44,7 +44,6 @@ from public_networks import Inputs, Moments, Network, NotInstalled
 
 import vqdm
 from vqdm.codecs import additive, gptq, rtn, trellis
-from vqdm.config.options import QuantizeConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
 from vqdm.runs.files import atomic_write
@@ -69,23 +68,15 @@ LARGE = 1 << 16  # weights of a layer for which additive codes' own codebooks ma
 
 
 def encode(codec: str, weight: Tensor, hessian: Tensor, bits: float, layer: str) -> QuantizedWeight:
-    """One of DEFAULT_BITS, with the options of conf/quantize/."""
+    """One of DEFAULT_BITS, with the options of conf/quantize/, most of which are the codecs' own defaults."""
     if codec == "rtn":
         return rtn.encode(weight, hessian, bits=int(bits), layer=layer)
     if codec == "gptq":
         return gptq.encode(weight, hessian, bits=int(bits), clip="hessian", damping=0.001, layer=layer)
-    damping = QuantizeConfig.damping
     if codec.startswith("trellis"):
-        return trellis.encode(weight, hessian, bits=bits, table=trellis_table(), damping=damping, layer=layer)
-    return additive.encode(
-        weight,
-        hessian,
-        num_codebooks=int(bits),
-        beam_size=QuantizeConfig.beam_size,
-        damping=damping,
-        generator=torch_generator(0, "encode", layer),
-        layer=layer,
-    )
+        return trellis.encode(weight, hessian, bits=bits, table=trellis_table(), layer=layer)
+    generator = torch_generator(0, "encode", layer)
+    return additive.encode(weight, hessian, num_codebooks=int(bits), generator=generator, layer=layer)
 
 
 def measure(layer: Layer, codec: str, bits: float) -> dict:
