@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 from vqdm.errors import UserError
-from vqdm.hub.pipelines import quiet_diffusers
+from vqdm.hub.pipelines import check_saved, naming, quiet_diffusers
+from vqdm.models.finite import check_finite
+from vqdm.models.foreign import json_object, loading
 from vqdm.models.loader import denoiser_of
-from vqdm.models.location import check_pipeline_directory
+from vqdm.models.location import check_pipeline_directory, denoiser_directory
+from vqdm.models.parts import check_parts
 
 
 def export_plain(source: Path, target: Path, *, dtype: torch.dtype = torch.float16) -> None:
@@ -21,13 +24,15 @@ def export_plain(source: Path, target: Path, *, dtype: torch.dtype = torch.float
 
     if target.exists():
         raise UserError(f"{target} exists already; give another place")
-    check_pipeline_directory(source)
+    part = denoiser_directory(check_parts(check_pipeline_directory(source)))
+    if not json_object(part / "config.json").get("quantization_config"):
+        raise UserError(f"{source} is not quantized: it is a plain pipeline already")
+    check_saved(part)
     with quiet_diffusers():
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=True)
-        denoiser = denoiser_of(pipeline)
-        if not getattr(denoiser, "is_quantized", False):
-            raise UserError(f"{source} is not quantized: it is a plain pipeline already")
-        denoiser.dequantize()
+        with naming(source), loading(source, "a compressed pipeline"):
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=True)
+        denoiser_of(pipeline).dequantize()
+        check_finite(pipeline, source)
         pipeline.save_pretrained(target)
 
 

@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from vqdm.errors import UserError
+from vqdm.models.finite import check_finite
+from vqdm.models.foreign import loading
 from vqdm.models.location import check_pipeline_directory
 from vqdm.models.original_keys import COMPONENTS, to_original
+from vqdm.models.parts import check_parts
 from vqdm.runs.files import TEMPORARY_SUFFIX, full_disk_is_mendable
 
 
@@ -24,13 +27,12 @@ def original_weights(directory: Path, *, dtype: torch.dtype, variant: str | None
     """{original key: tensor} of the U-Net, the VAE and both text encoders."""
     from diffusers import DiffusionPipeline
 
-    check_pipeline_directory(directory)
-    try:
+    check_parts(check_pipeline_directory(directory), variant=variant)
+    with loading(directory):
         pipeline = DiffusionPipeline.from_pretrained(
             directory, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} cannot be loaded as a pipeline: {str(error).splitlines()[0]}") from error
+    check_finite(pipeline, directory)
     absent = [name for name in COMPONENTS if getattr(pipeline, name, None) is None]
     if absent:
         raise UserError(f"{directory} has no {', '.join(absent)}; give an SDXL-type pipeline directory")

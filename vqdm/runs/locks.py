@@ -11,6 +11,7 @@ from vqdm.errors import UserError
 from vqdm.runs.files import full_disk_is_mendable
 
 LOCK = ".lock"
+PRUNED_AT_MOST = 100  # times in a row that a directory may go between its making and its lock
 log = logging.getLogger("vqdm")
 
 
@@ -45,9 +46,9 @@ def lock_if_free(directory: Path) -> Iterator[bool]:
 def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
     """Acquire the lock and return True, or False when time runs out.
 
-    Starts over if the directory was pruned meanwhile.
+    Starts over if the directory was pruned meanwhile. UserError where none can ever be made, as in /proc.
     """
-    while True:
+    for _ in range(PRUNED_AT_MOST):
         try:
             with _unwritable_is_mendable(directory):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -59,6 +60,7 @@ def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
         if (directory / LOCK).exists():
             return True
         lock.release()  # the locked file was renamed away with its directory
+    raise UserError(f"cannot make {directory}: no such place; give another one (results_dir=…)")
 
 
 @contextmanager
