@@ -207,13 +207,16 @@ def image_to_image(pipeline):
 
 IMPOSSIBLE = [
     ({"scheme": "magic"}, "is no scheme"),
-    ({"scheme": "rtn0"}, "must be at least 1"),
+    ({"scheme": "rtn0"}, "bits=0 must be 1 to 8"),
     ({"scheme": "rtn4g64"}, "group_size 64 does not divide in_features 288"),
     ({"prompts": [""]}, "strings with text"),
     ({"layers": "nothing_like_this"}, "selects no layer"),
     ({"steps": 0}, "steps=0"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"recorded_steps": 0}, "recorded_steps=0"),
+    ({"steps": 1001}, "steps=1001: .* 1000 timesteps"),
+    ({"size": 33}, "size=33 must be a multiple of"),
+    ({"guidance": float("nan")}, "guidance=nan"),
 ]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from vqdm.codecs.allocation import planned_bits
 from vqdm.config.codecs import QuantizeConfig, parse_scheme
 from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
+from vqdm.config.ranges import check_fields
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checksum
 from vqdm.hub.pipelines import set_decode
@@ -57,15 +58,14 @@ def compress(
     config.check()
     if config.kind == "none" or config.sensitivity() is not None:
         raise UserError("vqdm.compress quantizes with uniform bits; allocation=sensitivity is for run.py")
+    denoiser_of(pipeline)
     parameters = call_parameters(pipeline)
     _take_out_of_compile(pipeline)
     _check_denoiser(denoiser_of(pipeline), config, layers=layers)
     check_on_device(pipeline)
+    _check_dtypes(pipeline)
     check_finite(pipeline, type(pipeline).__name__)
     check_storable(denoiser_of(pipeline), layer_specs(denoiser_of(pipeline), pattern=layers))
-    for name, value in {"steps": steps, "recorded_steps": recorded_steps, "batch_size": batch_size}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
     chosen = load_prompts(source="builtin", n=64) if prompts is None else prompt_list(prompts)
     sampler = SamplerConfig(
         scheduler=NATIVE,
@@ -74,6 +74,9 @@ def compress(
         size=size,
     )
     calibration = CalibrationConfig(recorded_steps=recorded_steps, batch_size=batch_size)
+    for options in (sampler, calibration):
+        check_fields(options, "")
+    _check_sampler(pipeline, sampler)
     model = ModelConfig(layers=layers, sampler=sampler)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         if folder is not None:
@@ -93,6 +96,29 @@ def compress(
         )
     set_decode(denoiser_of(pipeline), "per_call")
     return pipeline
+
+
+def _check_sampler(pipeline, sampler: SamplerConfig) -> None:
+    """UserError for more steps than the scheduler was trained with, and for sizes that the VAE does not make."""
+    trained, unit = pipeline.scheduler.config.get("num_train_timesteps", 1000), getattr(pipeline, "vae_scale_factor", 1)
+    if sampler.steps > trained:
+        raise UserError(
+            f"steps={sampler.steps}: the pipeline's scheduler was trained with {trained} timesteps, not more"
+        )
+    if sampler.size is not None and sampler.size % unit:
+        raise UserError(f"size={sampler.size} must be a multiple of {unit}, the scale of the pipeline's VAE")
+
+
+def _check_dtypes(pipeline) -> None:
+    """UserError for text encoders in another dtype than the U-Net that reads them; transformers cast what they get."""
+    if denoiser_part(pipeline) != "unet":
+        return
+    for part, module in pipeline.components.items():
+        if part.startswith("text_encoder") and module is not None and module.dtype != pipeline.unet.dtype:
+            raise UserError(
+                f"the pipeline's {part} is in {module.dtype} and its unet in {pipeline.unet.dtype}: load all with one "
+                f"dtype, or cast the text encoders (pipeline.{part}.to({pipeline.unet.dtype}))"
+            )
 
 
 def _take_out_of_compile(pipeline) -> None:
