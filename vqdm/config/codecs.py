@@ -18,6 +18,8 @@ class QuantizeConfig:
     kind: str = "none"  # key of OPTIONS; follows from the group (quantize=rtn) or the class, never given by hand
     bits: float = number(4, least=1, most=16)  # per weight
     seed: int = number(0, least=0, most=SEEDS)  # of what a codec draws, and of the tokens its Hessians take
+    # of a denoiser call that one Hessian takes; None: all. Here since large models' experiments set it for any codec
+    tokens_per_call: int | None = number(None, least=1)
 
     short: ClassVar[str] = "fp"  # what names and folders begin with: rtn4, vq3
 
@@ -46,14 +48,15 @@ class QuantizeConfig:
 
     def settings(self) -> dict:
         """What of these can change the quantized weights: they enter the stage's fingerprint."""
-        return asdict(self)
+        unused = () if isinstance(self, HessianOptions) else ("tokens_per_call",)
+        return {key: value for key, value in asdict(self).items() if key not in unused}
 
     def sensitivity(self) -> dict | None:
         """What enters the fingerprint of the sensitivity stage; None where bits are not given to layers by it."""
         return None
 
 
-def _check_whole_bits(config: QuantizeConfig) -> None:
+def check_whole_bits(config: QuantizeConfig) -> None:
     if config.bits != int(config.bits):
         raise UserError(
             f"quantize.bits={config.bits:g} must be a whole number for {config.kind}; quantize=trellis takes any"
@@ -70,15 +73,14 @@ class ScalarOptions(QuantizeConfig):
 
     def check(self) -> None:
         super().check()
-        _check_whole_bits(self)
+        check_whole_bits(self)
 
 
 @dataclass(kw_only=True)
 class HessianOptions:
-    """Where the Hessian of a layer's inputs comes from."""
+    """Where the Hessian of a layer's inputs comes from; `seed` and `tokens_per_call` are its draw of tokens."""
 
     hessian_from: str = choice("teacher", "student")  # recorded calls | its own sampling, block after block (paper)
-    tokens_per_call: int | None = number(None, least=1)  # of a denoiser call that one Hessian takes; None: all
     damping: float = number(0.01, least=0, most=100)  # added to the Hessian's diagonal, in parts of its mean
 
 
@@ -90,7 +92,8 @@ class RtnConfig(HessianOptions, ScalarOptions):
     short: ClassVar[str] = "rtn"
 
     def settings(self) -> dict:
-        unused = () if self.clip == "hessian" else ("seed", *(field.name for field in fields(HessianOptions)))
+        of_hessian = ("seed", "tokens_per_call", *(field.name for field in fields(HessianOptions)))
+        unused = () if self.clip == "hessian" else of_hessian
         return {key: value for key, value in super().settings().items() if key not in unused}
 
 
@@ -145,7 +148,7 @@ class AdditiveConfig(HessianOptions, QuantizeConfig):
 
     def check(self) -> None:
         super().check()
-        _check_whole_bits(self)
+        check_whole_bits(self)
         if self.bits * self.group_size % self.codebook_bits:
             raise UserError(
                 f"quantize.bits={self.bits:g} with group_size={self.group_size} is no whole number of "
