@@ -111,6 +111,7 @@ def test_the_recipe_has_all_its_steps():
     ]
 
 
+@pytest.mark.slow
 def test_a_made_up_codec_is_planned_encoded_saved_loaded_distilled(package, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
