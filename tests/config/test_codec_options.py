@@ -83,8 +83,8 @@ def test_names_give_bits_and_groups():
         (["quantize=trellis3", "quantize.row_exponent=nan"], "quantize.row_exponent=nan"),
         (["quantize=additive", "quantize.beam_size=0"], "quantize.beam_size=0 must be 1 to 4096"),
         (["quantize=adaround", "quantize.iterations=-1"], "quantize.iterations=-1 must be 1 to"),
-        (["model.rescale.sigma=nan"], "model.rescale.sigma=nan must be a finite number"),
-        (["model.sampler.guidance=inf"], "model.sampler.guidance=inf must be a finite number"),
+        (["model.rescale.sigma=nan"], "model.rescale.sigma=nan must be"),
+        (["model.sampler.guidance=inf"], "model.sampler.guidance=inf must be"),
     ],
 )
 def test_what_is_no_option_is_refused_in_one_line(overrides, said, compose):
