@@ -71,6 +71,11 @@ def test_a_single_file_becomes_a_pipeline_that_diffusers_loads(compressed):
         "license" not in (output / "README.md").read_text()
         and "rtn4 (118 layers)" in (output / "README.md").read_text()
     )
+
+
+@pytest.mark.slow
+def test_a_process_that_knows_only_vqdm_and_diffusers_makes_the_same_image(compressed):
+    output = compressed[0]
     code = f"""
 import vqdm, torch
 from diffusers import DiffusionPipeline
@@ -89,6 +94,7 @@ made.images[0].save({str(output.parent / "image.png")!r})
     assert np.abs(found - image(pipeline)).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_readmes_lines_go_from_load_to_image(compressed, tmp_path):
     readme = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(import vqdm\n.*?)```", readme, re.DOTALL)[1]

@@ -54,7 +54,15 @@ def checkout(tmp_path_factory) -> Checkout:
     return Checkout(tmp_path_factory.mktemp("checkout"), RULES)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:90])
+def pytest_generate_tests(metafunc):
+    """Every command; by default those that end at once. What has no rule is run, and fails, at once."""
+    if "command" in metafunc.fixturenames:
+        matching = {c: [rule for rule in RULES if re.fullmatch(rule.pattern, c)] for c in COMMANDS}
+        slow = {c for c, rules in matching.items() if rules and not rules[0].ends_at_once(c)}
+        cases = [pytest.param(c, marks=pytest.mark.slow if c in slow else (), id=c[:90]) for c in COMMANDS]
+        metafunc.parametrize("command", cases)
+
+
 def test_the_command_does_what_the_page_says(command, checkout):
     done = checkout.execute(command)
     checkout.rule_of(command).check(done)
@@ -530,6 +538,7 @@ print(len(quantized_layers(UNet2DConditionModel.{from_pretrained})))
 """
 
 
+@pytest.mark.slow
 def test_the_readmes_python_does_what_it_says(checkout):
     """The block makes an image of the model that the commands have written; then the expressions of the prose run.
 

@@ -1,4 +1,4 @@
-"""The whole way, as a user goes it: run.py in a process of its own, on the shipped tiny model."""
+"""The whole way, as a user goes it: run.py on the shipped tiny model."""
 
 import csv
 import json
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_world import ROOT, SMALL, command, environment, run
+from tiny_world import ROOT, SMALL, command, environment, run, run_process
 
 demo = pytest.mark.xdist_group("demo")  # tests that share one finished demo run in one process
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"  # in the directory of a quantize stage
+FEW = (*SMALL, r"model.layers='(up_blocks\.0\.resnets\.0\.conv1|mid_block.*to_q)$'")  # of the denoiser's 118 layers, 3
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -22,6 +23,15 @@ SHARED = ROOT.parent / "shared" / "data"
 def finished(tmp_path_factory) -> Path:
     """The results of one small demo."""
     results = tmp_path_factory.mktemp("demo")
+    done = run("+experiment=demo", *FEW, f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
+    return results
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """The results of the demo on every layer."""
+    results = tmp_path_factory.mktemp("whole")
     done = run("+experiment=demo", *SMALL, f"results_dir={results}")
     assert done.returncode == 0, done.stderr
     return results
@@ -33,7 +43,9 @@ def _table(results: Path) -> list[dict]:
 
 
 @demo
-def test_the_demo_writes_its_table(finished):
+@pytest.mark.parametrize("made", ["finished", pytest.param("whole", marks=pytest.mark.slow)])
+def test_the_demo_writes_its_table(made, request):
+    finished = request.getfixturevalue(made)
     rows = _table(finished)
     assert [row["method"] for row in rows] == [
         "full precision",
@@ -52,7 +64,9 @@ def test_the_demo_writes_its_table(finished):
 
 
 @demo
-def test_bits_are_those_of_the_file_on_disk(finished):
+@pytest.mark.parametrize("made", ["finished", pytest.param("whole", marks=pytest.mark.slow)])
+def test_bits_are_those_of_the_file_on_disk(made, request):
+    finished = request.getfixturevalue(made)
     for row in _table(finished)[1:]:
         runs = [json.loads(path.read_text()) for path in (finished / "runs").rglob("*.json")]
         record = next(r for r in runs if r["method"] == row["method"])
@@ -66,7 +80,7 @@ def test_bits_are_those_of_the_file_on_disk(finished):
 def test_a_second_run_makes_nothing_again(finished):
     before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
     table = (finished / "tables" / "demo.csv").read_bytes()
-    done = run("+experiment=demo", *SMALL, f"results_dir={finished}")
+    done = run("+experiment=demo", *FEW, f"results_dir={finished}")
     assert done.returncode == 0, done.stderr
     after = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
     assert after == before
@@ -89,25 +103,26 @@ def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
         good = file.read_bytes()
         middle = len(good) // 2
         file.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
-        done = run("+experiment=demo", *SMALL, f"results_dir={finished}")
+        done = run("+experiment=demo", *FEW, f"results_dir={finished}")
         assert done.returncode == 0, done.stderr
         assert file.parent.parent.name in done.stderr or file.parent.name in done.stderr
         assert _data(file.read_bytes()) == _data(good)
     assert (finished / "tables" / "demo.csv").read_bytes() == table
 
 
+@pytest.mark.slow
 @demo
 def test_killed_twice_the_table_is_the_same(finished, tmp_path):
     pause = random.Random(0)
     for _ in range(2):
         process = subprocess.Popen(
-            command("+experiment=demo", *SMALL, f"results_dir={tmp_path}"), cwd=ROOT, env=environment(),
+            command("+experiment=demo", *FEW, f"results_dir={tmp_path}"), cwd=ROOT, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         time.sleep(pause.uniform(4, 12))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = run("+experiment=demo", *SMALL, f"results_dir={tmp_path}")
+    done = run("+experiment=demo", *FEW, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tables" / "demo.csv").read_bytes() == (finished / "tables" / "demo.csv").read_bytes()
 
@@ -126,23 +141,25 @@ def test_more_images_keep_those_that_are_there(finished):
 
 @demo
 def test_plan_lists_what_is_done(finished):
-    done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "plan=true")
+    done = run("+experiment=tiny_rtn4", *FEW, f"results_dir={finished}", "plan=true")
     lines = [line for line in done.stdout.splitlines() if "/stages/" in line]
     names = ["calibrate", "quantize", "generate", "generate", "features", "features", "features", "evaluate"]
     assert [line.split()[0] for line in lines] == names
     assert all(line.split()[1] == "done" for line in lines)
-    done = run("+experiment=tiny_rtn4", *SMALL, f"results_dir={finished}", "quantize.bits=2", "plan=true")
+    done = run("+experiment=tiny_rtn4", *FEW, f"results_dir={finished}", "quantize.bits=2", "plan=true")
     states = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if "/tiny-rtn2-" in line}
     assert states == {"quantize": "to", "generate": "to", "features": "to", "evaluate": "to"}
 
 
+@pytest.mark.slow
 @demo
 def test_another_model_writes_another_table(finished):
-    done = run("+experiment=demo", *SMALL, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={finished}")
+    done = run("+experiment=demo", *FEW, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={finished}")
     assert done.returncode == 0, done.stderr
     assert (finished / "tables" / "demo-tiny_outlier.csv").is_file()
 
 
+@pytest.mark.slow
 def test_the_turbo_experiment_runs(tmp_path):
     done = run("+experiment=tiny_turbo_vq3", *SMALL, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -157,6 +174,7 @@ def test_tiny_train_runs_in_seconds(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_pipeline(tmp_path):
     start = ROOT / "vqdm" / "models" / "tiny"
     smoke = ("tiny_train=smoke", f"tiny_train.init_from={start}", "threads=1")
@@ -235,9 +253,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line_before_any_work(case, tmp_path):
+def test_bad_input_gets_one_line_before_any_work(case, tmp_path, monkeypatch):
     make, said = BAD[case]
-    done = run(*make(tmp_path), "tracker=none", f"results_dir={tmp_path / 'results'}", HF_HOME=str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = run(*make(tmp_path), "tracker=none", f"results_dir={tmp_path / 'results'}")
     assert done.returncode != 0
     assert said in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -246,6 +265,7 @@ def test_bad_input_gets_one_line_before_any_work(case, tmp_path):
     assert not list((tmp_path / "results").glob("stages/*/*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_nothing_half_written_counts(tmp_path):
     """A limit on the size of files stands for a full disk; without it the same command completes."""
     results = tmp_path / "results"
@@ -259,6 +279,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_counts(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
     both = [
         subprocess.Popen(
@@ -280,6 +301,6 @@ def test_an_unsupported_python_is_one_line(tmp_path):
     fake = tmp_path / "sitecustomize.py"
     fake.write_text("import sys\nsys.version_info = (3, 10, 0, 'final', 0)\n")
     extra = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = run("+experiment=demo", **extra)
+    done = run_process("+experiment=demo", **extra)
     assert done.returncode != 0
     assert done.stderr.startswith("vqdm needs Python 3.11") and len(done.stderr.splitlines()) == 1

@@ -193,6 +193,7 @@ def test_an_image_of_two_captions_counts_once(folder, weights, unpublished, tmp_
     refused("name their image", [folder], tmp_path / "other", weights, *more)
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_it_writes_the_same_files(folder, weights, tmp_path):
     def start(out):
         arguments = [str(folder), "--out", str(out), "--weights", str(weights), "--device", "cpu"]

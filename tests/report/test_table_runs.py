@@ -37,8 +37,9 @@ def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path):
         (["row=table1_tiny_fp"], "give table=NAME"),
     ],
 )
-def test_what_cannot_run_is_one_line(arguments, said, tmp_path):
-    done = run(*arguments, "tracker=none", f"results_dir={tmp_path}", HF_HOME=str(tmp_path / "hub"))
+def test_what_cannot_run_is_one_line(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = run(*arguments, "tracker=none", f"results_dir={tmp_path}")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode != 0 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ") and said in lines[0]

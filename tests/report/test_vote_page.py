@@ -97,7 +97,7 @@ def test_from_the_first_pair_to_the_file_by_keyboard_alone(browser_page, study, 
     assert {vote.pair: vote.choice for vote in ballot.votes} == {
         t.pair: t.expected or ("left" if t.left == "clean_run" else "right") for t in trials
     }
-    assert all(300 <= vote.ms < 20_000 for vote in ballot.votes)
+    assert all(vote.ms >= 300 for vote in ballot.votes)
 
 
 def test_undo_reload_and_saving_in_between(browser_page, study, tmp_path):

@@ -85,6 +85,7 @@ def torchrun(count: int = 2) -> list[str]:
     return ["torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(free_port())]
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(whole, tmp_path):
     results = fresh(whole, tmp_path)
     done = launched(torchrun(), *SMALL, *OWN, *SCORED, f"results_dir={results}")
@@ -106,6 +107,7 @@ def test_two_processes_make_what_one_makes(whole, tmp_path):
     assert done.stderr.count("finished in") == 1 and done.stderr.count("finetuned in") == 1, "one speaks"
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it_too(whole, tmp_path):
     results = fresh(whole, tmp_path)
     launcher = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", str(free_port())]
@@ -122,6 +124,7 @@ def files_of(results: Path, *patterns: str) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_three_processes_share_images_and_features_and_make_the_same_files(tmp_path):
     """22 images in batches of 4: each process makes other batches, and the last is not full."""
     how = (
@@ -147,6 +150,7 @@ def test_what_two_cannot_share_is_refused_at_once(tmp_path):
     assert not list(tmp_path.glob("stages/*"))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_weights(whole, tmp_path):
     results = fresh(whole, tmp_path)
     arguments = (*SMALL, *OWN, *SCORED, f"results_dir={results}")

@@ -11,7 +11,7 @@ import hydra
 import psutil
 import pytest
 from safetensors.torch import load_file
-from tiny_world import ROOT, command, environment, run
+from tiny_world import ROOT, command, environment, run, run_process
 
 from vqdm.config.compose import register_schemas
 from vqdm.runs.sweeps import failures, job_label, jobs_of_sweep, run_job, sweep_name, write_sweep
@@ -64,6 +64,7 @@ def _times(results: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in (results / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_six_jobs_on_two_workers_one_killed_and_the_same_command_again(tmp_path):
     results = tmp_path / "swept"
     arguments = command(*SIX, *TWO_WORKERS, f"results_dir={results}")
@@ -84,7 +85,7 @@ def test_six_jobs_on_two_workers_one_killed_and_the_same_command_again(tmp_path)
         assert sum(shared in log for log in logs) == 1, f"{shared} is made once"
 
     before = _times(results)
-    again = run(*SIX, *TWO_WORKERS, f"results_dir={results}")
+    again = run_process(*SIX, *TWO_WORKERS, f"results_dir={results}")
     assert again.returncode == 0, again.stderr
     assert not failures(_sweep(results))
     swept = [json.loads((results / job["run"]).read_text()) for job in jobs_of_sweep(_sweep(results))]
@@ -114,10 +115,12 @@ def _same_results(one: Path, other: Path, directories: dict[str, str]) -> None:
     assert all(weights[name].equal(others[name]) for name in weights)
 
 
-@pytest.mark.parametrize("launcher", ["basic", "parallel", "slurm_here"])
+@pytest.mark.parametrize(
+    "launcher", ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("parallel", "slurm_here"))]
+)
 def test_a_job_that_fails_leaves_the_others_and_the_exit_code_says_so(launcher, tmp_path):
     arguments = ("+experiment=tiny_codec", "quantize=rtn", "quantize.bits=9,3", "plan=true", f"results_dir={tmp_path}")
-    done = run("--multirun", *arguments, f"hydra/launcher={launcher}")
+    done = run_process("--multirun", *arguments, f"hydra/launcher={launcher}")
     assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: job")]
     assert len(lines) == 1, done.stderr
@@ -130,6 +133,7 @@ def test_a_job_that_fails_leaves_the_others_and_the_exit_code_says_so(launcher, 
     assert "tiny-rtn3-" in printed, "the other job has run"
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_the_launchers_error_in_one_line(tmp_path):
     arguments = command(*SIX, *TWO_WORKERS, f"results_dir={tmp_path}")
     with subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as sweep:
@@ -142,6 +146,7 @@ def test_a_worker_that_dies_is_the_launchers_error_in_one_line(tmp_path):
     assert "error: job 0 (quantize.clip=mse quantize.bits=2): has not said how it ended" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_stopped_stops_its_job(number, tmp_path):
     arguments = command(*SIX, f"results_dir={tmp_path}")
@@ -164,9 +169,10 @@ def test_every_launcher_composes(name):
     assert composed.hydra.launcher._target_.endswith("Launcher")
 
 
+@pytest.mark.slow
 def test_a_value_with_quotes_and_commas_goes_through_and_names_the_row(tmp_path):
     layers = r"model.layers='.*conv(1|2)','.*\.to_(q|k)'"
-    done = run("--multirun", "+experiment=tiny_rtn4", layers, "plan=true", f"results_dir={tmp_path}")
+    done = run_process("--multirun", "+experiment=tiny_rtn4", layers, "plan=true", f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     first, second = jobs_of_sweep(_sweep(tmp_path))
     assert (first["label"], second["label"]) == ("model.layers='.*conv(1|2)'", r"model.layers='.*\.to_(q|k)'")

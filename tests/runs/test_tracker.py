@@ -254,6 +254,7 @@ def test_an_experiment_that_fails_finishes_its_run(no_network, tmp_path):
     assert any("quantize/bits_per_weight" in row for row in rows), "what was done before is there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT to all"])
 def test_an_experiment_that_is_interrupted_finishes_its_run(stop, no_network, tmp_path):
     arguments = ("+experiment=tiny_rtn4", "evaluate.prompts.n=512", "calibration.n=2", "threads=1")
