@@ -112,19 +112,19 @@ def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
 
 @pytest.mark.slow
 @demo
-def test_killed_twice_the_table_is_the_same(finished, tmp_path):
+def test_killed_twice_the_table_is_the_same(whole, tmp_path):
     pause = random.Random(0)
     for _ in range(2):
         process = subprocess.Popen(
-            command("+experiment=demo", *FEW, f"results_dir={tmp_path}"), cwd=ROOT, env=environment(),
+            command("+experiment=demo", *SMALL, f"results_dir={tmp_path}"), cwd=ROOT, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         time.sleep(pause.uniform(4, 12))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = run("+experiment=demo", *FEW, f"results_dir={tmp_path}")
+    done = run("+experiment=demo", *SMALL, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tables" / "demo.csv").read_bytes() == (finished / "tables" / "demo.csv").read_bytes()
+    assert (tmp_path / "tables" / "demo.csv").read_bytes() == (whole / "tables" / "demo.csv").read_bytes()
 
 
 @demo
@@ -153,10 +153,10 @@ def test_plan_lists_what_is_done(finished):
 
 @pytest.mark.slow
 @demo
-def test_another_model_writes_another_table(finished):
-    done = run("+experiment=demo", *FEW, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={finished}")
+def test_another_model_writes_another_table(whole):
+    done = run("+experiment=demo", *SMALL, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={whole}")
     assert done.returncode == 0, done.stderr
-    assert (finished / "tables" / "demo-tiny_outlier.csv").is_file()
+    assert (whole / "tables" / "demo-tiny_outlier.csv").is_file()
 
 
 @pytest.mark.slow
