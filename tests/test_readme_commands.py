@@ -479,12 +479,12 @@ def shapes_of_sdxls_layers_are_timed(done: Done):
     assert (pd.read_csv(done.place / "results" / "tables" / "bench_sdxl_layers.csv")["seconds"] > 0).all()
 
 
-@rule(r"python run\.py \+experiment=sdxl_vq3 finetune=paper plan=true")
+@rule(r"python run\.py \+experiment=sdxl_vq3 finetune=paper plan=true plan_for=h100")
 def distillation_as_in_the_paper_is_planned(done: Done):
     said = next(line for line in done.out.splitlines() if line.split()[:1] == ["finetune"])
-    assert "= 102,400 samples" in said and "on a GPU 6.6 GiB" in said
-    assert "15 GPU-hours" in said and "assumed: 200 TFLOP/s" in said
-    assert "102,400 samples, 6.6 GiB on a GPU and 15 GPU-hours at an assumed 200 TFLOP/s" in one_line(README)
+    assert "= 102,400 samples" in said and "6.6 GiB on the device" in said
+    assert "6.6 GPU-hours" in said and "estimate: 0.4 × H100" in said
+    assert "102,400 samples, 6.6 GiB on the GPU, an estimated 6.6 GPU-hours" in one_line(README)
 
 
 # The tiny model

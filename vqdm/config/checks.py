@@ -4,6 +4,7 @@ import dataclasses
 
 from vqdm.config.options import (
     METRIC_FAMILIES,
+    PLAN_CARDS,
     PROMPT_ORDERS,
     PROMPT_SOURCES,
     Config,
@@ -50,6 +51,7 @@ def check(config: Config) -> None:
         if _value(config, key) not in choices:
             known = ", ".join("null" if choice is None else choice for choice in choices)
             raise UserError(f"{key}={_value(config, key)!r} is not one of {known}")
+    _check_plan_for(config)
     for key in ("calibration", "evaluate.prompts", "finetune.trajectories"):
         prompts = _value(config, key)
         if prompts.source == "file" and prompts.path is None:
@@ -68,6 +70,17 @@ def check(config: Config) -> None:
     check_finetune(config)
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
+
+
+def _check_plan_for(config: Config) -> None:
+    if config.plan_for is None:
+        return
+    if config.plan_for not in PLAN_CARDS:
+        raise UserError(f"plan_for={config.plan_for!r} is not one of {', '.join(PLAN_CARDS)}")
+    if not config.plan:
+        raise UserError(f"plan_for={config.plan_for} is for plan=true: a run is made on the machine at hand")
+    if config.device == "cpu":
+        raise UserError(f"plan_for={config.plan_for} plans for a GPU: leave device=cpu out, or plan_for")
 
 
 def _check_evaluate(config: EvaluateConfig) -> None:

@@ -15,6 +15,7 @@ PROMPT_ORDERS = ("first", "shuffled")
 METRIC_FAMILIES = (  # vqdm/metrics/families.py says what each yields and needs
     "tiny", "paired", "lpips", "fid_paper", "fid_standard", "cmmd", "clip_h14", "clip_l14", "pickscore", "hpsv2",
 )  # fmt: skip
+PLAN_CARDS = ("a100", "4090", "h100", "h200")  # vqdm/stages/plan/rates.py has their data sheets
 PAPER_PATTERN = (
     r"(down|mid|up)_blocks?.*(to_(q|k|v|out.0)|net\.(0\.proj|2)|conv(\d+|_shortcut)?|proj_(in|out))$"  # released code
 )
@@ -224,6 +225,7 @@ class Config:
     seeds: int | None = number(None, least=1, most=MOST)  # of a table's rows at most; None = as many as the table says
     method: str | None = None  # how tables call this row
     plan: bool = False  # only say what is done and what would run
+    plan_for: str | None = None  # plan=true: for a GPU that need not be here: PLAN_CARDS; None = this machine
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = number(None, least=1, most=1024)  # of torch on the CPU; None = all cores
     results_dir: str = "results"

@@ -29,7 +29,8 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise UserError(
-            f"device=cuda, but torch {torch.__version__} sees no GPU; use device=cpu or install a CUDA build"
+            f"device=cuda, but torch {torch.__version__} sees no GPU; use device=cpu or install a CUDA build; "
+            "to plan for a GPU that is not here, add plan=true plan_for=h100"
         )
     name = "cuda" if there and wanted != "cpu" else "cpu"
     processes.join(cpu=name == "cpu")

@@ -1,6 +1,5 @@
 """Rates, seconds and stages: invariants, and SDXL as a whole, on the meta device."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,100 +7,61 @@ import torch
 from unets import sdxl_unet, small_unet
 
 from vqdm.calibration.hessian import add_second_moment
-from vqdm.codecs import additive_kernels
-from vqdm.config.codecs import OPTIONS, AdaroundConfig, AdditiveConfig, GptqConfig, TrellisConfig
-from vqdm.config.options import CalibrationConfig, Config, EvaluateConfig, ModelConfig, SamplerConfig
-from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
-from vqdm.stages.plan import cost, encoding
-from vqdm.stages.plan.cost import guidance_factor, second_moment_cost, stage_costs
-from vqdm.stages.plan.encoding import (
-    CodecSpeed,
-    encode_seconds,
-    is_compiled,
-    layer_seconds,
-    probe_codec,
-    reference_speed,
+from vqdm.config.codecs import OPTIONS, GptqConfig, RtnConfig
+from vqdm.config.options import (
+    PLAN_CARDS,
+    CalibrationConfig,
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    SamplerConfig,
 )
+from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
+from vqdm.runs.files import write_sealed
+from vqdm.runs.store import Stage, Store
+from vqdm.stages.plan.cost import guidance_factor, least_encoding_flops, second_moment_cost, stage_costs
 from vqdm.stages.plan.forward import ForwardCost, measure
-from vqdm.stages.plan.probe import Hardware, Speeds, probe_hardware
+from vqdm.stages.plan.rates import CARDS, REACHED, Machine, Rates, machine_of
+from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import duration, gibibytes
 
-SPEEDS = Speeds(1e11, 1e11, 1e11, 1e10, 1e11)
-HARDWARE = Hardware(SPEEDS, SPEEDS, worker_matmul=1e11, worker_cholesky=5e10)
-TRELLIS = TrellisConfig(bits=3)
-ADDITIVE = AdditiveConfig(bits=3, group_size=8)
-GPTQ = GptqConfig(bits=4)
+CPU = Machine("cpu", 1)
+CORE = REACHED * 99e9  # FLOP/s
+
+
+def nothing_recorded(config):
+    return Recorded(None, config, "cpu")
 
 
 def test_seconds_are_work_over_rates():
-    speeds = Speeds(matmul=10, convolution=5, attention=2, writing=4, fp32_matmul=1)
-    assert speeds.seconds(ForwardCost(20, 10, 4, 4, 99)) == 2 + 2 + 2 + 1
+    assert Rates(flops=10, writing=4, origin="").seconds(ForwardCost(20, 10, 4, 4, 99)) == 3.4 + 1
 
 
-def test_rates_are_measured_once(tmp_path):
-    file = tmp_path / "cache" / "probe.json"
-    options = {"device": "cpu", "dtype": "float32", "threads": 1, "workers": 1, "cache": file}
-    first = probe_hardware(**options)
-    assert min(*dataclasses.astuple(first.sampling), first.worker_matmul, first.worker_cholesky) > 1e7
-    content = file.read_bytes()
-    assert probe_hardware(**options) == first
-    assert file.read_bytes() == content
-    speed = probe_codec(GPTQ, first, workers=1, cache=file)
-    assert speed.origin == "measured"
-    assert probe_codec(GPTQ, first, workers=1, cache=file) == speed
-    assert len(json.loads(file.read_text())) == 2
-    assert probe_codec(AdaroundConfig(), first, workers=1, cache=file) is None
-
-
-def test_a_broken_cache_is_made_anew(tmp_path):
-    file = tmp_path / "probe.json"
-    file.write_text("[1, 2")
-    probe_codec(GPTQ, HARDWARE, workers=1, cache=file)
-    assert len(json.loads(file.read_text())) == 1
-
-
-def test_codecs_that_are_not_compiled_take_the_reference(tmp_path, monkeypatch):
-    class Stats:
-        cache_path = str(tmp_path)
-
-    class Kernel:
-        stats = Stats
-
-    monkeypatch.setattr(additive_kernels, "search_groups", Kernel)
-    assert not is_compiled(TRELLIS) and not is_compiled(ADDITIVE) and is_compiled(GPTQ)
-    speed = probe_codec(TRELLIS, HARDWARE, workers=1, cache=tmp_path / "probe.json")
-    assert speed.origin == "reference machine"
-    assert not (tmp_path / "probe.json").exists()  # so that it is measured as soon as it can be
-    (tmp_path / "viterbi._search_column-1.py311.1.nbc").touch()
-    assert is_compiled(TRELLIS) and not is_compiled(ADDITIVE)
-
-
-def test_the_reference_follows_the_matrix_rate():
-    faster = dataclasses.replace(HARDWARE, worker_matmul=2 * HARDWARE.worker_matmul)
-    for config in (TRELLIS, ADDITIVE):
-        slow, fast = (reference_speed(config, hardware) for hardware in (HARDWARE, faster))
-        assert slow.weight == pytest.approx(2 * fast.weight)
-    wider = dataclasses.replace(ADDITIVE, beam_size=16)
-    assert reference_speed(wider, HARDWARE).weight > 1.5 * reference_speed(ADDITIVE, HARDWARE).weight
+def test_rates_of_cards_and_cores():
+    half, single = (Machine("cuda", 2, CARDS["a100"]).rates(dtype) for dtype in ("bfloat16", "float32"))
+    assert half.flops == REACHED * 312e12 and single.flops == REACHED * 19.5e12 and half.writing == 2.04e12
+    assert all("estimate" in rates.origin and "A100" in rates.origin for rates in (half, single))
+    two = Machine("cpu", 2)
+    assert two.rates("float16").flops == two.rates("float32").flops == 2 * CORE
+    assert two.rates("float32", threads=1).flops == CORE
 
 
 @pytest.mark.parametrize(
-    ("shape", "seconds"),
-    [((1280, 1280), 1.16), ((640, 2560), 1.65), ((320, 2880), 1.09), ((1280, 23040), 114.8), ((10240, 1280), 11.1)],
-)
-def test_trellis_seconds_of_the_reference_machine(shape, seconds):
-    """CPU seconds of `python scripts/bench_sdxl_layers.py --workers 2`, on the machine of encoding.REFERENCE."""
-    hardware = Hardware(SPEEDS, SPEEDS, worker_matmul=encoding.REFERENCE.matmul, worker_cholesky=5e10)
-    found = layer_seconds(shape, hardware, reference_speed(TRELLIS, hardware), config=TRELLIS)
-    assert seconds / 1.5 < found < seconds * 1.5
+    ("name", "found"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090"),
+     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA T4", None)],
+)  # fmt: skip
+def test_the_gpu_that_is_here_is_known_by_its_name(name, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    machine = machine_of("cuda", threads=1)
+    assert machine.card == CARDS.get(found)
+    assert (machine.rates("float16") is None) == ("plan_for" in machine.silence) == (found is None)
 
 
-def test_encoding_is_shared_by_workers_but_no_layer_is():
-    speed = CodecSpeed(1e-6, 0.0, 0.0, "measured")
-    one = encode_seconds([(640, 640)] * 4, HARDWARE, speed, config=GPTQ, workers=1)
-    assert encode_seconds([(640, 640)] * 4, HARDWARE, speed, config=GPTQ, workers=2) == pytest.approx(one / 2)
-    assert encode_seconds([(640, 640)] * 4, HARDWARE, speed, config=GPTQ, workers=9) == pytest.approx(one / 4)
-    assert encode_seconds([], HARDWARE, speed, config=GPTQ, workers=2) == 0
+def test_the_cards_are_those_of_the_option():
+    assert tuple(CARDS) == PLAN_CARDS
+    assert machine_of("cuda", threads=1, wanted="4090").card.memory == 24e9
 
 
 def test_flops_of_second_moments():
@@ -126,66 +86,142 @@ def sdxl_config(**quantize):
     return Config(
         model=ModelConfig(builtin="tiny", dtype="float16", sampler=SamplerConfig(steps=50, guidance=5.0)),
         calibration=CalibrationConfig(n=256, batch_size=4),
-        quantize=OPTIONS[quantize["kind"]](**quantize),
+        quantize=OPTIONS[quantize.get("kind", "none")](**quantize),
         evaluate=EvaluateConfig(metrics=["paired"], batch_size=4),
     )
 
 
-def sdxl_costs(monkeypatch, tmp_path, **quantize):
-    monkeypatch.setattr(cost, "probe_hardware", lambda **_: HARDWARE)
-    unet = sdxl_unet()
+def sdxl_costs(**quantize):
+    unet, config = sdxl_unet(), sdxl_config(**quantize)
     options = {"parts": {"unet": 2_567_463_684}, "vae": None, "images": 5000, "calibration_prompts": 256}
     found = stage_costs(
-        sdxl_config(**quantize), unet, layer_specs(unet), **options, device="cpu", threads=1, cache=tmp_path / "p.json"
-    )
+        config, unet, layer_specs(unet), **options, machine=CPU, recorded=nothing_recorded(config)
+    )  # fmt: skip
     return {stage.name: stage for stage in found}
 
 
-def test_sdxl_as_a_whole(monkeypatch, tmp_path):
-    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: CodecSpeed(6e-7, 8e-5, 0.0, "measured"))
-    stages = sdxl_costs(monkeypatch, tmp_path, kind="trellis", bits=3, tokens_per_call=4096)
+def test_sdxl_as_a_whole():
+    stages = sdxl_costs(kind="trellis", bits=3, tokens_per_call=4096)
     assert list(stages) == ["calibrate", "quantize", "teacher_images", "images", "evaluate"]
-    forward = 6.76e12 / 1e11 + 5.39e9 / 1e10
+    forward = 6.76e12 / CORE + 5.39e9 / 1e10
     assert stages["calibrate"].seconds == pytest.approx(256 * 50 * 2 * forward, rel=0.01)
     assert stages["images"].seconds == pytest.approx(5000 * 50 * 2 * forward, rel=0.01)
+    assert all(stage.origin.startswith("estimate") for stage in stages.values())
     weights = 2 * 2_567_463_684
     assert weights + 8 * 0.15e9 < stages["calibrate"].memory.host < weights + 8 * 0.2e9 + 0.8e9
     assert stages["quantize"].memory.host > weights + 6 * 23040**2  # a Hessian of the widest layer, and its factor
-    assert "7 passes" in stages["quantize"].note
-    recorded = 256 * 4 * 2 * forward
-    assert stages["quantize"].seconds > 7 * recorded
+    assert "7 passes" in stages["quantize"].note and "at least" in stages["quantize"].note
+    assert stages["quantize"].seconds > 7 * 256 * 4 * 2 * forward
 
 
-def test_a_student_samples_all_steps_for_every_group(monkeypatch, tmp_path):
-    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: CodecSpeed(6e-8, 8e-5, 0.0, "measured"))
+def test_a_student_samples_all_steps_for_every_group():
     teacher, student = (
-        sdxl_costs(monkeypatch, tmp_path, kind="gptq", bits=4, tokens_per_call=512, hessian_from=source)["quantize"]
+        sdxl_costs(kind="gptq", bits=4, tokens_per_call=512, hessian_from=source)["quantize"]
         for source in ("teacher", "student")
     )
     assert student.seconds > 8 * teacher.seconds  # 50 steps instead of 4
 
 
-def test_what_is_not_estimated_says_so(monkeypatch, tmp_path):
-    assert "AdaRound" in sdxl_costs(monkeypatch, tmp_path, kind="adaround", bits=4)["quantize"].note
+def made(store, name, label, config, make=lambda directory: None, *, device="cpu", seconds):
+    """A finished stage that took so long."""
+    directory = store.ensure(Stage(name, 1, label, config), make, environment={"device": device})
+    content = json.loads((directory / "manifest.json").read_text())
+    write_sealed(
+        directory / "manifest.json", {k: v for k, v in content.items() if k != "sha256"} | {"seconds": seconds}
+    )
+
+
+SAMPLED = {"sampler": {"steps": 50, "guidance": 5.0, "size": None}, "dtype": "float16"}
+
+
+def test_sampling_is_scaled_from_what_was_recorded_of_the_model(tmp_path):
+    store, config = Store(tmp_path), sdxl_config()
+    found = Recorded(store, config, "cpu")
+    assert found.sampling() is None
+    made(store, "calibrate", "tiny-builtin-8", SAMPLED, seconds=800.0)
+    made(store, "calibrate", "other-builtin-1", SAMPLED, seconds=9e9)
+    made(store, "calibrate", "tiny-builtin-1", SAMPLED | {"dtype": "float32"}, seconds=9e9)
+    made(store, "calibrate", "tiny-builtin-2", SAMPLED, device="cuda", seconds=9e9)
+    assert found.sampling().seconds == 2.0
     unet = small_unet().to("meta")
+    options = {"parts": {"unet": 1000}, "vae": None, "images": 4, "calibration_prompts": 2, "machine": CPU}
+    calibrate, quantize, *_, images, evaluate = stage_costs(
+        sdxl_config(kind="gptq", bits=4), unet, layer_specs(unet), **options, recorded=found
+    )
+    assert calibrate.seconds == 2 * 50 * 2.0 and images.seconds == 4 * 50 * 2.0
+    assert calibrate.origin.startswith("recorded here in calibrate/tiny-builtin-8")
+    assert evaluate.origin == "estimate" and quantize.origin.startswith("estimate")
+    made(
+        store,
+        "trajectories",
+        "tiny-teacher-3",
+        SAMPLED | {"along": "teacher", "sampler_steps": [10, 20]},
+        seconds=270.0,
+    )
+    assert found.sampling().seconds == 3.0  # the slowest
+
+
+def test_encoding_is_scaled_by_weights_from_layers_of_the_same_options(tmp_path):
+    store, config = Store(tmp_path), sdxl_config(kind="gptq", bits=4)
+    layers = [{"shape": [10, 20], "seconds": 3.0}, {"shape": [10, 10], "seconds": 1.5}]
+
+    def make(directory):
+        (directory / "layers.json").write_text(json.dumps({"quantized": layers}))
+
+    options = config.quantize.settings() | {"damping": 0.3}
+    made(store, "quantize", "small-gptq4", options, make, seconds=9.0)
+    made(store, "quantize", "small-gptq3", options | {"bits": 3}, make, seconds=9.0)
+    rate = Recorded(store, config, "cuda").encoding()
+    assert rate.seconds == 4.5 / 300 and "quantize/small-gptq4" in rate.origin
+    assert Recorded(store, sdxl_config(kind="gptq", bits=2), "cpu").encoding() is None
+    assert Recorded(None, config, "cpu").encoding() is None
+    unet = small_unet().to("meta")
+    specs = layer_specs(unet)
+    found = stage_costs(
+        config, unet, specs, parts={"unet": 1000}, vae=None, images=4, calibration_prompts=0, machine=Machine("cpu", 3),
+        recorded=Recorded(store, config, "cpu"),
+    )[1]  # fmt: skip
+    seconds = [spec.size * rate.seconds for spec in specs]
+    assert duration(max(sum(seconds) / 3, max(seconds))) in found.note and "recorded here" in found.note
+
+
+def test_training_is_scaled_by_samples_of_the_same_width_and_precision(tmp_path):
+    store, config = Store(tmp_path), sdxl_config(kind="gptq", bits=4)
+    options = {"steps": 10, "batch_size": 4, "precision": "float32"}
+    made(store, "finetune", "tiny-gptq4-finetuned", options, seconds=80.0)
+    made(store, "finetune", "tiny-gptq3-finetuned", options, seconds=9e9)
+    made(store, "finetune", "tiny-gptq4-blocks-finetuned", options | {"precision": "bfloat16"}, seconds=9e9)
+    made(store, "tune_blocks", "tiny-gptq4-blocks", {"block_steps": 5, "block_batch_size": 2}, seconds=30.0)
+    found = Recorded(store, config, "cpu")
+    assert found.training("finetune").seconds == 2.0 and found.training("tune_blocks").seconds == 3.0
+
+
+def test_the_least_that_encoding_takes():
+    assert least_encoding_flops((30, 12), GptqConfig()) == 2 * 30 * 12**2 + 12**3 / 3
+    assert least_encoding_flops((30, 12), RtnConfig(clip="mse")) == 2 * 30 * 12
+
+
+def test_what_is_not_estimated_says_so():
+    assert "block after block" in sdxl_costs(kind="adaround", bits=4)["quantize"].note
+    unet, config = small_unet().to("meta"), sdxl_config()
     unet.register_to_config(addition_embed_type="image")
     found = stage_costs(
-        sdxl_config(), unet, [], parts={"unet": 1}, vae=None, images=1, calibration_prompts=0, device="cpu", threads=1,
-        cache=tmp_path / "p.json",
+        config, unet, [], parts={"unet": 1}, vae=None, images=1, calibration_prompts=0, machine=CPU,
+        recorded=nothing_recorded(config),
     )  # fmt: skip
     assert [stage.name for stage in found] == ["images", "evaluate"]
     assert all(stage.seconds is None and "UNet2DConditionModel" in stage.note for stage in found)
 
 
-def test_a_gpu_that_is_not_here_has_memory_but_no_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    unet = small_unet().to("meta")
-    options = {"parts": {"unet": 1000}, "vae": None, "images": 1, "calibration_prompts": 2, "threads": 1}
-    config, cache = sdxl_config(kind="gptq", bits=4), tmp_path / "p.json"
-    found = stage_costs(config, unet, layer_specs(unet), **options, device="cuda", cache=cache)
+def test_a_gpu_without_a_data_sheet_has_memory_but_no_time():
+    unet, config = small_unet().to("meta"), sdxl_config(kind="gptq", bits=4)
+    options = {"parts": {"unet": 1000}, "vae": None, "images": 1, "calibration_prompts": 2}
+    found = stage_costs(
+        config, unet, layer_specs(unet), **options, machine=Machine("cuda", 1), recorded=nothing_recorded(config)
+    )
     assert all(stage.memory.host > 0 for stage in found)
     assert [stage.seconds for stage in found[:-1]] == [None] * 4
-    assert all("no GPU" in stage.note for stage in found[:-1])
+    assert all("plan_for" in stage.note for stage in found[:-1])
 
 
 def test_two_digits():
@@ -194,16 +230,16 @@ def test_two_digits():
     assert gibibytes(1.26 * 2**30) == "1.3 GiB"
 
 
-def test_images_are_sampled_in_full_batches_and_in_steps_of_their_own(monkeypatch, tmp_path):
+def test_images_are_sampled_in_full_batches_and_in_steps_of_their_own():
     """9 images in batches of 4 are 12, each in 10 of the model's 50 steps."""
-    monkeypatch.setattr(cost, "probe_hardware", lambda **_: HARDWARE)
-    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: None)
     unet, config = small_unet().to("meta"), sdxl_config(kind="gptq", bits=4)
-    options = {"parts": {"unet": 1000}, "vae": None, "calibration_prompts": 2, "threads": 1, "device": "cpu"}
+    options = {"parts": {"unet": 1000}, "vae": None, "calibration_prompts": 2, "machine": CPU}
 
     def seconds(images, steps):
         config.evaluate.steps = steps
-        found = stage_costs(config, unet, layer_specs(unet), images=images, **options, cache=tmp_path / "p.json")
+        found = stage_costs(
+            config, unet, layer_specs(unet), images=images, **options, recorded=nothing_recorded(config)
+        )
         return {stage.name: stage.seconds for stage in found}
 
     once, own, whole = seconds(4, None), seconds(9, 10), seconds(12, None)
@@ -213,12 +249,10 @@ def test_images_are_sampled_in_full_batches_and_in_steps_of_their_own(monkeypatc
     assert own["calibrate"] == whole["calibrate"]
 
 
-def test_scoring_is_timed_where_there_are_originals_and_says_which_networks_are_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(cost, "probe_hardware", lambda **_: HARDWARE)
-    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: None)
+def test_scoring_is_timed_where_there_are_originals_and_says_which_networks_are_not():
     unet = small_unet().to("meta")
-    options = {"parts": {"unet": 1000}, "vae": None, "images": 8, "calibration_prompts": 2, "threads": 1}
+    options = {"parts": {"unet": 1000}, "vae": None, "images": 8, "calibration_prompts": 2, "machine": CPU}
     config = sdxl_config()
     config.evaluate.metrics = ["paired", "clip_h14"]
-    found = stage_costs(config, unet, [], **options, device="cpu", cache=tmp_path / "p.json")[-1]
+    found = stage_costs(config, unet, [], **options, recorded=nothing_recorded(config))[-1]
     assert found.seconds == 0 and found.note == "without the networks of clip_h14"

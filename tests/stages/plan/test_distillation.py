@@ -17,17 +17,16 @@ from vqdm.distillation.end_to_end import Distillation
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.seeds import torch_generator
-from vqdm.stages.plan import cost
 from vqdm.stages.plan.cost import stage_costs, stage_names
 from vqdm.stages.plan.counts import training_counts, trajectory_counts
-from vqdm.stages.plan.distillation import ASSUMED_GPU_FLOPS
-from vqdm.stages.plan.forward import denoiser_inputs
+from vqdm.stages.plan.forward import denoiser_inputs, measure_denoiser
 from vqdm.stages.plan.layers import assignment_of
-from vqdm.stages.plan.probe import Hardware, Speeds
+from vqdm.stages.plan.rates import CARDS, REACHED, Machine
+from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.training import Autocast, measure_step, prepare_student
 from vqdm.weights.layers import quantized_layers, swap_empty
 
-SPEEDS = Speeds(1e11, 1e11, 1e11, 1e10, 1e11)
+CPU = Machine("cpu", 1)
 TINY = ("+experiment=tiny_codec", "quantize=vq3")
 ROWS_EACH = 2  # both halves of guidance
 ESTIMATED: dict[str, tuple] = {}  # by configuration: a second each
@@ -205,31 +204,28 @@ def test_autocast_is_torchs_own():
     assert found == wanted and set(found.values()) == {torch.float32, torch.bfloat16}
 
 
-def tiny_costs(monkeypatch, tmp_path, *overrides, device="cpu"):
-    hardware = Hardware(SPEEDS, SPEEDS, worker_matmul=1e11, worker_cholesky=5e10)
-    monkeypatch.setattr(cost, "probe_hardware", lambda **_: hardware)
-    monkeypatch.setattr(cost, "probe_codec", lambda *_, **__: cost.CodecSpeed(1e-7, 1e-5, 0.0, "measured"))
+def tiny_costs(*overrides, machine=CPU):
     config = composed(*TINY, *overrides)
     denoiser = denoiser_on_meta(config.model)
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
     own = config.finetune.trajectories
     found = stage_costs(
         config, denoiser, assigned(denoiser, config).specs, parts={"unet": numbers, "vae": 1000}, vae=None, images=16,
-        calibration_prompts=4, device=device, threads=1, cache=tmp_path / "p.json", student=tiny_student(*overrides),
-        finetune_prompts=own.n + own.validation,
+        calibration_prompts=4, machine=machine, recorded=Recorded(None, config, machine.device),
+        student=tiny_student(*overrides), finetune_prompts=own.n + own.validation,
     )  # fmt: skip
     return {stage.name: stage for stage in found}, numbers
 
 
-def test_the_stages_costs(monkeypatch, tmp_path):
-    stages, numbers = tiny_costs(monkeypatch, tmp_path, "finetune=both")
+def test_the_stages_costs():
+    stages, numbers = tiny_costs("finetune=both")
     assert list(stages) == [
         "calibrate", "quantize", "tune_blocks", "trajectories", "finetune", "teacher_images", "images", "evaluate",
     ]  # fmt: skip
     finetune, recorded = stages["finetune"], stages["trajectories"]
     assert "100 steps of 32 = 3,200 samples, 6,400 rows" in finetune.note
-    assert all(words in finetune.note for words in ("cached", "resident", "GPU-hours", "assumed", "not measured"))
-    cached, resident = (finetune.detail["bytes_on_this_device"][name] for name in ("cached", "resident"))
+    assert all(words in finetune.note for words in ("cached", "resident", "GPU-hours", "estimate", "H100"))
+    cached, resident = (finetune.detail["bytes"][name] for name in ("cached", "resident"))
     assert sum(resident.values()) - sum(cached.values()) == 4 * numbers
     assert finetune.memory.host == sum(cached.values()) + (700 << 20) and finetune.memory.device == 0
     assert finetune.seconds > recorded.seconds > 0 and stages["tune_blocks"].seconds > 0
@@ -243,12 +239,10 @@ def test_the_stages_costs(monkeypatch, tmp_path):
     assert recorded.detail["disk_bytes"] == 4 * 2 * (144 * 20 * each + 144 * once)
 
 
-def test_a_teacher_that_runs_along_is_resident_and_shares_what_is_frozen(monkeypatch, tmp_path):
+def test_a_teacher_that_runs_along_is_resident_and_shares_what_is_frozen():
     frozen = [f"finetune.train.{kind}=false" for kind in ("biases", "norms", "rest")]
-    stages, numbers = tiny_costs(
-        monkeypatch, tmp_path, "finetune=end_to_end", "finetune.trajectories.along=student", *frozen
-    )
-    parts = stages["finetune"].detail["bytes_on_this_device"]["resident"]
+    stages, numbers = tiny_costs("finetune=end_to_end", "finetune.trajectories.along=student", *frozen)
+    parts = stages["finetune"].detail["bytes"]["resident"]
     assert stages["finetune"].memory.host == sum(parts.values()) + (700 << 20)
     student = tiny_student()
     names = [f"{name}.bias" for name, layer in quantized_layers(student).items() if layer.bias is not None]
@@ -257,12 +251,27 @@ def test_a_teacher_that_runs_along_is_resident_and_shares_what_is_frozen(monkeyp
     )
 
 
-def test_a_gpu_that_is_not_here_has_hours_but_no_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    stages, _ = tiny_costs(monkeypatch, tmp_path, "finetune=both", "finetune.precision=bfloat16", device="cuda")
+def test_a_named_card_need_not_be_here():
+    """Its seconds are the work over its data sheet's rates; another's without one has memory and hours, but no time."""
+    own = ("finetune=both", "finetune.precision=bfloat16")
+    fast, unknown = (tiny_costs(*own, machine=Machine("cuda", 1, card))[0] for card in (CARDS["a100"], None))
     for name in ("tune_blocks", "trajectories", "finetune"):
-        assert stages[name].seconds is None and "no GPU" in stages[name].note and stages[name].memory.device > 0
-    detail = stages["finetune"].detail
-    assert f"{ASSUMED_GPU_FLOPS / 1e12:.0f} TFLOP/s" in detail["gpu_hours_from"]
-    assert detail["gpu_hours"] > stages["trajectories"].detail["gpu_hours"] > 0
-    assert detail["bytes_on_a_gpu"] == detail["bytes_on_this_device"]
+        assert fast[name].seconds > 0 and "A100" in fast[name].origin
+        assert unknown[name].seconds is None and "plan_for" in unknown[name].note
+        assert unknown[name].memory == fast[name].memory and fast[name].memory.device > 0
+    detail = fast["finetune"].detail
+    assert detail["gpu_hours"] == pytest.approx((fast["finetune"].seconds + fast["trajectories"].seconds) / 3600)
+    assert "H100" in unknown["finetune"].detail["gpu_hours_from"]
+    assert unknown["finetune"].detail["gpu_hours"] > unknown["trajectories"].detail["gpu_hours"] > 0
+    rows, cost = fast["trajectories"].detail["rows"], sample_cost()
+    rates = Machine("cuda", 1, CARDS["a100"]).rates("float32")
+    assert rates.flops == REACHED * 19.5e12
+    assert fast["trajectories"].seconds == pytest.approx(
+        rows * (cost.flops / rates.flops + cost.written_bytes / 2.04e12)
+    )
+
+
+def sample_cost():
+    config = composed(*TINY)
+    denoiser = denoiser_on_meta(config.model)
+    return measure_denoiser(denoiser, [], size=config.model.sampler.size).sample

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 from vqdm.calibration.hessian import add_second_moment
-from vqdm.codecs.encode import encode_layer, encoder_bytes, needs_hessians
+from vqdm.codecs.allocation import assign_schemes
+from vqdm.codecs.encode import encode_layer, encoder_bytes, make_shared, needs_hessians
 from vqdm.config.codecs import AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.seeds import torch_generator
-from vqdm.stages.plan.encoding import _scheme
 from vqdm.stages.plan.forward import LayerInput, LiveBytes, measure
 from vqdm.stages.plan.memory import (
     HESSIAN_WORKSPACE,
@@ -40,7 +41,9 @@ def problem(shape):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_an_encoder_holds(name, shape):
     config = CONFIGS[name]
-    scheme, shared = _scheme(shape, config)
+    layer = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], bias=False)})
+    ((spec, scheme),) = assign_schemes(layer, config, pattern="layer", min_size=1).quantized
+    shared = None if scheme.shared_key is None else make_shared(layer, [(spec, scheme)], config=config)
     matrix, hessian = problem(shape)
     hessian = hessian if needs_hessians(config) else None
     with torch.no_grad(), LiveBytes() as live:

@@ -27,20 +27,31 @@ def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> Non
         print(f"{config.name}: the stages are known once this is mended: {error}")
     todo = None if stages is None else _print_stages(config, store, stages)
     sys.stdout.flush()
-    from vqdm.runs.device import resolve_device
+    from vqdm.stages.plan.recorded import Recorded
     from vqdm.stages.plan.report import layer_table, make_plan, summary, write_plan
 
-    device = resolve_device(config.device, threads=config.threads).name
+    machine = _machine(config)
+    recorded = Recorded(store if config.plan_for is None else None, config, machine.device)
     plan = make_plan(
-        config, harm=_harm(store, stages, todo), **_counts(config, stages), device=device,
-        cache=store.root / "cache" / "probe.json", todo=todo,
+        config, harm=_harm(store, stages, todo), **_counts(config, stages), machine=machine, recorded=recorded,
+        todo=todo,
     )  # fmt: skip
     file = store.root / "plans" / f"{config.name}.json"
-    write_plan(plan, file, experiment=config.name, model=config.model.name, device=device)
+    write_plan(plan, file, experiment=config.name, model=config.model.name)
     if every_layer:
         print(layer_table(plan.denoiser))
-    print(summary(plan, device=device))
+    print(summary(plan))
     print(f"wrote {file}")
+
+
+def _machine(config: Config):
+    """The machine to plan for: this one, or one with the named card, which need not be here."""
+    from vqdm.runs.device import resolve_device
+    from vqdm.stages.plan.rates import machine_of
+
+    named = config.plan_for is not None
+    found = resolve_device("cpu" if named else config.device, threads=config.threads)
+    return machine_of("cuda" if named else found.name, threads=found.threads, wanted=config.plan_for)
 
 
 def _quantization(stages: Graph | Quantization | None) -> Quantization | None:

@@ -1,28 +1,27 @@
-"""Peak memory and time of every stage of an experiment, from shapes, rates and counts alone: estimates.
+"""Peak memory and time of every stage of an experiment, from shapes and counts: memory by formula, time by rates.
 
 Left out of the time: loading models, text encoders, schedulers, reading and writing files, and training codebooks that
-layers share. In fp16 a CPU's convolutions are timed on a smaller image than SDXL's.
+layers share.
 """
 
 import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from vqdm.calibration.collect import teacher_groups
 from vqdm.calibration.hessian import by_displacement, output_size, token_count
-from vqdm.codecs.encode import needs_hessians
+from vqdm.codecs.encode import needs_hessians, trains_blocks
+from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
 from vqdm.stages.graph import image_sampler
 from vqdm.stages.plan import memory
 from vqdm.stages.plan.distillation import DistillationPlan
-from vqdm.stages.plan.encoding import CodecSpeed, encode_seconds, probe_codec
 from vqdm.stages.plan.forward import (
     BATCH,
     DenoiserCost,
@@ -33,11 +32,11 @@ from vqdm.stages.plan.forward import (
     measure_denoiser,
 )
 from vqdm.stages.plan.memory import Memory
-from vqdm.stages.plan.probe import Hardware, probe_hardware
+from vqdm.stages.plan.rates import SCORING, Machine, Rates, cpu_rates
+from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import StageCost, duration
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
-SCORING = 5.2e-8  # seconds per number of an image: two PNG files read, and their error; of a Zen 4 core
 DISTILLATION = ("tune_blocks", "trajectories", "finetune")
 GUIDED_INSIDE = ("FluxTransformer2DModel",)  # guidance is an input of theirs and takes no second sample
 
@@ -51,18 +50,16 @@ def stage_costs(
     vae: nn.Module | None,
     images: int,
     calibration_prompts: int,
-    device: str,
-    threads: int,
-    cache: Path,
+    machine: Machine,
+    recorded: Recorded,
     student: nn.Module | None = None,
     finetune_prompts: int = 0,
 ) -> list[StageCost]:
     """Every stage that `config` needs, in the order of `Graph.stages`.
 
     denoiser, vae: on meta, and cast to the model's dtype; vae None: decoding is left out. specs: the layers that are
-    quantized. parts: parameters by part of the pipeline. images: to be scored. device: cpu | cuda; a GPU that is not
-    here gets no seconds. cache: JSON file for the rates of this machine. student: the quantized denoiser on meta, which
-    changes here; needed if `config.finetune` asks for anything. finetune_prompts: the validation's included.
+    quantized. parts: parameters by part of the pipeline. images: to be scored. student: the quantized denoiser on meta,
+    which changes here; needed if `config.finetune` asks for anything. finetune_prompts: the validation's included.
     """
     names = stage_names(config)
     nn.Module.to(denoiser, dtype=getattr(torch, config.model.dtype))
@@ -70,26 +67,18 @@ def stage_costs(
     if cost is None:
         note = f"not estimated: the plan does not know what {type(denoiser).__name__} takes"
         return [StageCost(name, None, None, note) for name in names]
-    hardware = codec = None
-    if device == "cpu" or torch.cuda.is_available():
-        hardware = probe_hardware(
-            device=device, dtype=config.model.dtype, threads=threads, workers=threads, cache=cache
-        )
-        codec = probe_codec(config.quantize, hardware, workers=threads, cache=cache)
     model, decoding = _model(config, denoiser, vae, parts=parts, cost=cost)
-    guided, executed = (
-        guidance_factor(denoiser, config.model.sampler.guidance),
-        [s for s in specs if s.name in cost.inputs],
-    )
+    guided = guidance_factor(denoiser, config.model.sampler.guidance)
+    executed = [spec for spec in specs if spec.name in cost.inputs]
     experiment = _Experiment(
-        config, cost, executed, model, decoding, hardware, codec, guided=guided, scored=images,
-        calibration_prompts=calibration_prompts, device=device, threads=threads,
+        config, cost, executed, model, decoding, machine, recorded, guided=guided, scored=images,
+        calibration_prompts=calibration_prompts,
     )  # fmt: skip
     found = {name: getattr(experiment, name)() for name in names if name not in DISTILLATION}
     if any(name in DISTILLATION for name in names):
         plan = DistillationPlan(
-            config, denoiser, student, vae, executed, cost, model, decoding, hardware, guided=guided,
-            prompts=finetune_prompts, device=device,
+            config, denoiser, student, vae, executed, cost, model, decoding, machine, recorded, guided=guided,
+            prompts=finetune_prompts,
         )  # fmt: skip
         found |= {stage.name: stage for stage in plan.costs()}
     return [found[name] for name in names]
@@ -135,65 +124,60 @@ class _Experiment:
     specs: list[LayerSpec]
     model: memory.Model
     decoding: ForwardCost  # of one image
-    hardware: Hardware | None  # None: there is none of the wanted kind to measure
-    codec: CodecSpeed | None
+    machine: Machine
+    recorded: Recorded
     guided: int
     scored: int  # images
     calibration_prompts: int
-    device: str
-    threads: int
 
     def calibrate(self) -> StageCost:
         config = self.config.calibration
         samples = self.guided * min(config.batch_size, self.calibration_prompts)
-        used = memory.generate_memory(self.model, samples, 0, device=self.device)
-        sampler = self.config.model.sampler
-        return self._stage("calibrate", used, self._sampling(self.calibration_prompts, sampler))
+        used = memory.generate_memory(self.model, samples, 0, device=self.machine.device)
+        return self._stage("calibrate", used, *self._sampling(self.calibration_prompts, self.config.model.sampler))
 
     def sensitivity(self) -> StageCost:
         """Hessians as for quantizing; every layer encoded and judged by some calls, for every number of bits."""
         config = dataclasses.replace(self.config.quantize, hessian_from="teacher")
         used = self._quantize_memory(self._groups(config), workers=1)
-        if self.hardware is None or self.codec is None:
+        rates = self._rates()
+        if rates is None:
             return self._stage("sensitivity", used, None)
-        shapes = [spec.shape for spec in self.specs]
-        encode = encode_seconds(shapes, self.hardware, self.codec, config=config, workers=1)
-        judged = len(shapes) * CALLS * self._samples_per_call() * self._sample_seconds()
+        encode, origin = self._encoding(self.specs, workers=1)
+        judged = len(self.specs) * CALLS * self._samples_per_call() * rates.seconds(self.cost.sample)
         seconds = self._hessian_seconds(self._groups(config)) + len(CODE_BITS) * (encode + judged)
-        return self._stage("sensitivity", used, seconds, f"codec {self.codec.origin}")
+        return self._stage("sensitivity", used, seconds, rates.origin, f"encoding: {origin}")
 
     def quantize(self) -> StageCost:
         config = self.config.quantize
-        if config.kind == "adaround":
-            return StageCost("quantize", None, None, "not estimated: AdaRound trains block after block")
-        groups = self._groups(config)
-        used = self._quantize_memory(groups, workers=self.threads)
-        if self.hardware is None or self.codec is None:
+        if trains_blocks(config):
+            return StageCost("quantize", None, None, "not estimated: it trains block after block")
+        groups = [group for group in self._groups(config) if group]
+        used = self._quantize_memory(groups, workers=self.machine.threads)
+        rates = self._rates()
+        if rates is None:
             return self._stage("quantize", used, None)
-        shapes = [[spec.shape for spec in group] for group in groups if group]
-        encode = sum(
-            encode_seconds(group, self.hardware, self.codec, config=config, workers=self.threads) for group in shapes
-        )
+        found = [self._encoding(group, workers=self.machine.threads) for group in groups]
+        encode = sum(seconds for seconds, _ in found)
         hessians, note = 0.0, ""
         if needs_hessians(config):
             hessians = self._hessian_seconds(groups)
-            note = f"Hessians {duration(hessians)} in {len(shapes)} pass{'es' if len(shapes) > 1 else ''}, "
-        error = self._recorded() * self._sample_seconds()
-        origin = "measured here" if self.codec.origin == "measured" else f"speed of a {self.codec.origin}"
-        note += f"encoding {duration(encode)} ({origin})"
-        return self._stage("quantize", used, hessians + encode + error, note)
+            note = f"Hessians {duration(hessians)} in {len(groups)} pass{'es' if len(groups) > 1 else ''}, "
+        error = self._recorded_samples() * rates.seconds(self.cost.sample)
+        note += f"encoding {duration(encode)} ({found[0][1] if found else 'nothing'})"
+        return self._stage("quantize", used, hessians + encode + error, rates.origin, note)
 
     def teacher_images(self) -> StageCost:
         return dataclasses.replace(self.images(), name="teacher_images")
 
     def images(self) -> StageCost:
         size = self.config.evaluate.batch_size
-        used = memory.generate_memory(self.model, self.guided * size, size, device=self.device)
+        used = memory.generate_memory(self.model, self.guided * size, size, device=self.machine.device)
         made = size * math.ceil(self.scored / size)  # the last batch is filled up
-        seconds = self._sampling(made, image_sampler(self.config))
+        seconds, origin = self._sampling(made, image_sampler(self.config))
         if seconds is not None:
-            seconds += made * self.hardware.sampling.seconds(self.decoding)
-        return self._stage("images", used, seconds)
+            seconds += made * self._rates().seconds(self.decoding)
+        return self._stage("images", used, seconds, origin)
 
     def evaluate(self) -> StageCost:
         """Of comparing with the originals, image by image; what takes a network is left out."""
@@ -202,24 +186,37 @@ class _Experiment:
         used = memory.evaluate_memory(self.model.image_numbers, at_once)
         seconds = SCORING * self.scored * self.model.image_numbers if paired else 0.0
         others = [family for family in self.config.evaluate.metrics if family != "paired"]
-        return StageCost("evaluate", used, seconds, f"without the networks of {', '.join(others)}" if others else "")
+        note = f"without the networks of {', '.join(others)}" if others else ""
+        return StageCost("evaluate", used, seconds, note, "estimate")
 
-    def _stage(self, name: str, used: Memory, seconds: float | None, note: str = "") -> StageCost:
-        return StageCost(name, used, seconds, note if self.hardware else "time not estimated: no GPU here to measure")
+    def _stage(self, name: str, used: Memory, seconds: float | None, origin: str = "", note: str = "") -> StageCost:
+        return StageCost(name, used, seconds, self.machine.silence if seconds is None else note, origin)
 
-    def _sample_seconds(self) -> float:
-        return self.hardware.sampling.seconds(self.cost.sample)
+    def _rates(self) -> Rates | None:
+        return self.machine.rates(self.config.model.dtype)
 
-    def _sampling(self, images: int, sampler: SamplerConfig) -> float | None:
-        """Of all steps of so many images, without decoding."""
-        if self.hardware is None:
-            return None
-        return images * sampler.steps * self.guided * self._sample_seconds()
+    def _sampling(self, images: int, sampler: SamplerConfig) -> tuple[float | None, str]:
+        """Seconds without decoding, and where they come from."""
+        rates, here = self._rates(), self.recorded.sampling()
+        if rates is None:
+            return None, ""
+        if here is not None:
+            return here.times(images * sampler.steps), here.origin
+        return images * sampler.steps * self.guided * rates.seconds(self.cost.sample), rates.origin
+
+    def _encoding(self, specs: list[LayerSpec], *, workers: int) -> tuple[float, str]:
+        """Seconds of so many workers, but no less than the largest layer takes one of them; where they come from."""
+        here, host = self.recorded.encoding(), cpu_rates(1)
+        each = [least_encoding_flops(spec.shape, self.config.quantize) / host.flops for spec in specs]
+        origin = "estimate, at least: products with Hessians alone"
+        if here is not None:
+            each, origin = [here.times(spec.size) for spec in specs], here.origin
+        return max(sum(each) / workers, max(each, default=0.0)), origin
 
     def _samples_per_call(self) -> int:
-        return self.guided * min(self.config.calibration.batch_size, self.calibration_prompts)
+        return self.guided * max(1, min(self.config.calibration.batch_size, self.calibration_prompts))
 
-    def _recorded(self) -> int:
+    def _recorded_samples(self) -> int:
         """Samples of all recorded calls."""
         steps = min(self.config.calibration.recorded_steps, self.config.model.sampler.steps)
         return self.calibration_prompts * self.guided * steps
@@ -233,7 +230,7 @@ class _Experiment:
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
         return memory.quantize_memory(
             self.model, groups, self.cost.inputs, config=self.config.quantize, samples=self._samples_per_call(),
-            workers=workers, room=encoding_room(), device=self.device,
+            workers=workers, room=encoding_room(), device=self.machine.device,
             needs_hessians=needs_hessians(self.config.quantize),
         )  # fmt: skip
 
@@ -242,11 +239,12 @@ class _Experiment:
 
         On the CPU one thread does it, so that the sums have one order.
         """
-        speeds = self.hardware.recording
-        forwards = self._recorded()
+        rates = self.machine.rates(self.config.model.dtype, threads=1)
+        sums_rates = self.machine.rates("float32", threads=1)
+        forwards = self._recorded_samples()
         if self.config.quantize.hessian_from == "student":
             forwards = self.calibration_prompts * self.guided * self.config.model.sampler.steps
-        seconds = len(groups) * forwards * speeds.seconds(self.cost.sample)
+        seconds = len(groups) * forwards * rates.seconds(self.cost.sample)
         samples = self._samples_per_call()
         limit = self.config.quantize.tokens_per_call
         costs: dict[tuple, ForwardCost] = {}  # layers of one shape cost the same
@@ -255,8 +253,7 @@ class _Experiment:
             key = spec.shape, spec.conv, shape
             if key not in costs:
                 costs[key] = second_moment_cost(spec, shape, samples=samples, limit=limit)
-            sums = costs[key].times(self._recorded() / samples)
-            seconds += sums.flops / speeds.fp32_matmul + sums.written_bytes / speeds.writing
+            seconds += sums_rates.seconds(costs[key].times(self._recorded_samples() / samples))
         return seconds
 
 
@@ -264,6 +261,12 @@ def _readers(groups: list[list[LayerSpec]], inputs: dict[str, LayerInput]) -> li
     """One layer for every Hessian that is summed: layers of a group that read one tensor in one geometry share it."""
     found = {(i, inputs[spec.name].tensor, spec.conv): spec for i, group in enumerate(groups) for spec in group}
     return list(found.values())
+
+
+def least_encoding_flops(shape: tuple[int, int], config: QuantizeConfig) -> float:
+    """Of a codec that needs a Hessian: its factor, and the output error through it; a codec's own search not."""
+    out, size = shape
+    return 2 * out * size**2 + size**3 / 3 if needs_hessians(config) else 2 * out * size
 
 
 def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int, limit: int | None) -> ForwardCost:

@@ -25,24 +25,12 @@ from vqdm.stages.plan.counts import (
 )
 from vqdm.stages.plan.forward import DenoiserCost, ForwardCost, denoiser_inputs, latent_size, measure
 from vqdm.stages.plan.memory import Memory
-from vqdm.stages.plan.probe import Hardware, Speeds
+from vqdm.stages.plan.rates import ASSUMED, Machine, Rates, card_rates
+from vqdm.stages.plan.recorded import Rate, Recorded
 from vqdm.stages.plan.stage import StageCost, gibibytes, two_digits
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
-ASSUMED_GPU_FLOPS, ASSUMED_FP32_FLOPS = 2e14, 4e13  # in 16 bit, and in fp32
-ASSUMED_GPU_WRITING = 1e12  # bytes/s, of decoding
-DECODING, DECODING_GRADIENTS = 2e-9, 3e-9  # seconds per weight of the CPU's kernels, one thread of a Zen 4 core
 MOMENTS = 2  # of Adam, in fp32 as all that trains
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """Of one device: its speeds in the wanted precision, seconds to decode all weights, and to do so for gradients."""
-
-    speeds: Speeds
-    decoding: float
-    gradients: float
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -60,10 +48,10 @@ class DistillationPlan:
     cost: DenoiserCost
     model: memory.Model
     decoding: ForwardCost  # of one image
-    hardware: Hardware | None  # None: there is none of the wanted kind to measure
+    machine: Machine
+    recorded: Recorded
     guided: int
     prompts: int
-    device: str
 
     def costs(self) -> list[StageCost]:
         """In the order in which the stages run."""
@@ -72,17 +60,16 @@ class DistillationPlan:
         if own.block_steps:
             found.append(self._tune_blocks(student))
         if own.steps:
-            step = self._step(student, device=self.device)
+            step = self._step(student)
             trajectories = self._trajectories(student, step)
             found += [trajectories, self._finetune(student, step, trajectories)]
         return found
 
-    def _step(self, student: Student, *, device: str, teacher: nn.Module | None = None) -> StepCost:
-        micro = micro_batch(self.config)
+    def _step(self, student: Student, *, teacher: nn.Module | None = None) -> StepCost:
+        own, micro = self.config.finetune, micro_batch(self.config)
         return measure_step(
-            student, self.config.finetune, rows=self.guided * micro, rows_each=self.guided,
-            size=self.config.model.sampler.size, device=device, accumulates=micro < self.config.finetune.batch_size,
-            teacher=teacher,
+            student, own, rows=self.guided * micro, rows_each=self.guided, size=self.config.model.sampler.size,
+            device=self.machine.device, accumulates=micro < own.batch_size, teacher=teacher,
         )  # fmt: skip
 
     def _tune_blocks(self, student: Student) -> StageCost:
@@ -94,17 +81,17 @@ class DistillationPlan:
         recording, training = blocks.count * own.block_samples, own.block_steps * batch
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
         step = max(blocks.step + state, self._rows_in_a_call() * self.model.activations)
-        used = memory.placed(
-            self.model.weights + student.state + step, 2 * own.block_samples * blocks.recorded, device=self.device
-        )
-        here = self._here("float32", student)
-        seconds = None
-        if here is not None:
-            row = here.speeds.seconds(self.cost.sample)
-            seconds = (recording + (1 + BACKWARD) * training) * row + own.block_steps * (here.decoding + here.gradients)
-        note = f"rough; {blocks.count} blocks, {own.block_steps:,} steps of {batch} rows each{self._no_gpu()}"
+        rows = 2 * own.block_samples * blocks.recorded
+        used = memory.placed(self.model.weights + student.state + step, rows, device=self.machine.device)
+        rates, seconds, origin = self.machine.rates("float32"), None, ""
+        if rates is not None:
+            row, decode, origin = rates.seconds(self.cost.sample), student.decode, rates.origin
+            seconds = (recording + (1 + BACKWARD) * training) * row
+            seconds += own.block_steps * student.weights * (decode.written + decode.gradient_written) / rates.writing
+        seconds, origin = _known(self.recorded.training("tune_blocks"), training, seconds, origin)
+        note = f"rough; {blocks.count} blocks, {own.block_steps:,} steps of {batch} rows each{self._silence()}"
         detail = {"blocks": blocks.count, "recorded_rows": recording, "trained_rows": blocks.count * training}
-        return StageCost("tune_blocks", used, seconds, note, detail)
+        return StageCost("tune_blocks", used, seconds, note, origin, detail)
 
     def _rows_in_a_call(self) -> int:
         return self.guided * self.config.calibration.batch_size
@@ -113,24 +100,26 @@ class DistillationPlan:
         own, dtype = self.config.finetune.trajectories, self.config.model.dtype
         counts = trajectory_counts(self.config, prompts=self.prompts, guided=self.guided)
         rows = self.guided * min(own.batch_size, counts.prompts)
-        used = memory.generate_memory(self.model, rows, 0, device=self.device)
+        used = memory.generate_memory(self.model, rows, 0, device=self.machine.device)
         size = self._bytes_on_disk(counts, step.output)
         work = [
             (counts.rows, self.cost.sample),
             (counts.encoded, self._encoding() if counts.encoded else ForwardCost()),
         ]
 
-        def seconds(rates: _Rates) -> float:
-            return sum(count * rates.speeds.seconds(cost) for count, cost in work)
+        def seconds(rates: Rates | None) -> float | None:
+            return None if rates is None else sum(count * rates.seconds(cost) for count, cost in work)
 
-        here = self._here(dtype, student)
         note = (
             f"{counts.prompts:,} captions, {counts.rows:,} rows, {counts.samples:,} samples kept, "
-            f"{gibibytes(size)} on disk{self._no_gpu()}"
+            f"{gibibytes(size)} on disk{self._silence()}"
         )
         detail = dataclasses.asdict(counts) | {"disk_bytes": size}
-        detail["gpu_hours"] = seconds(self._on_a_gpu(dtype, student)) / 3600
-        return StageCost("trajectories", used, None if here is None else seconds(here), note, detail)
+        detail["gpu_hours"] = seconds(self._on_a_gpu(dtype)) / 3600
+        here = self.machine.rates(dtype)
+        steps = counts.rows / self.guided
+        known = _known(self.recorded.sampling(), steps, seconds(here), "" if here is None else here.origin)
+        return StageCost("trajectories", used, known[0], note, known[1], detail)
 
     def _bytes_on_disk(self, counts: TrajectoryCounts, output: int) -> int:
         """Latents and predictions of every sample, all else once for every caption; rows as the denoiser has them."""
@@ -151,48 +140,48 @@ class DistillationPlan:
     def _finetune(self, student: Student, step: StepCost, trajectories: StageCost) -> StageCost:
         own = self.config.finetune
         counts = training_counts(self.config, prompts=self.prompts, guided=self.guided)
-        here, gpu = self._here(own.precision, student), self._on_a_gpu(own.precision, student)
-        hours = self._seconds(counts, gpu) / 3600 + trajectories.detail["gpu_hours"]
-        parts = self._variants(student, step, device=self.device)
-        on_gpu = parts
-        if self.device == "cpu":
-            on_gpu = self._variants(student, self._step(student, device="cuda"), device="cuda")
-        cached, resident = (gibibytes(self._placed(found, student, device="cuda").device) for found in on_gpu.values())
+        here, gpu = self.machine.rates(own.precision), self._on_a_gpu(own.precision)
+        hours = self._seconds(counts, student, gpu) / 3600 + trajectories.detail["gpu_hours"]
+        parts = self._variants(student, step)
+        placed = {name: self._placed(found, student) for name, found in parts.items()}
+        cached, resident = (gibibytes(used.device or used.host) for used in placed.values())
         note = (
-            f"{counts.steps:,} steps of {own.batch_size} = {counts.samples:,} samples, {counts.rows:,} rows; on a GPU "
+            f"{counts.steps:,} steps of {own.batch_size} = {counts.samples:,} samples, {counts.rows:,} rows; "
             f"{cached} with the teacher's predictions cached, {resident} with the teacher resident; "
             f"{two_digits(hours)} GPU-hours with the trajectories ({gpu.origin})"
-            f"{', without the search for codes' if own.tune_codes else ''}{self._no_gpu()}"
+            f"{', without the search for codes' if own.tune_codes else ''}{self._silence()}"
         )
-        detail = dataclasses.asdict(counts) | {"gpu_hours": hours, "gpu_hours_from": gpu.origin}
-        detail |= {"bytes_on_this_device": parts, "bytes_on_a_gpu": on_gpu}
-        chosen = parts["resident" if teacher_runs_along(own) else "cached"]
-        used = self._placed(chosen, student, device=self.device)
-        return StageCost("finetune", used, None if here is None else self._seconds(counts, here), note, detail)
+        detail = dataclasses.asdict(counts) | {"gpu_hours": hours, "gpu_hours_from": gpu.origin, "bytes": parts}
+        used = placed["resident" if teacher_runs_along(own) else "cached"]
+        seconds = None if here is None else self._seconds(counts, student, here)
+        rate = self.recorded.training("finetune")
+        seconds, origin = _known(rate, counts.samples, seconds, "" if here is None else here.origin)
+        return StageCost("finetune", used, seconds, note, origin, detail)
 
-    def _variants(self, student: Student, step: StepCost, *, device: str) -> dict[str, dict[str, int]]:
+    def _variants(self, student: Student, step: StepCost) -> dict[str, dict[str, int]]:
         """Bytes by what takes them, with the teacher's predictions cached and with the teacher resident."""
         watching = step
         if self.config.finetune.feature_weight > 0:
-            watching = self._step(student, device=device, teacher=self.teacher)
+            watching = self._step(student, teacher=self.teacher)
         return {
-            "cached": self._parts(student, step, device=device, resident=False),
-            "resident": self._parts(student, watching, device=device, resident=True),
+            "cached": self._parts(student, step, resident=False),
+            "resident": self._parts(student, watching, resident=True),
         }
 
-    def _seconds(self, counts: TrainingCounts, rates: _Rates) -> float:
-        own = self.config.finetune
-        found = counts.forwards(checkpointing=own.checkpointing) * rates.speeds.seconds(self.cost.sample)
-        found += counts.parts * ((1 + own.checkpointing) * rates.decoding + rates.gradients)
-        judged = counts.validation_rows / (self.guided * micro_batch(self.config))
-        sampled = counts.shown_images * self.config.model.sampler.steps
-        found += (judged + sampled) * rates.decoding
-        return found + counts.shown_images * rates.speeds.seconds(self.decoding)
+    def _seconds(self, counts: TrainingCounts, student: Student, rates: Rates) -> float:
+        """Forwards and backwards by FLOPs, and decoding as fast as its steps are written."""
+        own, decode = self.config.finetune, student.decode
+        decodings = counts.parts * (1 + own.checkpointing)
+        decodings += counts.validation_rows / (self.guided * micro_batch(self.config))
+        decodings += counts.shown_images * self.config.model.sampler.steps
+        written = student.weights * (decodings * decode.written + counts.parts * decode.gradient_written)
+        found = counts.forwards(checkpointing=own.checkpointing) * rates.seconds(self.cost.sample)
+        return found + written / rates.writing + counts.shown_images * rates.seconds(self.decoding)
 
-    def _parts(self, student: Student, step: StepCost, *, device: str, resident: bool) -> dict[str, int]:
+    def _parts(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, int]:
         """Bytes on the device, by what takes them: what is always there, then what comes on top at the worst moment."""
         teacher = self.model.item_size * sum(parameter.numel() for parameter in self.teacher.parameters())
-        moments = self._moments(student, step, device=device, resident=resident)
+        moments = self._moments(student, step, resident=resident)
         worst = max(moments, key=moments.get)
         found = {
             "other parts of the pipeline": self.model.weights - teacher,
@@ -206,10 +195,10 @@ class DistillationPlan:
             found["teacher, less what is shared"] = teacher - self._shared(student)
         return {name: int(size) for name, size in found.items()}
 
-    def _moments(self, student: Student, step: StepCost, *, device: str, resident: bool) -> dict[str, float]:
+    def _moments(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, float]:
         """What comes and goes, in bytes. On a GPU Adam goes through all parameters at once, with one more copy."""
         own, model = self.config.finetune, self.model
-        gradients, on_gpu = 4 * student.trained, device != "cpu"
+        gradients, on_gpu = 4 * student.trained, self.machine.on_gpu
         row = step.forward / (self.guided * micro_batch(self.config))
         found = {
             "a step": step.step,
@@ -231,37 +220,19 @@ class DistillationPlan:
         theirs = {name for name, _ in self.teacher.named_parameters()}
         return sum(size for name, size in student.frozen.items() if name in theirs)
 
-    def _placed(self, parts: dict[str, int], student: Student, *, device: str) -> Memory:
+    def _placed(self, parts: dict[str, int], student: Student) -> Memory:
         """Host, beside a GPU: a checkpoint, as tensors and as a file."""
-        saving = 2 * (1 + MOMENTS) * 4 * student.trained if device != "cpu" else 0
-        return memory.placed(sum(parts.values()), saving, device=device)
+        saving = 2 * (1 + MOMENTS) * 4 * student.trained if self.machine.on_gpu else 0
+        return memory.placed(sum(parts.values()), saving, device=self.machine.device)
 
-    def _here(self, dtype: str, student: Student) -> _Rates | None:
-        """Of this machine; its speeds are measured in the model's dtype, and for products in fp32."""
-        if self.hardware is None:
-            return None
-        speeds, on_gpu = self.hardware.sampling, self.device != "cpu"
-        if dtype != self.config.model.dtype and not (on_gpu and "float32" not in (dtype, self.config.model.dtype)):
-            rate = speeds.fp32_matmul
-            speeds = dataclasses.replace(speeds, matmul=rate, convolution=rate, attention=rate)
-        if not on_gpu:
-            return _Rates(speeds, student.weights * DECODING, student.weights * DECODING_GRADIENTS, "measured here")
-        return _rates(student, speeds, speeds.writing, "at the rate measured here")
+    def _on_a_gpu(self, dtype: str) -> Rates:
+        """Rates of the GPU that is planned for, or of one that is assumed."""
+        return (self.machine.on_gpu and self.machine.rates(dtype)) or card_rates(ASSUMED, dtype)
 
-    def _on_a_gpu(self, dtype: str, student: Student) -> _Rates:
-        """Of the GPU that is here, or of one that is assumed."""
-        if self.device != "cpu" and self.hardware is not None:
-            return self._here(dtype, student)
-        rate, name = (ASSUMED_FP32_FLOPS, "fp32") if dtype == "float32" else (ASSUMED_GPU_FLOPS, "bf16")
-        speeds = Speeds(rate, rate, rate, writing=float("inf"), fp32_matmul=rate)
-        origin = f"assumed: {rate / 1e12:.0f} TFLOP/s in {name}, as an H100 may reach; not measured"
-        return _rates(student, speeds, ASSUMED_GPU_WRITING, origin)
-
-    def _no_gpu(self) -> str:
-        return "" if self.hardware else "; time not estimated: no GPU here to measure"
+    def _silence(self) -> str:
+        return f"; {self.machine.silence}" if self.machine.silence else ""
 
 
-def _rates(student: Student, speeds: Speeds, writing: float, origin: str) -> _Rates:
-    """Of a GPU, where torch decodes: as fast as it writes."""
-    decode, count = student.decode, student.weights
-    return _Rates(speeds, count * decode.written / writing, count * decode.gradient_written / writing, origin)
+def _known(rate: Rate | None, count: float, seconds: float | None, origin: str) -> tuple[float | None, str]:
+    """What was recorded here, where it was; else the estimate."""
+    return (seconds, origin) if rate is None else (rate.times(count), rate.origin)

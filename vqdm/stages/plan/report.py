@@ -13,6 +13,8 @@ from vqdm.models.single_file import component_on_meta
 from vqdm.runs.store import write_json
 from vqdm.stages.plan.cost import DISTILLATION, stage_costs, stage_names
 from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
+from vqdm.stages.plan.rates import Machine
+from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import StageCost, duration, gibibytes
 from vqdm.weights.layers import swap_empty
 
@@ -22,6 +24,7 @@ class Plan:
     denoiser: DenoiserPlan
     costs: list[StageCost]
     todo: set[str] | None  # names of the stages that are not done; None: not known
+    machine: Machine
 
     @property
     def seconds(self) -> float | None:
@@ -37,10 +40,10 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, harm: Harm | None, images: int, calibration_prompts: int, finetune_prompts: int, device: str,
-    cache: Path, todo: set[str] | None,
+    config: Config, *, harm: Harm | None, images: int, calibration_prompts: int, finetune_prompts: int,
+    machine: Machine, recorded: Recorded, todo: set[str] | None,
 ) -> Plan:  # fmt: skip
-    """harm: what the sensitivity stage measured, if it is needed and done. cache: of this machine's rates.
+    """harm: what the sensitivity stage measured, if it is needed and done.
 
     UserError for a model whose configs are not here, and for a scheme that does not fit a layer.
     """
@@ -52,13 +55,13 @@ def make_plan(
     modules |= {"denoiser": denoiser}
     costs = stage_costs(
         config, denoiser, assignment.specs, parts={name: _parameters(module) for name, module in modules.items()},
-        vae=modules.get("vae"), images=images, calibration_prompts=calibration_prompts, device=device,
-        threads=torch.get_num_threads(), cache=cache, student=_student(config, assignment),
+        vae=modules.get("vae"), images=images, calibration_prompts=calibration_prompts, machine=machine,
+        recorded=recorded, student=_student(config, assignment),
         finetune_prompts=finetune_prompts,
     )  # fmt: skip
     wanted = ("calibrate", "sensitivity", "quantize", *DISTILLATION) if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
-    return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo)
+    return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo, machine)
 
 
 def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
@@ -82,7 +85,7 @@ def layer_table(plan: DenoiserPlan) -> str:
     )
 
 
-def summary(plan: Plan, *, device: str) -> str:
+def summary(plan: Plan) -> str:
     """The totals, and what every stage takes."""
     denoiser, counts = plan.denoiser, plan.denoiser.counts
     weights = sum(layer.weights for layer in denoiser.quantized)
@@ -97,25 +100,29 @@ def summary(plan: Plan, *, device: str) -> str:
         f"{denoiser.bytes / (2 * original):.3f} × its weights at 16 bit)",
         f"bits_per_weight {counts.bits_per_weight:.3f}, bits_quantized {counts.bits_quantized:.3f}, "
         f"bits_as_in_paper {counts.bits_as_in_paper:.3f}",
-        f"estimates for {device}:",
-        *(_cost_line(cost, plan.todo) for cost in plan.costs),
+        f"memory and times for {plan.machine.label}:",
+        *(_cost_line(cost, plan) for cost in plan.costs),
     ]
     if plan.seconds is not None:
         lines.append(f"  what is still to run: {duration(plan.seconds)}")
     return "\n".join(lines)
 
 
-def _cost_line(cost: StageCost, todo: set[str] | None) -> str:
+def _cost_line(cost: StageCost, plan: Plan) -> str:
     memory = "memory not estimated"
     if cost.memory is not None:
         on_device = f"{gibibytes(cost.memory.device)} on the device and " if cost.memory.device else ""
         memory = f"{on_device}{gibibytes(cost.memory.host)} of memory"
-    time = "time not estimated" if cost.seconds is None else duration(cost.seconds)
-    state = " (done)" if todo is not None and cost.name not in todo else ""
+        card = plan.machine.card
+        if card is not None and cost.memory.device > card.memory:
+            memory += f" (more than the {gibibytes(card.memory)} of an {card.name})"
+    origin = "estimate" if cost.origin.startswith("estimate") else cost.origin
+    time = "time not estimated" if cost.seconds is None else f"{duration(cost.seconds)} ({origin})"
+    state = " (done)" if plan.todo is not None and cost.name not in plan.todo else ""
     return f"  {cost.name:14s} {memory}, {time}{state}{f'; {cost.note}' if cost.note else ''}"
 
 
-def write_plan(plan: Plan, file: Path, *, experiment: str, model: str, device: str) -> None:
+def write_plan(plan: Plan, file: Path, *, experiment: str, model: str) -> None:
     """The same as JSON."""
     layers = [
         {"name": n.name, "shape": list(n.shape), "scheme": n.scheme, "bits": n.bits, "bytes": n.bytes}
@@ -127,6 +134,6 @@ def write_plan(plan: Plan, file: Path, *, experiment: str, model: str, device: s
         for cost in plan.costs
     ]
     counts = plan.denoiser.counts.to_dict() | {"bytes": plan.denoiser.bytes}
-    found = {"experiment": experiment, "model": model, "device": device} | counts
-    found |= {"peak_memory_bytes": plan.peak_memory_bytes, "seconds": plan.seconds}
+    found = {"experiment": experiment, "model": model, "device": plan.machine.device} | counts
+    found |= {"machine": plan.machine.label, "peak_memory_bytes": plan.peak_memory_bytes, "seconds": plan.seconds}
     write_json(file, found | {"rest": plan.denoiser.rest, "stages": stages, "layers": layers})

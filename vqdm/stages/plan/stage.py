@@ -9,13 +9,14 @@ from vqdm.stages.plan.memory import Memory
 class StageCost:
     """name: of the field of `vqdm.stages.graph.Graph`. None: not estimated, and `note` says why.
 
-    detail: numbers that the note is made of, for the plan's JSON.
+    origin: of the seconds, an estimate or what was recorded. detail: numbers behind the note, for the plan's JSON.
     """
 
     name: str
     memory: Memory | None
     seconds: float | None
     note: str = ""
+    origin: str = ""
     detail: dict = field(default_factory=dict)
 
 
