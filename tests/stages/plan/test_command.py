@@ -1,9 +1,18 @@
-"""What plan=true says of images that are partly there."""
+"""What plan=true says of images that are partly there, and when a run on the CPU has to be asked for."""
 
+import dataclasses
 import json
 
-from vqdm.runs.store import write_item
-from vqdm.stages.plan.command import _images_made
+import pytest
+import torch
+from test_structure import compose
+
+from vqdm.config.checks import check
+from vqdm.errors import UserError
+from vqdm.runs.store import Store, write_item
+from vqdm.stages.graph import build_stages
+from vqdm.stages.plan import command
+from vqdm.stages.plan.command import _images_made, refuse_days_on_a_cpu
 
 
 def test_a_shorter_lists_last_batch_does_not_count_as_full(tmp_path):
@@ -19,3 +28,39 @@ def test_a_damaged_batch_does_not_count(tmp_path):
     for damaged in (json.dumps({"record": {}})[:5], whole.replace('"rows": 4', '"rows": 3')):
         sidecar.write_text(damaged)
         assert damaged != whole and _images_made(tmp_path, 4, batch_size=4) == 0
+
+
+def test_days_on_a_cpu_have_to_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, store = compose("+experiment=tiny_rtn4"), Store(tmp_path)
+    stages = build_stages(config, cache=store.hashes)
+    refuse_days_on_a_cpu(config, store, stages)  # small
+    monkeypatch.setattr(command, "LARGE", 1_000_000)
+    refuse_days_on_a_cpu(config, store, stages)  # and short
+    monkeypatch.setattr(command, "LONG", 1)
+    with pytest.raises(UserError, match=r"sees no GPU, and a denoiser of 4 M parameters takes .*device=cpu") as error:
+        refuse_days_on_a_cpu(config, store, stages)
+    assert "\n" not in str(error.value)
+    refuse_days_on_a_cpu(dataclasses.replace(config, device="cpu"), store, stages)
+    write_item(store.directory(stages.quantization.calibrate), "000000", {}, {})  # begun before: it goes on
+    refuse_days_on_a_cpu(config, store, stages)
+
+
+def test_a_gpu_is_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "LARGE", 1)
+    monkeypatch.setattr(command, "LONG", 0)
+    config, store = compose("+experiment=tiny_rtn4"), Store(tmp_path)
+    refuse_days_on_a_cpu(config, store, build_stages(config, cache=store.hashes))
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({"plan_for": "v100", "plan": True}, "a100, 4090, h100, h200"), ({"plan_for": "h100"}, "plan=true"),
+     ({"plan_for": "h100", "plan": True, "device": "cpu"}, "device=cpu")],
+)  # fmt: skip
+def test_cards_to_plan_for(own, said):
+    config = compose("+experiment=tiny_rtn4")
+    with pytest.raises(UserError, match=said):
+        check(dataclasses.replace(config, **own))
+    check(dataclasses.replace(config, plan_for="h100", plan=True, device="cuda"))

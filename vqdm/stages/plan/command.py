@@ -11,6 +11,8 @@ from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Graph, Quantization, build_stages, image_list, samplers
 
+LARGE, LONG = 100_000_000, 12 * 3600  # parameters and seconds from which a CPU has to be asked for
+
 
 def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
     """Also as JSON in plans/<experiment>.json of the results. Nothing is loaded, downloaded or made.
@@ -27,21 +29,50 @@ def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> Non
         print(f"{config.name}: the stages are known once this is mended: {error}")
     todo = None if stages is None else _print_stages(config, store, stages)
     sys.stdout.flush()
-    from vqdm.stages.plan.recorded import Recorded
-    from vqdm.stages.plan.report import layer_table, make_plan, summary, write_plan
+    from vqdm.stages.plan.report import layer_table, summary, write_plan
 
-    machine = _machine(config)
-    recorded = Recorded(store if config.plan_for is None else None, config, machine.device)
-    plan = make_plan(
-        config, harm=_harm(store, stages, todo), **_counts(config, stages), machine=machine, recorded=recorded,
-        todo=todo,
-    )  # fmt: skip
+    plan = _plan(config, store, stages, todo)
     file = store.root / "plans" / f"{config.name}.json"
     write_plan(plan, file, experiment=config.name, model=config.model.name)
     if every_layer:
         print(layer_table(plan.denoiser))
     print(summary(plan))
     print(f"wrote {file}")
+
+
+def _plan(config: Config, store: Store, stages: Graph | Quantization | None, todo: set[str] | None):
+    from vqdm.stages.plan.recorded import Recorded
+    from vqdm.stages.plan.report import make_plan
+
+    machine = _machine(config)
+    recorded = Recorded(store if config.plan_for is None else None, config, machine.device)
+    return make_plan(
+        config, harm=_harm(store, stages, todo), **_counts(config, stages), machine=machine, recorded=recorded,
+        todo=todo,
+    )  # fmt: skip
+
+
+def refuse_days_on_a_cpu(config: Config, store: Store, stages: Graph | Quantization) -> None:
+    """UserError where a large model would run for long, from nothing, on a CPU that nobody asked for."""
+    if config.device != "auto" or any(store.status(stage) != "missing" for stage in stages.stages()):
+        return
+    import torch
+
+    from vqdm.models.loader import denoiser_on_meta
+    from vqdm.stages.plan.stage import duration
+
+    if torch.cuda.is_available():
+        return
+    size = sum(parameter.numel() for parameter in denoiser_on_meta(config.model).parameters())
+    if size <= LARGE:
+        return
+    seconds = sum(cost.seconds or 0 for cost in _plan(config, store, stages, set(stages.named())).costs)
+    if seconds > LONG:
+        raise UserError(
+            f"{config.name}: torch {torch.__version__} sees no GPU, and a denoiser of {size / 1e6:,.0f} M parameters "
+            f"takes {duration(seconds)} on this CPU (estimate): install a driver and a torch build that match, "
+            "or go on all the same with device=cpu"
+        )
 
 
 def _machine(config: Config):
