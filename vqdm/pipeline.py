@@ -14,7 +14,7 @@ from vqdm.report.experiments import Table
 from vqdm.runs import processes
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Graph, Quantization, build_stages, samplers, tiny_train_stage
-from vqdm.stages.plan.command import print_plan, refuse_days_on_a_cpu
+from vqdm.stages.plan.command import print_plan, say_before_work
 
 log = logging.getLogger("vqdm")
 
@@ -117,7 +117,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)
-    refuse_days_on_a_cpu(config, store, stages)
+    say_before_work(config, store, stages)
     return stages
 
 

@@ -12,7 +12,7 @@ from vqdm.errors import UserError
 from vqdm.runs.store import Store, write_item
 from vqdm.stages.graph import build_stages
 from vqdm.stages.plan import command
-from vqdm.stages.plan.command import _images_made, refuse_days_on_a_cpu
+from vqdm.stages.plan.command import _images_made, say_before_work
 
 
 def test_a_shorter_lists_last_batch_does_not_count_as_full(tmp_path):
@@ -34,16 +34,16 @@ def test_days_on_a_cpu_have_to_be_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, store = compose("+experiment=tiny_rtn4"), Store(tmp_path)
     stages = build_stages(config, cache=store.hashes)
-    refuse_days_on_a_cpu(config, store, stages)  # small
+    say_before_work(config, store, stages)  # small
     monkeypatch.setattr(command, "LARGE", 1_000_000)
-    refuse_days_on_a_cpu(config, store, stages)  # and short
+    say_before_work(config, store, stages)  # and short
     monkeypatch.setattr(command, "LONG", 1)
     with pytest.raises(UserError, match=r"sees no GPU, and a denoiser of 4 M parameters takes .*device=cpu") as error:
-        refuse_days_on_a_cpu(config, store, stages)
+        say_before_work(config, store, stages)
     assert "\n" not in str(error.value)
-    refuse_days_on_a_cpu(dataclasses.replace(config, device="cpu"), store, stages)
+    say_before_work(dataclasses.replace(config, device="cpu"), store, stages)
     write_item(store.directory(stages.quantization.calibrate), "000000", {}, {})  # begun before: it goes on
-    refuse_days_on_a_cpu(config, store, stages)
+    say_before_work(config, store, stages)
 
 
 def test_a_gpu_is_not_asked_for(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_gpu_is_not_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "LARGE", 1)
     monkeypatch.setattr(command, "LONG", 0)
     config, store = compose("+experiment=tiny_rtn4"), Store(tmp_path)
-    refuse_days_on_a_cpu(config, store, build_stages(config, cache=store.hashes))
+    say_before_work(config, store, build_stages(config, cache=store.hashes))
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,15 @@ def test_cards_to_plan_for(own, said):
     with pytest.raises(UserError, match=said):
         check(dataclasses.replace(config, **own))
     check(dataclasses.replace(config, plan_for="h100", plan=True, device="cuda"))
+
+
+def test_training_blocks_says_what_it_takes_before_any_work(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(command, "LARGE", 1_000_000)
+    store = Store(tmp_path)
+    for quantizer, lines in (("quantize=adaround", 1), ("quantize=rtn4", 0)):
+        config = dataclasses.replace(compose("+experiment=tiny_codec", *quantizer.split()), device="cpu")
+        caplog.clear()
+        with caplog.at_level("INFO", logger="vqdm"):
+            say_before_work(config, store, build_stages(config, cache=store.hashes))
+        said = [record.getMessage() for record in caplog.records if "before any work" in record.getMessage()]
+        assert len(said) == lines and all("36 blocks, 2,000 steps of 16 rows each" in line for line in said)

@@ -201,8 +201,20 @@ def test_the_least_that_encoding_takes():
     assert least_encoding_flops((30, 12), RtnConfig(clip="mse")) == 2 * 30 * 12
 
 
+def test_training_sdxls_blocks():
+    """The largest block's row: a residual unit of up_blocks.2 reads 960 channels of 128 × 128 and gives 320."""
+    found = sdxl_costs(kind="adaround", bits=4, iterations=20_000, batch_size=32)["quantize"]
+    row = 2 * (960 + 320) * 128**2  # fp16; the time embedding's 1,280 numbers beside it
+    rows = 256 * 4 * 2
+    weights = 2 * 2_567_463_684
+    assert 3 * rows * row < found.memory.host - 2 * weights < 3 * rows * (row + 4 * 1280) + 20e9
+    assert "113 blocks, 20,000 steps of 32 rows each, on 2,048 rows" in found.note and "80 GiB" in found.note
+    forward = 6.76e12 / CORE + 5.39e9 / 1e10
+    passes = 113 * rows + 3 * 20_000 * 32 + 2 * rows
+    assert found.seconds == pytest.approx(passes * forward, rel=0.01)
+
+
 def test_what_is_not_estimated_says_so():
-    assert "block after block" in sdxl_costs(kind="adaround", bits=4)["quantize"].note
     unet, config = small_unet().to("meta"), sdxl_config()
     unet.register_to_config(addition_embed_type="image")
     found = stage_costs(

@@ -1,5 +1,6 @@
 """What `plan=true` prints and writes: the stages at once; then, after some imports, layers, sizes, memory and time."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Graph, Quantization, build_stages, image_list, samplers
 
+log = logging.getLogger("vqdm")
 LARGE, LONG = 100_000_000, 12 * 3600  # parameters and seconds from which a CPU has to be asked for
 
 
@@ -52,27 +54,46 @@ def _plan(config: Config, store: Store, stages: Graph | Quantization | None, tod
     )  # fmt: skip
 
 
-def refuse_days_on_a_cpu(config: Config, store: Store, stages: Graph | Quantization) -> None:
-    """UserError where a large model would run for long, from nothing, on a CPU that nobody asked for."""
-    if config.device != "auto" or any(store.status(stage) != "missing" for stage in stages.stages()):
-        return
-    import torch
+def say_before_work(config: Config, store: Store, stages: Graph | Quantization) -> None:
+    """What training a large model's blocks will take, in the log, before any work.
 
+    UserError where a large model would run for long, from nothing, on a CPU that nobody asked for.
+    """
+    states = {name: store.status(stage) for name, stage in stages.named().items()}
+    begun = any(state != "missing" for state in states.values())
+    if config.device == "cuda" or (config.device == "auto" and begun):
+        unasked = False
+    else:
+        import torch
+
+        unasked = config.device == "auto" and not torch.cuda.is_available()
+    trains = states.get("quantize", "done") != "done" and _trains_blocks(config)
+    if not unasked and not trains:
+        return
     from vqdm.models.loader import denoiser_on_meta
+    from vqdm.stages.plan.report import cost_line
     from vqdm.stages.plan.stage import duration
 
-    if torch.cuda.is_available():
-        return
     size = sum(parameter.numel() for parameter in denoiser_on_meta(config.model).parameters())
     if size <= LARGE:
         return
-    seconds = sum(cost.seconds or 0 for cost in _plan(config, store, stages, set(stages.named())).costs)
-    if seconds > LONG:
+    plan = _plan(config, store, stages, {name for name, state in states.items() if state != "done"})
+    for cost in plan.costs:
+        if trains and cost.name == "quantize":
+            log.info("%s: before any work: %s", config.name, " ".join(cost_line(cost, plan).split()))
+    seconds = sum(cost.seconds or 0 for cost in plan.costs)
+    if unasked and seconds > LONG:
         raise UserError(
-            f"{config.name}: torch {torch.__version__} sees no GPU, and a denoiser of {size / 1e6:,.0f} M parameters "
+            f"{config.name}: torch sees no GPU, and a denoiser of {size / 1e6:,.0f} M parameters "
             f"takes {duration(seconds)} on this CPU (estimate): install a driver and a torch build that match, "
             "or go on all the same with device=cpu"
         )
+
+
+def _trains_blocks(config: Config) -> bool:
+    from vqdm.codecs.encode import trains_blocks
+
+    return trains_blocks(config.quantize)
 
 
 def _machine(config: Config):

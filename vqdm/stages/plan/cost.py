@@ -4,6 +4,7 @@ Left out of the time: loading models, text encoders, schedulers, reading and wri
 layers share.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -34,9 +35,12 @@ from vqdm.stages.plan.forward import (
 from vqdm.stages.plan.memory import Memory
 from vqdm.stages.plan.rates import SCORING, Machine, Rates, cpu_rates
 from vqdm.stages.plan.recorded import Recorded
-from vqdm.stages.plan.stage import StageCost, duration
+from vqdm.stages.plan.stage import StageCost, duration, gibibytes
+from vqdm.stages.plan.training import measure_blocks
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
+FORWARD_AND_BACKWARD = 3  # forwards
+TRAINED_COPIES = 8  # of a block's weights: the weight, its floor and step, logits, gradients, two moments, h
 DISTILLATION = ("tune_blocks", "trajectories", "finetune")
 GUIDED_INSIDE = ("FluxTransformer2DModel",)  # guidance is an input of theirs and takes no second sample
 
@@ -71,7 +75,7 @@ def stage_costs(
     guided = guidance_factor(denoiser, config.model.sampler.guidance)
     executed = [spec for spec in specs if spec.name in cost.inputs]
     experiment = _Experiment(
-        config, cost, executed, model, decoding, machine, recorded, guided=guided, scored=images,
+        config, denoiser, cost, executed, model, decoding, machine, recorded, guided=guided, scored=images,
         calibration_prompts=calibration_prompts,
     )  # fmt: skip
     found = {name: getattr(experiment, name)() for name in names if name not in DISTILLATION}
@@ -120,6 +124,7 @@ class _Experiment:
     """All that the stages' costs follow from; each stage is a method."""
 
     config: Config
+    denoiser: nn.Module
     cost: DenoiserCost
     specs: list[LayerSpec]
     model: memory.Model
@@ -151,7 +156,7 @@ class _Experiment:
     def quantize(self) -> StageCost:
         config = self.config.quantize
         if trains_blocks(config):
-            return StageCost("quantize", None, None, "not estimated: it trains block after block")
+            return self._by_blocks()
         groups = [group for group in self._groups(config) if group]
         used = self._quantize_memory(groups, workers=self.machine.threads)
         rates = self._rates()
@@ -166,6 +171,35 @@ class _Experiment:
         error = self._recorded_samples() * rates.seconds(self.cost.sample)
         note += f"encoding {duration(encode)} ({found[0][1] if found else 'nothing'})"
         return self._stage("quantize", used, hessians + encode + error, rates.origin, note)
+
+    def _by_blocks(self) -> StageCost:
+        """Every block: rows of both denoisers up to it, half of one on average; its steps; judging it twice.
+
+        Host: inputs and outputs of the student and outputs of the teacher, twice while calls become one tensor.
+        Device: both denoisers; of the largest block, beside a step, eight fp32 numbers for each of its weights.
+        """
+        config, rows = self.config.quantize, self._recorded_samples()
+        denoiser = nn.Module.to(copy.deepcopy(self.denoiser), dtype=torch.float32).requires_grad_(False)
+        for spec in self.specs:
+            denoiser.get_submodule(spec.name).weight.requires_grad_()
+        names, batch = [spec.name for spec in self.specs], min(config.batch_size, rows)
+        blocks = measure_blocks(denoiser, names, rows=batch, size=self.config.model.sampler.size)
+        kept = int(rows * blocks.recorded * self.model.item_size / 4)
+        unet = self.model.item_size * sum(parameter.numel() for parameter in denoiser.parameters())
+        used = memory.placed(
+            self.model.weights + unet + blocks.step + TRAINED_COPIES * 4 * blocks.trained, 3 * kept,
+            device=self.machine.device,
+        )  # fmt: skip
+        note = (
+            f"{blocks.count} blocks, {config.iterations:,} steps of {batch} rows each, on {rows:,} rows; "
+            f"the largest block's rows take {gibibytes(kept)}, up to three times"
+        )
+        half, single = self._rates(), self.machine.rates("float32")
+        if half is None:
+            return self._stage("quantize", used, None)
+        trained = FORWARD_AND_BACKWARD * config.iterations * batch + 2 * rows
+        seconds = blocks.count * rows * half.seconds(self.cost.sample) + trained * single.seconds(self.cost.sample)
+        return self._stage("quantize", used, seconds, half.origin, note)
 
     def teacher_images(self) -> StageCost:
         return dataclasses.replace(self.images(), name="teacher_images")

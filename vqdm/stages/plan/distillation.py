@@ -77,7 +77,8 @@ class DistillationPlan:
         own = self.config.finetune
         batch = min(own.block_batch_size, own.block_samples)
         names = [spec.name for spec in self.specs]
-        blocks = measure_blocks(student, names, rows=batch, size=self.config.model.sampler.size)
+        student.has_gradients(False)
+        blocks = measure_blocks(student.denoiser, names, rows=batch, size=self.config.model.sampler.size)
         recording, training = blocks.count * own.block_samples, own.block_steps * batch
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
         step = max(blocks.step + state, self._rows_in_a_call() * self.model.activations)

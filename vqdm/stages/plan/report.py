@@ -101,14 +101,15 @@ def summary(plan: Plan) -> str:
         f"bits_per_weight {counts.bits_per_weight:.3f}, bits_quantized {counts.bits_quantized:.3f}, "
         f"bits_as_in_paper {counts.bits_as_in_paper:.3f}",
         f"memory and times for {plan.machine.label}:",
-        *(_cost_line(cost, plan) for cost in plan.costs),
+        *(cost_line(cost, plan) for cost in plan.costs),
     ]
     if plan.seconds is not None:
         lines.append(f"  what is still to run: {duration(plan.seconds)}")
     return "\n".join(lines)
 
 
-def _cost_line(cost: StageCost, plan: Plan) -> str:
+def cost_line(cost: StageCost, plan: Plan) -> str:
+    """Memory, time and where it is from, of one stage."""
     memory = "memory not estimated"
     if cost.memory is not None:
         on_device = f"{gibibytes(cost.memory.device)} on the device and " if cost.memory.device else ""

@@ -259,10 +259,11 @@ class BlocksCost:
     trained: int
 
 
-def measure_blocks(student: Student, names: Iterable[str], *, rows: int, size: int | None) -> BlocksCost:
-    """names: of the quantized layers. Blocks of one kind and shape are measured once. rows: of a batch."""
-    student.has_gradients(False)
-    calls = _block_calls(student.denoiser, names, size=size)
+def measure_blocks(denoiser: nn.Module, names: Iterable[str], *, rows: int, size: int | None) -> BlocksCost:
+    """Blocks of one kind and shape are measured once. denoiser: in fp32, on meta. names: of the layers that are
+    quantized. rows: of a batch.
+    """
+    calls = _block_calls(denoiser, names, size=size)
     recorded, steps, trained, seen = [], [], [], set()
     for block, given, output in calls.values():
         tensors = [leaf for leaf in tree_leaves((given, output)) if isinstance(leaf, Tensor)]
