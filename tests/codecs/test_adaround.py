@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from unets import small_unet
 
+from vqdm.calibration import blocks
 from vqdm.calibration.blocks import Block, block_loss, blocks_of, record_block
 from vqdm.calibration.recording import Recorder
 from vqdm.codecs import rtn
@@ -199,3 +200,29 @@ def test_a_block_learns_on_the_students_inputs_and_the_teachers_outputs(unet, ca
         assert block_loss(student.get_submodule(block.name), inputs, targets) == pytest.approx(report.learned, rel=1e-3)
         reports[block.name] = report
     assert len(reports) == 3
+
+
+def test_rows_on_disk_give_the_same_weights(unet, calls, tmp_path, monkeypatch):
+    """Bit for bit, and no file is left."""
+    specs = [spec for spec in layer_specs(unet) if spec.name.startswith("mid_block")]
+
+    def codes(**more):
+        made = quantize_blocks(copy.deepcopy(unet), unet, specs, lambda: calls, seed=0, **SHORT, **more)
+        return {name: weight.unpacked_codes() for _, weights, _ in made for name, weight in weights.items()}
+
+    in_memory = codes()
+    monkeypatch.setattr(blocks, "CALL_IN_MEMORY", 0)
+    monkeypatch.setattr(blocks, "IN_MEMORY", 0)
+    data = record_block(unet, "mid_block.resnets.0", calls, directory=tmp_path)
+    assert torch.equal(data.output, record_block(unet, "mid_block.resnets.0", calls).output)
+    on_disk = codes(directory=tmp_path)
+    assert in_memory.keys() == on_disk.keys() and in_memory
+    assert all(torch.equal(in_memory[name], on_disk[name]) for name in in_memory)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_variance_of_many_targets_is_the_same_in_parts(monkeypatch):
+    targets = 3 + torch.randn(50, 7, generator=torch_generator(0, "targets"))
+    whole = blocks._variance(targets)
+    monkeypatch.setattr(blocks, "LARGE", 0)
+    assert blocks._variance(targets) == pytest.approx(whole, rel=1e-6)

@@ -5,10 +5,13 @@ distillation) take them in the order in which the denoiser runs them (BRECQ, Li 
 """
 
 import math
+import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
 
 RESIDUAL_UNITS = ("ResnetBlock2D", "BasicTransformerBlock")  # class names; each one's output is its input + something
+CALL_IN_MEMORY, IN_MEMORY = 4 << 20, 1 << 30  # bytes from which a call's tensor, or all calls', is a mapped file
+LARGE = 4 << 30  # bytes of targets whose variance is summed part by part
 CHECK_EVERY = 100  # steps between two looks at the losses, as each look waits for the GPU
 
 
@@ -117,20 +122,50 @@ def _taken(leaf: Any, rows: Tensor | slice, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def record_block(denoiser: nn.Module, name: str, calls: Iterable[Call], *, keep_on: str = "cpu") -> BlockData:
+def record_block(
+    denoiser: nn.Module, name: str, calls: Iterable[Call], *, keep_on: str = "cpu", directory: Path | None = None
+) -> BlockData:
     """Play back recorded calls and keep the inputs and outputs of the block `name`, on the device `keep_on`.
 
+    directory: where large tensors lie as nameless files while they are used, so that they need not fit into memory.
     Tensors with a row per sample (or one row for all) are kept by sample; other tensors and everything else must be
     the same in every call (ValueError). Each call is cut short after the block's first execution.
     """
     arguments, outputs = [], []
     for call in calls:
         taken, output = _run_until(denoiser, name, call, keep_on=keep_on)
+        taken, output = _map(partial(_put_down, directory=directory), (taken, output))
         arguments.append(_map(partial(_by_sample, count=len(output)), taken))
         outputs.append(output)
     if not outputs:
         raise ValueError(f"no calls to record block {name} from")
-    return BlockData(_merge(arguments, name), torch.cat(outputs))
+    return BlockData(_merge(arguments, name, directory), _joined(outputs, directory))
+
+
+def _put_down(leaf: Any, *, directory: Path | None) -> Any:
+    """Move a call's tensor out of memory, if it is large."""
+    is_kept = not isinstance(leaf, Tensor) or leaf.nbytes < CALL_IN_MEMORY or leaf.ndim == 0
+    return leaf if is_kept else _joined([leaf], directory, least=CALL_IN_MEMORY)
+
+
+def _joined(parts: list[Tensor], directory: Path | None, *, least: int | None = None) -> Tensor:
+    """Concatenate rows; a result of `least` bytes is mapped from a file without a name, which nothing leaves behind."""
+    first = parts[0]
+    count, size = sum(len(part) for part in parts), sum(part.nbytes for part in parts)
+    if directory is None or size < (IN_MEMORY if least is None else least) or first.device.type != "cpu":
+        return torch.cat(parts)
+    file, shape = directory / f"rows-{secrets.token_hex(4)}.tmp", (count, *first.shape[1:])
+    try:
+        with file.open("wb") as whole:
+            os.posix_fallocate(whole.fileno(), 0, size)  # a full disk is an OSError here, and deadly once it is mapped
+        rows = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=first.dtype).view(shape)
+    finally:
+        file.unlink(missing_ok=True)
+    done = 0
+    for part in parts:
+        rows[done : done + len(part)] = part
+        done += len(part)
+    return rows
 
 
 class _CutShortError(Exception):
@@ -181,15 +216,15 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _merge(calls: list, name: str) -> Any:
+def _merge(calls: list, name: str, directory: Path | None) -> Any:
     """Merge the same nested value of several calls: samples are concatenated, the rest is taken from the first."""
     first = calls[0]
     if all(isinstance(value, _Samples) for value in calls):
-        return _Samples(torch.cat([value.tensor for value in calls]))
+        return _Samples(_joined([value.tensor for value in calls], directory))
     if all(isinstance(value, dict) and value.keys() == first.keys() for value in calls):
-        return {key: _merge([value[key] for value in calls], name) for key in first}
+        return {key: _merge([value[key] for value in calls], name, directory) for key in first}
     if isinstance(first, (list, tuple)) and all(type(v) is type(first) and len(v) == len(first) for v in calls):
-        return type(first)([_merge(list(values), name) for values in zip(*calls, strict=True)])
+        return type(first)([_merge(list(values), name, directory) for values in zip(*calls, strict=True)])
     if not all(_same(value, first) for value in calls):
         raise ValueError(f"block {name} takes an argument without a row per sample that changes from call to call")
     return first
@@ -213,8 +248,17 @@ def relative_squared_error(targets: Tensor) -> Loss:
 
     0 is perfect, 1 is as bad as predicting their mean.
     """
-    variance = max(float(targets.float().var(correction=0)), 1e-30)
+    variance = max(_variance(targets), 1e-30)
     return lambda output, target: (output.float() - target.float()).square().mean() / variance
+
+
+def _variance(targets: Tensor) -> float:
+    """In fp32; in float64 and part by part where all of it at once would not fit."""
+    if targets.nbytes < LARGE:
+        return float(targets.float().var(correction=0))
+    sums = [(float(part.double().sum()), float(part.double().square().sum())) for part in targets.split(8)]
+    mean, square = (sum(column) / targets.numel() for column in zip(*sums, strict=True))
+    return square - mean**2
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +203,7 @@ def quantize_blocks(
     seed: int,
     stored: Callable[[Block], dict[str, QuantizedWeight] | None] = lambda block: None,
     keep_on: str = "cpu",
+    directory: Path | None = None,
     progress: Callable[[Block, int, float], None] | None = None,
     **options,
 ) -> Iterator[tuple[Block, dict[str, QuantizedWeight], BlockReport | None]]:
@@ -210,16 +212,16 @@ def quantize_blocks(
     teacher: the full-precision denoiser, a module of its own. calls: gives the recorded calls anew each time.
     stored: a block's weights by layer, from a run that was cut off; they are put in place and come with the report
     None. A block's weights depend on the weights before it and the seed, not on where they came from.
-    options: of `reconstruct_block`.
+    directory: of large blocks' rows, as in `record_block`. options: of `reconstruct_block`.
     """
     for block in blocks_of(teacher, specs, next(iter(calls()))):
         weights, report = stored(block), None
         if weights is None:
-            targets = record_block(teacher, block.name, calls(), keep_on=keep_on).output
+            targets = record_block(teacher, block.name, calls(), keep_on=keep_on, directory=directory).output
             weights, report = reconstruct_block(
                 student,
                 block,
-                record_block(student, block.name, calls(), keep_on=keep_on),
+                record_block(student, block.name, calls(), keep_on=keep_on, directory=directory),
                 targets,
                 generator=torch_generator(seed, "adaround", block.name),
                 progress=None if progress is None else partial(progress, block),
@@ -231,7 +233,9 @@ def quantize_blocks(
         yield block, weights, report
 
 
-def _by_blocks(student: nn.Module, teacher: nn.Module, specs, calls, *, config: AdaroundConfig, stored, progress):
+def _by_blocks(
+    student: nn.Module, teacher: nn.Module, specs, calls, *, config: AdaroundConfig, stored, progress, directory=None
+):
     return quantize_blocks(
         student,
         teacher,
@@ -240,6 +244,7 @@ def _by_blocks(student: nn.Module, teacher: nn.Module, specs, calls, *, config: 
         seed=config.seed,
         stored=stored,
         progress=progress,
+        directory=directory,
         bits=int(config.bits),
         group_size=config.group_size,
         clip=config.clip,

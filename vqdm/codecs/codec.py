@@ -39,7 +39,7 @@ class Codec:
     make_shared: Callable[[Iterable[Tensor], Any, Any], SharedPart] | None = None
     # (layer, code bits per weight): the scheme to measure its harm at, None where it has none; for allocation by harm
     scheme_at: Callable[[LayerSpec, float], Scheme | None] | None = None
-    # (student, teacher, layers, recorded calls, *, config, stored, progress): as `adaround.quantize_blocks`
+    # (student, teacher, layers, recorded calls, *, config, stored, progress, directory): as `adaround.quantize_blocks`
     by_blocks: Callable[..., Iterator] | None = None
 
     def schemes(self, specs: list[LayerSpec], config, harm: Harm | None = None) -> dict[str, Scheme | str]:

@@ -170,13 +170,6 @@ class Store:
         """The summary of a finished stage: what `make` returned."""
         return json.loads((self.directory(stage) / MANIFEST).read_bytes())["summary"]
 
-    def finished(self, name: str) -> Iterator[tuple[Path, dict, dict]]:
-        """Directory, config and manifest of every stage of that name that is done, by sizes alone; sorted."""
-        for directory in sorted((self.root / "stages" / name).glob("[!.]*/")):
-            config = _stored_config(directory) or {}
-            if "fingerprint" in config and not _faults(directory, config["fingerprint"], hashed=False):
-                yield directory, config, json.loads((directory / MANIFEST).read_bytes())
-
     @contextmanager
     def open(self, stage: Stage) -> Iterator[Path]:
         """Lock and yield the directory of a stage that can always be extended (images).

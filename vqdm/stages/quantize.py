@@ -255,6 +255,7 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, p
             config=config,
             stored=stored,
             progress=show,
+            directory=encoder.directory,
         ):
             if report is None:
                 progress.skip([specs[name] for name in weights])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vqdm.calibration.blocks import LARGE
 from vqdm.calibration.collect import teacher_groups
 from vqdm.calibration.hessian import by_displacement, output_size, token_count
 from vqdm.codecs.encode import needs_hessians, trains_blocks
@@ -40,6 +41,7 @@ from vqdm.stages.plan.training import measure_blocks
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
 FORWARD_AND_BACKWARD = 3  # forwards
+JUDGED = 64  # rows at once, in fp32
 TRAINED_COPIES = 8  # of a block's weights: the weight, its floor and step, logits, gradients, two moments, h
 DISTILLATION = ("tune_blocks", "trajectories", "finetune")
 GUIDED_INSIDE = ("FluxTransformer2DModel",)  # guidance is an input of theirs and takes no second sample
@@ -175,7 +177,8 @@ class _Experiment:
     def _by_blocks(self) -> StageCost:
         """Every block: rows of both denoisers up to it, half of one on average; its steps; judging it twice.
 
-        Host: inputs and outputs of the student and outputs of the teacher, twice while calls become one tensor.
+        Host: a batch to judge by, and the targets' variance; inputs and outputs of the student and outputs of the
+        teacher lie on disk if they are large, twice while calls become one tensor.
         Device: both denoisers; of the largest block, beside a step, eight fp32 numbers for each of its weights.
         """
         config, rows = self.config.quantize, self._recorded_samples()
@@ -186,13 +189,12 @@ class _Experiment:
         blocks = measure_blocks(denoiser, names, rows=batch, size=self.config.model.sampler.size)
         kept = int(rows * blocks.recorded * self.model.item_size / 4)
         unet = self.model.item_size * sum(parameter.numel() for parameter in denoiser.parameters())
-        used = memory.placed(
-            self.model.weights + unet + blocks.step + TRAINED_COPIES * 4 * blocks.trained, 3 * kept,
-            device=self.machine.device,
-        )  # fmt: skip
+        on_device = self.model.weights + unet + blocks.step + TRAINED_COPIES * 4 * blocks.trained
+        on_host = min(3 * kept, 2 * LARGE + JUDGED * blocks.recorded)
+        used = memory.placed(on_device, on_host, device=self.machine.device)
         note = (
             f"{blocks.count} blocks, {config.iterations:,} steps of {batch} rows each, on {rows:,} rows; "
-            f"the largest block's rows take {gibibytes(kept)}, up to three times"
+            f"the largest block's rows take {gibibytes(kept)} up to three times, on disk where memory is short of them"
         )
         half, single = self._rates(), self.machine.rates("float32")
         if half is None:

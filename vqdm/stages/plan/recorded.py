@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vqdm.config.options import Config
+from vqdm.runs.files import read_sealed
 from vqdm.runs.store import Store
 
 NOT_THE_CODECS = {"seed", "damping", "hessian_from", "tokens_per_call", "layers", "min_size", "dtype", "rescale"}
@@ -74,8 +75,14 @@ class Recorded:
         return _slowest(found)
 
     def _finished(self, name: str, *, any_device: bool = False) -> Iterator[tuple[Path, dict, dict]]:
-        for directory, stage, manifest in () if self.store is None else self.store.finished(name):
-            if any_device or manifest["environment"].get("device") == self.device:
+        folder = None if self.store is None else self.store.root / "stages" / name
+        for directory in [] if folder is None else sorted(folder.glob("[!.]*/")):
+            try:
+                manifest = read_sealed(directory / "manifest.json")
+                stage = json.loads((directory / "config.json").read_bytes())
+            except (OSError, ValueError):
+                continue
+            if manifest is not None and (any_device or manifest["environment"].get("device") == self.device):
                 yield directory, stage, manifest
 
 
