@@ -58,6 +58,13 @@ def test_a_tokenizer_without_words(part, model):
     assert local_directory(ModelConfig(path=str(model))) == model
 
 
+def test_a_text_encoder_without_a_tokenizer_and_no_vae(model):
+    edit(model / "model_index.json", tokenizer_2=[None, None])
+    assert "names no tokenizer_2" in said(model)
+    edit(model / "model_index.json", tokenizer_2=["transformers", "CLIPTokenizer"], vae=[None, None])
+    assert "names no vae" in said(model)
+
+
 def test_fp16_names_alone_name_the_cure(model):
     for file in list(model.rglob("*.safetensors")):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))

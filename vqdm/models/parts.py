@@ -32,6 +32,7 @@ VOCABULARIES = (
     "tokenizer.model",
 )
 _WEIGHTS = re.compile(r"(?P<stem>[^.]+)(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?\.safetensors")
+_known: dict[tuple[Path, str | None], tuple] = {}  # what was checked, and the state of its files then
 _INTEGERS = re.compile(r"BOOL|[IU]\d+")
 
 
@@ -51,7 +52,12 @@ def parts_of(directory: Path) -> dict[str, tuple[str, str]]:
 
 def check_parts(directory: Path, *, variant: str | None = None) -> Path:
     """UserError, naming what is missing or damaged, unless every part that is named is there, whole, and to be used."""
+    stats = ((path, path.lstat()) for path in sorted(directory.glob("**/*")))
+    state = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats)
+    if _known.get((directory, variant)) == state:  # a run asks a dozen times, and vocabularies take a while to read
+        return directory
     _check_task(directory)
+    _check_named(directory)
     for part, (library, kind) in parts_of(directory).items():
         folder = directory / part
         if not folder.is_dir():
@@ -64,7 +70,18 @@ def check_parts(directory: Path, *, variant: str | None = None) -> Path:
             _check_vocabulary(folder)
         elif not kind.endswith(("Processor", "Extractor")) and library in ("diffusers", "transformers"):
             _check_model(folder, kind, variant=variant)
+    _known[directory, variant] = state
     return directory
+
+
+def _check_named(directory: Path) -> None:
+    """Every text encoder has its tokenizer; a VAE and a scheduler are not left empty."""
+    parts = parts_of(directory)
+    index = json_object(directory / INDEX)
+    absent = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
+    absent += [part for part in ("vae", "scheduler") if part in index]
+    if missing := next((part for part in absent if part not in parts), None):
+        raise UserError(f"{directory / INDEX} names no {missing}, without which the model makes no image; get the rest")
 
 
 def _check_task(directory: Path) -> None:

@@ -79,4 +79,8 @@ def say_assumption(path: Path, chosen: str, reason: str | None) -> None:
             path, chosen,
         )  # fmt: skip
     else:
-        log.warning("%s is taken for %s, by %s; model.configs=sdxl (or DIR) says otherwise", path, chosen, reason)
+        log.warning(
+            "%s is taken for %s, by %s; model.configs=sdxl (or DIR) says otherwise. As model=sdxl_turbo it wants "
+            "model.sampler.scheduler=native model.sampler.steps=4 model.sampler.guidance=0",
+            path, chosen, reason,
+        )  # fmt: skip
