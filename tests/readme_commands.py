@@ -32,12 +32,13 @@ def inline_code(text: str) -> list[str]:
 
 
 def commands_of(text: str) -> list[str]:
-    """Every line of the shell blocks and every whole command of the prose; each once, comments taken off."""
+    """Every line of the shell blocks and every command of the prose that is whole; each once, comments taken off."""
     bodies = [body.replace("\\\n", " ") for language, body in blocks_of(text) if language == "sh"]
     lines = [line.partition(" #")[0].strip() for body in bodies for line in body.splitlines()]
     inline = [re.sub(r"^\+experiment=", "python run.py +experiment=", code) for code in inline_code(text)]
     inline = [code.removeprefix("time ") for code in inline]
-    return list(dict.fromkeys([*filter(None, lines), *(code for code in inline if re.match(FIRST_WORDS, code))]))
+    whole = [code for code in inline if re.match(FIRST_WORDS, code) and not re.search(r"run\.py$|=$", code)]
+    return list(dict.fromkeys([*filter(None, lines), *whole]))
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ def test_full_precision_says_why_every_layer_stays():
     assert plan.counts.bits_per_weight == 16.0
 
 
+@pytest.mark.slow
 def test_the_stages_are_printed_within_seconds_and_nothing_is_made(tmp_path):
     command = [sys.executable, "-u", "run.py", "+experiment=tiny_trellis3", "plan=true", f"results_dir={tmp_path}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
