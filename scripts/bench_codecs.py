@@ -225,7 +225,7 @@ class Reference:
 
 
 def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
-    """What one thread of this machine reaches in fp32, at its best."""
+    """The best fp32 rate of one thread on this machine, in GFLOP/s."""
     matrix = torch.randn(size, size, generator=torch_generator(0, "matmul"))
     seconds = []
     for _ in range(repeats):
@@ -263,7 +263,7 @@ def _cell(record: dict, name: str) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """Where records go: into one JSON file, or into a table under `results`."""
+    """Destination of records: one JSON file, or a table under `results`."""
 
     results: Path
     json_file: Path | None

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def peak_and_seconds(arguments: list[str]) -> tuple[float, float]:
-    """Of one run to its end: MiB, seconds."""
+    """Peak MiB and seconds of one run to its end."""
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *arguments],
@@ -32,7 +32,7 @@ def peak_and_seconds(arguments: list[str]) -> tuple[float, float]:
 
 
 def counts(text: str) -> list[int]:
-    """Separated by commas: what comes after may be run.py's."""
+    """Numbers of images, separated by commas, since further arguments are run.py's."""
     return [int(count) for count in text.split(",")]
 
 

@@ -1,4 +1,4 @@
-"""What it costs that a layer's weight is decoded: quantized layers beside dense ones of the same weight, one thread.
+"""The cost of decoding a layer's weight: quantized layers beside dense ones with the same weight, on one thread.
 
 python scripts/bench_layers.py [--repeat 15] [--tokens 1 77 1024 4096] [--device cpu] [--results results]
 
@@ -45,7 +45,7 @@ TOKENS = (1, 77, 1024, 4096)
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], draw: Generator) -> QuantizedWeight:
-    """Of random codes and scales, fp16."""
+    """A weight with random codes and scales, fp16."""
     weight = empty_weight(scheme, shape, TrellisTable.from_values(load_table()) if scheme.kind == "trellis" else None)
     weight.codes.random_(0, 256, generator=draw)
     for parameter in weight.parameters():
@@ -66,7 +66,7 @@ def random_rates(weight: TrellisWeight, draw: Generator) -> Tensor:
 
 
 def random_input(layer: nn.Module, tokens: int, draw: Generator) -> Tensor:
-    """[1, tokens, in], or [1, in, height, width] with height · width = tokens, as square as that allows."""
+    """Random input [1, tokens, in], or [1, in, height, width] with height · width = tokens, as square as possible."""
     if isinstance(layer, nn.Linear):
         return torch.randn(1, tokens, layer.in_features, generator=draw)
     height = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
@@ -76,7 +76,7 @@ def random_input(layer: nn.Module, tokens: int, draw: Generator) -> Tensor:
 def milliseconds(
     calls: dict[str, Callable[[], object]], repeat: int, *, synchronize: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Of every call in every round, in which they take turns; a first round is not counted."""
+    """Time every call in every round, in which they take turns; a first round is not counted."""
     taken = {name: [] for name in calls}
     for turn in range(repeat + 1):
         for name, call in calls.items():

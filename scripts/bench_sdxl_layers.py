@@ -1,4 +1,4 @@
-"""How long it takes to quantize SDXL by trellis codes, Hessians given: every shape of layer once, times their number.
+"""Time to quantize SDXL by trellis codes, with Hessians given: every shape of layer once, times their number.
 
 python scripts/bench_sdxl_layers.py [--workers 2] [--bits 3] [--shapes 1280x1280,1280x5120]
 
@@ -53,7 +53,7 @@ def read_shapes(file: Path) -> Counter[Shape]:
 
 
 def chosen_shapes(given: str | None, shapes: Counter[Shape]) -> list[Shape]:
-    """The asked ones, or all; the largest first."""
+    """The shapes asked for, or all, the largest first."""
     names = {f"{out}x{size}": (out, size) for out, size in sorted(shapes, key=lambda shape: -shape[0] * shape[1])}
     wanted = given.split(",") if given else list(names)
     unknown = [name for name in wanted if name not in names]

@@ -58,7 +58,7 @@ class Layer:
 
     @cached_property
     def variances(self) -> tuple[Tensor, Tensor]:
-        """Of the rows [out], and of the output error's independent directions per row [in], whose product they have.
+        """Variances of rows [out] and of the output error's independent directions in a row [in], which multiply.
 
         fp64: mean squares of the rows, and the eigenvalues of H in columns scaled to the weight's own RMS.
         """
@@ -96,7 +96,10 @@ def linear_layer(out: int, size: int, draw: Generator, seed: int) -> Made:
 
 
 def text_layer(out: int, size: int, draw: Generator, seed: int) -> Made:
-    """Of 77 tokens one starts the text and is always the same, 16 are words, the rest padding that varies little."""
+    """A layer that reads text.
+
+    Of 77 tokens one is the constant start, 16 are words, the rest nearly constant padding.
+    """
     weight = heavy_tailed_weight(out, size, draw)
     factor, mean = input_statistics(size, draw)
     padding_mean = mean + 0.5 * mean.square().mean().sqrt() * torch.randn(size, generator=draw)
@@ -170,7 +173,7 @@ def gaussian_moment(factor: Tensor, mean: Tensor, tokens: int, generator) -> Ten
 def conv_moment(
     channels: int, factor: Tensor, mean: Tensor, draw: Generator, *, images: int = 32, size: int = 32
 ) -> Tensor:
-    """Of the 3×3 patches of SiLU of correlated channels, each a sum of noises at four resolutions."""
+    """Second moment of 3×3 patches of SiLU of correlated channels, each a sum of noises at four resolutions."""
     total, tokens = torch.zeros(9 * channels, 9 * channels), 0
     roughness = torch.linspace(0.2, 0.9, channels)[:, None, None]
     for _ in range(images):

@@ -128,7 +128,7 @@ def download(name: str, item: Item, directory: Path, *, keep: bool = False, **op
 
 
 def _is_complete(receipt: Path, item: Item, directory: Path) -> bool:
-    """Whether all that the receipt lists is there in full size, and came from this very file."""
+    """True if everything that the receipt lists is there in full size and came from this very file."""
     try:
         known = json.loads(receipt.read_bytes())
         sizes = known["files"].items()
@@ -165,7 +165,7 @@ def _refuse_strange_names(infos: list[zipfile.ZipInfo], archive: Path) -> None:
 
 
 def _extract(file: zipfile.ZipFile, info: zipfile.ZipInfo, directory: Path) -> Path:
-    """Beside, then renamed: so a file of full size is whole, and one from an earlier run is left as it is."""
+    """Extract one file, written beside and renamed: a file of full size is whole, and an earlier one is kept."""
     target = directory / info.filename
     if target.is_file() and target.stat().st_size == info.file_size:
         return target

@@ -54,7 +54,7 @@ def fetch(file: RemoteFile, target: Path, *, attempts: int = ATTEMPTS, pause: fl
 
 
 def part_of(target: Path) -> Path:
-    """Where a download lies until it is whole."""
+    """Path of a download until it is whole."""
     return target.with_name(target.name + PART_SUFFIX)
 
 
@@ -86,12 +86,12 @@ def check_room(directory: Path, needed: int, purpose: str) -> None:
 
 
 def size_of(path: Path) -> int:
-    """0 where there is none."""
+    """Size of a file, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
 def _sha256(path: Path) -> str:
-    """With progress, as 20 GB take a minute."""
+    """sha256 of a file, with a progress bar, as 20 GB take a minute."""
     digest = hashlib.sha256()
     with path.open("rb") as file, _progress(path.stat().st_size, f"checking {path.name}") as bar:
         while block := file.read(1 << 23):

@@ -42,7 +42,7 @@ SECONDS, MEBIBYTES, LONGEST = 20, 256, 800
 
 
 class TooLong(BaseException):
-    """Of a case that would not end; a BaseException, so that nothing on the way takes it for its own."""
+    """Raised for a case that does not end; a BaseException, so that no handler on the way catches it."""
 
 
 _originals: dict[str, torch.nn.Module] = {}
@@ -77,7 +77,7 @@ def difference(model: torch.nn.Module, expected: torch.nn.Module) -> str | None:
 
 
 def finite(model: torch.nn.Module) -> bool:
-    """Whether every number of a model is, those that its codes decode to included."""
+    """True if every number of a model is finite, including those that its codes decode to."""
     with torch.no_grad():
         decoded = (layer.decoded(torch.float32) for layer in quantized_layers(model).values())
         return all(fault_of(tensor) is None for tensor in (*model.state_dict().values(), *decoded))
@@ -137,7 +137,7 @@ def run_case(number: int, directory: Path) -> tuple[str, str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and the progress bars of diffusers, which damaged files cause by the hundred."""
+    """Silence diffusers' warnings and progress bars, which damaged files cause by the hundred."""
     from diffusers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

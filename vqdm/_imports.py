@@ -1,10 +1,10 @@
-"""What `import vqdm` waits for: the first import of diffusers' and transformers' tables and of torchvision.
+"""Hooks that `import vqdm` sets on the first import of diffusers' and transformers' tables and of torchvision.
 
-diffusers, transformers: the quantization method `vqdm` enters their tables, whoever is imported first.
+diffusers, transformers: the quantization method `vqdm` is added to their tables, whichever is imported first.
 
-torchvision: one built for CUDA can be imported beside a CPU torch. Its compiled operators fail to load there, and
+torchvision: a build for CUDA may be installed beside a CPU torch. Its compiled operators then fail to load, and
 `import torchvision` dies because the schemas of two of them are missing ("operator torchvision::nms does not exist"),
-taking diffusers, transformers, open_clip and torchmetrics along. These schemas are defined just before. Where its
+and diffusers, transformers, open_clip and torchmetrics with it. So these schemas are defined just before. If its
 operators load, nothing is done.
 """
 
@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_TABLES = {  # and what adds itself to them
+_TABLES = {  # {module of the tables: our module that adds itself}
     "diffusers.quantizers.auto": "vqdm.hub.quantizer",
     "transformers.quantizers.auto": "vqdm.hub.transformers_table",
 }
@@ -23,7 +23,7 @@ _libraries = []  # a torch.library.Library takes its schemas back when it is col
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Sees the first import of one module, finds it by the other finders and lets `prepare` look at it."""
+    """Finder that meets the first import of one module, finds it by the other finders and lets `prepare` look at it."""
 
     module: str
     asked = False
@@ -85,7 +85,7 @@ def _define_missing_schemas(package: Path) -> None:
 
 
 def wait_for_imports() -> None:
-    """Watch for these modules; enters the tables of what is imported already at once."""
+    """Watch for these modules; tables that are already imported are entered at once."""
     for module, ours in _TABLES.items():
         if module in sys.modules:
             importlib.import_module(ours)

@@ -1,4 +1,4 @@
-"""vqdm from Python, without Hydra: compress a pipeline that is loaded, in place."""
+"""vqdm from Python, without Hydra: compress a loaded pipeline in place."""
 
 import hashlib
 import json
@@ -49,10 +49,10 @@ def compress(
     """Quantize the denoiser of a diffusers pipeline in place, with calibration; returns the pipeline.
 
     scheme: such as `trellis3`, `trellis2.5`, `vq3`, `3x8g8`, `gptq4`, `rtn4`, or options of `vqdm/config/codecs.py`.
-    prompts: captions to calibrate on; None: 64 that come with vqdm. steps, guidance, size (pixels): of sampling them;
-    None: the pipeline's own. recorded_steps: of them, whose calls calibrate. layers: a regular expression of the layers
-    to quantize; None: by the model. folder: keeps what is made, so that the same call goes on after a stop (another
-    model or other arguments get a place of their own there); None: nothing is kept.
+    prompts: captions to calibrate on; None: 64 that come with vqdm. steps, guidance, size (pixels): for sampling them;
+    None: the pipeline's own. recorded_steps: number of steps whose calls calibrate. layers: a regular expression for
+    the layers to quantize; None: the model's default. folder: keeps what is made, so that the same call goes on after a
+    stop (another model or other arguments get a place of their own there); None: nothing is kept.
     """
     config = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     config.check()
@@ -155,7 +155,7 @@ def _check_denoiser(denoiser: nn.Module, config: QuantizeConfig, *, layers: str 
 
 
 def _identity(pipeline, settings: list) -> str:
-    """sha256 over the pipeline's weights and all that the quantized ones depend on."""
+    """sha256 over the pipeline's weights and everything else that the quantized ones depend on."""
     scheduler = type(pipeline.scheduler).__name__, json.loads(pipeline.scheduler.to_json_string())
     digest = hashlib.sha256(canonical_json([*settings, scheduler, VERSIONS]))
     for part, module in sorted(pipeline.components.items()):

@@ -1,4 +1,4 @@
-"""The order of the stages. What is done is skipped, so the same command again is a resume."""
+"""Runs of experiments and tables, stage by stage. Finished stages are skipped: the same command again is a resume."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ log = logging.getLogger("vqdm")
 
 
 def run(config: Config) -> dict | None:
-    """One experiment; returns its run record (None for plan=true)."""
+    """Run one experiment; returns its run record (None for plan=true)."""
     store = Store(Path(config.results_dir))
     if config.task == "tiny_train":
         return _tiny_train(config, store)
@@ -30,10 +30,10 @@ def run(config: Config) -> dict | None:
 
 
 def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:
-    """Every run of every row of a table, or of one row, and the table anew after each; rows share stages.
+    """Run every row of a table, or one row, and write the table anew after each run; rows share stages.
 
-    row: its name; the other rows are then shown as far as the same configurations were run before, so that each row can
-    be a job of its own. mixed: runs of different protocols may share a column.
+    row: name of the one row to run; the other rows are shown if the same configurations were run before, so that each
+    row can be a job of its own. mixed: runs of different protocols may share a column.
     """
     from vqdm.report.formats import table_content, write_table
     from vqdm.report.report import write_report
@@ -62,7 +62,7 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
 
 
 def _track_table(name: str, config: Config, files: list[Path], store: Store) -> None:
-    """A run of the table's own beside those of its rows, with its figures."""
+    """Track the table as a run of its own beside its rows', with its figures."""
     from vqdm.runs.tracker import start_tracker
 
     tracker = start_tracker(
@@ -77,19 +77,22 @@ def _track_table(name: str, config: Config, files: list[Path], store: Store) -> 
 
 
 def _finished(configs: list[Config], store: Store) -> list[dict]:
-    """The records of a row's runs in just these configurations, as far as they are there."""
+    """The existing records of a row's runs in exactly these configurations."""
     from vqdm.report.records import is_finished, read_record
 
     try:
         last = [build_stages(config, cache=store.hashes).stages()[-1] for config in configs]
-    except UserError:  # what this row needs is not here, so it was not run here either
+    except UserError:  # this row's needs are not here, so it was not run here either
         return []
     found = [read_record(store, config.name, stage) for config, stage in zip(configs, last, strict=True)]
     return [record for record in found if record is not None and is_finished(record, store.root)]
 
 
 def _ready(config: Config, store: Store) -> Graph | Quantization:
-    """Everything the run needs is there, or all that is missing is said at once, before any work."""
+    """Build the run's stages and check that all it needs is there.
+
+    UserError names all that is missing, before any work.
+    """
     from vqdm.models.location import download, model_directory
     from vqdm.models.samplers import check_sampler
 
@@ -109,7 +112,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
         raise UserError(" — and: ".join(problems))
     fetched = _fetch_weights(config)
     if config.model.hub_id is not None or fetched:
-        stages = build_stages(config, cache=store.hashes)  # now that the files say which layers the model has
+        stages = build_stages(config, cache=store.hashes)  # again, now that the files tell which layers the model has
     for sampler in samplers(config):
         check_sampler(model_directory(config.model), sampler)
     if config.finetune.steps:
@@ -122,7 +125,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
 
 
 def _fetch_weights(config: Config) -> bool:
-    """Download what the metrics need and is not here; whether there was anything. What cannot be had is not run."""
+    """Download missing weights of metrics; True if there were any. Metrics without weights are not run."""
     from vqdm.metrics.families import FAMILIES
     from vqdm.metrics.sources import fetch, find
 
@@ -135,7 +138,7 @@ def _fetch_weights(config: Config) -> bool:
 
 
 def _check_finetune(config: Config, directory: Path) -> None:
-    """UserError for options of distillation that the model rules out."""
+    """Raise UserError for options of distillation that the model rules out."""
     from vqdm.distillation.losses import block_outputs
     from vqdm.models.loader import denoiser_on_meta
     from vqdm.models.samplers import is_flow_matching
@@ -153,7 +156,7 @@ def _check_finetune(config: Config, directory: Path) -> None:
 
 
 def _check_layers(config: Config) -> None:
-    """The scheme fits every layer, known from the shapes; says the bits to come."""
+    """Check from the shapes that the scheme fits every layer, and log the bits to come."""
     from vqdm.codecs.allocation import planned_bits
     from vqdm.models.loader import denoiser_on_meta
 
@@ -164,7 +167,7 @@ def _check_layers(config: Config) -> None:
 
 
 def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
-    """All stages under one tracker run; returns the run's record."""
+    """Run all stages under one tracker run; returns the run's record."""
     from vqdm.runs.device import resolve_device
     from vqdm.runs.tracker import start_tracker
 
@@ -188,7 +191,7 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
         failed = False
     finally:
         try:
-            _log_stages(tracker, store, stages)  # of a run that fails, those that were done by then
+            _log_stages(tracker, store, stages)  # if the run fails, those that are done by then
         finally:
             tracker.finish(failed=failed)
     log.info("%s: finished in %.1f s", config.name, time.monotonic() - began)
@@ -206,7 +209,7 @@ def _work(config: Config, store: Store, stages: Graph | Quantization, *, device,
 
 
 def _log_stages(tracker, store: Store, stages: Graph | Quantization) -> None:
-    """What each stage's manifest says, in a section of its name; and where the denoisers are, with what made them."""
+    """Log each stage's manifest in a section of its name, and references to the denoisers with what made them."""
     for name, stage in stages.named().items():
         if store.status(stage) != "done":  # images can always be extended
             continue

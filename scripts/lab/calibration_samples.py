@@ -1,4 +1,4 @@
-"""How few samples do: each layer's error on the population when its Hessian comes from a part of it, tiny model.
+"""The number of samples that is enough: each tiny layer's error on a population with a Hessian from a part of it.
 
 python scripts/lab/calibration_samples.py [--model tiny] [--bits 3] [--prompts 256] [--layers 24]
 
@@ -40,7 +40,7 @@ PARTS = [  # prompts, steps, tokens of each call (None: all)
 
 
 def hessians_of(config, specs, *, prompts: int, steps: int, tokens: int | None, order: str, batch: int = 8):
-    """By layer, from the teacher's calls at `steps` evenly spread sampling steps of `prompts` prompts."""
+    """Hessians by layer, from the teacher's calls at `steps` evenly spread sampling steps of `prompts` prompts."""
     settings = dataclasses.replace(config.calibration, recorded_steps=steps, batch_size=batch)
     listed = load_prompts(source="tiny", split=order, n=prompts)
     pipeline = load_pipeline(config.model, device="cpu")

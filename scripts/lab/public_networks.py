@@ -83,7 +83,7 @@ class Moments:
 
 
 def package_folder(package: str, module: str) -> Path:
-    """Where a package's files lie, without importing it. NotInstalled if it is absent."""
+    """The directory of a package, found without importing it. NotInstalled if it is absent."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise NotInstalled(f"{package} is not installed: {HINT}")

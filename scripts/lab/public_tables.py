@@ -82,7 +82,7 @@ def trellis_points(frame: pd.DataFrame) -> list[tuple[float, float]]:
 
 
 def bits_reaching(points: list[tuple[float, float]]) -> str | None:
-    """Where straight lines through the points (bits, dB) reach 0 dB, or beyond which end of them; None for no line."""
+    """Bits at which straight lines through points (bits, dB) reach 0 dB, or the end beyond which; None for no line."""
     if len(points) < 2:
         return None
     if points[0][1] <= 0:
@@ -94,7 +94,7 @@ def bits_reaching(points: list[tuple[float, float]]) -> str | None:
 
 
 def worst_layers(frame: pd.DataFrame) -> str:
-    """Those where the trellis at 4 bits does worst, with all its other bits; at its highest bits if 4 is not there."""
+    """Layers on which the trellis at 4 bits (or at its most) does worst, with its results at all other bits."""
     part = frame[(frame["codec"] == "trellis") & frame["db_to_gptq4"].notna()]
     if part.empty:
         return ""

@@ -1,7 +1,7 @@
-"""AdaRound: whether each weight of a block is rounded down or up is learned on what the block should give.
+"""AdaRound: learns from a block's target outputs whether each of its weights is rounded up or down.
 
-Not a codec but a routine over a block (`reconstruct`). Nagel et al. 2020, "Up or Down?", eqs. 21-25, with BRECQ's
-(Li et al. 2021) blocks, and, as in Q-Diffusion (Li et al. 2023), grids of least squared weight error.
+It works on whole blocks (`reconstruct`). Nagel et al. 2020, "Up or Down?", eqs. 21-25, with the blocks of BRECQ
+(Li et al. 2021) and, as in Q-Diffusion (Li et al. 2023), grids of least squared weight error.
 """
 
 import copy
@@ -34,13 +34,13 @@ class SoftRounding(QuantizedWeight):
     """A weight [out, in] between the two grid points around each entry: h = 0 is the lower one, 1 the upper.
 
     w̃ = s·(clip(⌊w/s⌋ + h(V) + z, 0, 2^b − 1) − z), h(V) = clip(σ(V)·(ζ − γ) + γ, 0, 1): at first h = w/s − ⌊w/s⌋,
-    so w̃ = w inside the grid. Only V is trained; computes in fp32.
+    so w̃ = w inside the grid. Only V is trained, in fp32.
     """
 
     scheme_type = ScalarScheme
 
     def __init__(self, weight: Tensor, grid: ScalarWeight):
-        """weight: [out, in]. grid: any weight on the grid; its scheme, scales and zero points are kept."""
+        """Start from weight [out, in]. grid: any weight on the grid; its scheme, scales and zero points are kept."""
         super().__init__(grid.scheme, grid.shape)
         self.scales, self.zeros = grid.scales.detach().float(), grid.zeros.detach().float()
         grouped = weight.detach().float().view(*self.scales.shape, -1) / self.scales[..., None]
@@ -56,7 +56,7 @@ class SoftRounding(QuantizedWeight):
         self.logits = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
 
     def rounding(self) -> Tensor:
-        """h(V): [out, in] in [0, 1]."""
+        """The rounding h(V), [out, in] in [0, 1]."""
         return F.hardtanh((torch.sigmoid(self.logits) * (ZETA - GAMMA)).add_(GAMMA), 0.0, 1.0)
 
     def forward(self) -> Tensor:
@@ -64,18 +64,18 @@ class SoftRounding(QuantizedWeight):
         return torch.addcmul(self.floor, self.latest, self.step)
 
     def undecided(self, beta: float) -> Tensor:
-        """Σ (1 − |2h − 1|^β) of the last forward: how many entries are between grid points (Nagel et al., eq. 24)."""
+        """The number of entries between grid points, Σ (1 − |2h − 1|^β), in the last forward (Nagel et al., eq. 24)."""
         return _Undecided.apply(self.latest, beta)
 
     @torch.no_grad()
     def hardened(self) -> ScalarWeight:
-        """Every entry at the grid point that its h is nearer to."""
+        """The weight with every entry at the grid point nearer to its h."""
         up = (self.rounding() >= 0.5) & (self.step != 0)
         return ScalarWeight.from_parts(self.scheme, self.down + up, scales=self.scales, zeros=self.zeros)
 
 
 class _Undecided(torch.autograd.Function):
-    """Σ (1 − |2h − 1|^β), with one power where autograd takes two: half of a step's time went into those."""
+    """Σ (1 − |2h − 1|^β) with one power where autograd takes two, which took half of a step's time."""
 
     @staticmethod
     def forward(ctx, rounding: Tensor, beta: float) -> Tensor:
@@ -92,10 +92,10 @@ class _Undecided(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """Losses are relative squared errors of the block's output on all its data, in the student's place."""
+    """Losses of a block: relative squared errors of its output on all its data, in the student's place."""
 
-    nearest: float  # of nearest rounding to the same grids
-    learned: float  # of the learned rounding, hard
+    nearest: float  # loss of nearest rounding to the same grids
+    learned: float  # loss of the learned rounding, made hard
     kept: str  # "learned" | "nearest", whichever loss is smaller
     moved: float  # fraction of the learned codes that are not the nearest
     seconds: float
@@ -118,15 +118,15 @@ def reconstruct_block(
     generator: torch.Generator,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[dict[str, ScalarWeight], BlockReport]:
-    """The weights of a block's layers, rounded so that the block gives `targets`; `denoiser` is not changed.
+    """Round the weights of a block's layers so that the block gives `targets`; `denoiser` is not changed.
 
-    inputs: what the block gets in the partly quantized student; targets: [samples, …], what the full-precision block
-    gives for its own inputs. bits, group_size, clip: of the grids, as in `rtn.encode`.
-    The loss is that of `reconstruct` + λ Σ (1 − |2h − 1|^β); β falls from 20 to 2 after the fraction `warmup` of the
-    iterations, before which λ = 0. λ = strength · (loss of nearest rounding) / (weights of the block), which makes one
-    strength fit all blocks and bits; 1,000 is of the order of BRECQ's λ = 0.01 in its unnormalised loss.
-    learning_rate: BRECQ's 1e-3 is for 20,000 iterations; 2,000 need steps that cross from one grid point to the other
-    in a few dozen. UserError, with a name, for what is not finite.
+    inputs: the block's inputs in the partly quantized student; targets: [samples, …], the full-precision block's
+    outputs for its own inputs. bits, group_size, clip: for the grids, as in `rtn.encode`. The loss is that of
+    `reconstruct` + λ Σ (1 − |2h − 1|^β); β falls from 20 to 2 after the fraction `warmup` of the iterations, before
+    which λ = 0. λ = strength · (loss of nearest rounding) / (weights of the block), which makes one strength fit all
+    blocks and bits; 1,000 is of the order of BRECQ's λ = 0.01 in its unnormalised loss. learning_rate: BRECQ's 1e-3 is
+    for 20,000 iterations; 2,000 need steps that cross from one grid point to the other in a few dozen. UserError, with
+    a name, for what is not finite.
     """
     began = time.monotonic()
     part, specs = _working_copy(denoiser, block)
@@ -171,14 +171,14 @@ def reconstruct_block(
 
 
 def _nearest(matrix: Tensor, **options) -> ScalarWeight:
-    """As `rtn.encode`, by the name of this method: it stands in where nothing better was learned."""
+    """Nearest rounding by `rtn.encode`, labelled as this codec's: it stands in where nothing better was learned."""
     weight = rtn.encode(matrix, **options)
     weight.scheme = dataclasses.replace(weight.scheme, codec="adaround")
     return weight
 
 
 def _working_copy(denoiser: nn.Module, block: Block) -> tuple[nn.Module, list[LayerSpec]]:
-    """A module whose `block` is an fp32 copy of the block, and the specs of its layers in there."""
+    """A module whose `block` is an fp32 copy of the block, and the specs of the layers in it."""
     part = nn.Module()
     part.block = copy.deepcopy(denoiser.get_submodule(block.name)).float()
     local = [dataclasses.replace(s, name="block" + s.name.removeprefix(block.name)) for s in block.specs]
@@ -188,7 +188,7 @@ def _working_copy(denoiser: nn.Module, block: Block) -> tuple[nn.Module, list[La
 def _loss_with(
     part: nn.Module, specs: list[LayerSpec], weights: dict[str, ScalarWeight], inputs: BlockData, targets: Tensor
 ) -> float:
-    """The block's loss with the weights it is to be stored with."""
+    """The block's loss with the weights as they will be stored."""
     for spec in specs:
         swap(part, spec, weights[spec.name], decode="cached")
     return block_loss(part.block, inputs, targets)
@@ -207,7 +207,7 @@ def quantize_blocks(
     progress: Callable[[Block, int, float], None] | None = None,
     **options,
 ) -> Iterator[tuple[Block, dict[str, QuantizedWeight], BlockReport | None]]:
-    """Quantize the layers of `specs` in the student block by block; yields each block's weights once they are in it.
+    """Quantize the layers of `specs` in the student block by block; yields each block's weights once they are in place.
 
     teacher: the full-precision denoiser, a module of its own. calls: gives the recorded calls anew each time.
     stored: a block's weights by layer, from a run that was cut off; they are put in place and come with the report

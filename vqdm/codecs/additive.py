@@ -1,4 +1,4 @@
-"""Additive vector quantization: weight ≈ scale_out · Σ_m codebook_m[code_m] · scale_in, for least error of the outputs.
+"""Additive vector quantization, weight ≈ scale_out · Σ_m codebook_m[code_m] · scale_in, for least output error.
 
 The loss is tr(ΔW H ΔWᵀ) with H the mean of x xᵀ over the layer's inputs. Two recipes: `fast` (`additive_fast`) and
 `paper` (`additive_paper`). Rows are normalised, so that one codebook set serves all rows of a layer, or, as
@@ -24,9 +24,12 @@ from vqdm.weights.additive import AdditiveScheme, AdditiveWeight, SharedCodebook
 from vqdm.weights.base import LARGEST, STORED
 
 RECIPES = ("fast", "paper")
-# Of the Hessian's mean diagonal: inputs that calibration never saw still get weights near the original ones.
+# Relative to the Hessian's mean diagonal: inputs that calibration never saw still get weights near the original ones.
 DAMPING = 1e-5
-REFINEMENT_BEAM, REFINEMENT_STEPS = 4, 8  # beam size and conjugate gradients of a round of learning shared codebooks
+REFINEMENT_BEAM, REFINEMENT_STEPS = (
+    4,
+    8,
+)  # in rounds of learning shared codebooks: beam size, gradient steps
 
 
 def encode(
@@ -46,7 +49,7 @@ def encode(
     damping: float = 0.01,
     layer: str = "",
 ) -> AdditiveWeight:
-    """Quantize [out, in] for inputs of second moment `hessian` [in, in], with its own codebooks or the `shared` set.
+    """Quantize [out, in] for inputs with second moments `hessian` [in, in], with its own codebooks or the `shared` set.
 
     input_scales: one more scale per input, the RMS of its column. shared_key: the set's name among the denoiser's
     shared parts. damping: of the feedback passes of recipe fast, in parts of the Hessian's mean diagonal. generator: a
@@ -96,7 +99,7 @@ def encode(
 
 
 def _conditioned(hessian: Tensor) -> Tensor:
-    """The Hessian in units of its mean diagonal, damped; the identity where no input was ever seen."""
+    """The damped Hessian in units of its mean diagonal; the identity if no input was ever seen."""
     mean = hessian.diagonal().mean()
     if not mean > 0:
         return torch.eye(hessian.shape[0])
@@ -106,13 +109,16 @@ def _conditioned(hessian: Tensor) -> Tensor:
 
 
 def _column_scales(weight: Tensor) -> Tensor:
-    """The RMS of every column of the row-normalised weight as fp16 stores it, 1 for a column of zeros: fp32 [in]."""
+    """RMS of every column of the row-normalised weight, rounded as fp16 stores it, 1 for a column of zeros.
+
+    Fp32 [in].
+    """
     columns = normalised_rows(weight).square().mean(0).sqrt().to(STORED).float()
     return torch.where(columns > 0, columns, 1.0)
 
 
 def normalised_rows(weight: Tensor) -> Tensor:
-    """fp32 [out, in] divided by the RMS of every row as fp16 stores it; a row whose RMS is 0 there becomes zeros."""
+    """The weight in fp32 divided by the RMS of each row as fp16 stores it; rows whose RMS is 0 there become zeros."""
     scales = weight.square().mean(1).sqrt().clamp(max=LARGEST).to(STORED).float()
     return weight * invert(scales)[:, None]
 
@@ -129,9 +135,9 @@ def train_shared_codebooks(
     iterations: int = 20,
     refinements: int = 10,
 ) -> SharedCodebooks:
-    """One codebook set for all layers of a model, learned from row-normalised groups of every weight [out, in].
+    """Learn one codebook set for all layers of a model from row-normalised groups of every weight [out, in].
 
-    Weights are taken one at a time, in order. UserError if there is none, and as in `encode`.
+    Weights are taken one at a time, in order. UserError if there are none, and as in `encode`.
     """
     scheme = AdditiveScheme(
         num_codebooks=num_codebooks, codebook_bits=codebook_bits, group_size=group_size, shared="codebooks"
@@ -151,9 +157,9 @@ def train_shared_codebooks(
 def learn_codebooks(
     points: Tensor, scheme: AdditiveScheme, *, generator: Generator, iterations: int, refinements: int
 ) -> Tensor:
-    """Codebooks [M, K, g] for groups fp32 [n, g]: residual k-means, then rounds of code search and least squares.
+    """Learn codebooks [M, K, g] for groups fp32 [n, g]: residual k-means, then rounds of code search and least squares.
 
-    The groups are rows of one group each, under the identity as their Hessian.
+    Each group is treated as a row of its own, with the identity as the Hessian.
     """
     size = 1 << scheme.codebook_bits
     codebooks = residual_kmeans(points, scheme.num_codebooks, size, iterations=iterations, generator=generator)
@@ -203,7 +209,7 @@ def _scheme(spec: LayerSpec, config: AdditiveConfig) -> AdditiveScheme:
 
 
 def _make_shared(matrices: Iterable[Tensor], scheme: AdditiveScheme, config: AdditiveConfig) -> SharedCodebooks:
-    """Codebooks learned from all the layers' weights."""
+    """Learn shared codebooks from all the layers' weights."""
     return train_shared_codebooks(
         matrices,
         num_codebooks=scheme.num_codebooks,
@@ -214,7 +220,10 @@ def _make_shared(matrices: Iterable[Tensor], scheme: AdditiveScheme, config: Add
 
 
 def _encoder_bytes(shape: Shape, config: AdditiveConfig) -> float:
-    """Six of the Hessian while errors' coupling is made, then three and the running products, or k-means' distances."""
+    """Bytes while encoding.
+
+    Six Hessians to make the coupling, then three and running products or k-means' distances.
+    """
     square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
     if config.recipe == "paper":
         tables = 4 * shape[1] * config.num_codebooks << config.codebook_bits

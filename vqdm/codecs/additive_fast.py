@@ -1,7 +1,7 @@
 """The fast recipe for additive codes: error feedback to start, then least squares and exact group searches in turn.
 
-The loss is tr((W − Q) H (W − Q)ᵀ) with Q = scale · Σ codewords. Every step is the exact minimum over its own unknowns,
-or a descent towards it, and none raises the loss; only the feedback passes may, and then the state before is kept.
+The loss is tr((W − Q) H (W − Q)ᵀ) with Q = scale · Σ codewords. Every step finds the exact minimum over its own
+unknowns, or descends towards it. Only feedback passes may raise the loss, and then the state before is kept.
 """
 
 import torch
@@ -23,14 +23,14 @@ from vqdm.codecs.additive_steps import (
 from vqdm.codecs.feedback import feedback_of
 from vqdm.weights.base import LARGEST, STORED
 
-SAMPLES, KMEANS_ITERATIONS = 16384, 10  # groups that the first codebooks are learned from
-FEEDBACK_PASSES = 5  # all but the last with half the beam
+SAMPLES, KMEANS_ITERATIONS = 16384, 10  # number of groups from which the first codebooks are learned
+FEEDBACK_PASSES = 5  # all but the last use half the beam
 ROUNDS = 6
-LEAST_GAIN = 0.006  # of a round; after a smaller one the recipe ends
-GRADIENT_STEPS = 3  # of conjugate gradients in a round
+LEAST_GAIN = 0.006  # the recipe ends after a round that gains less
+GRADIENT_STEPS = 3  # conjugate gradient steps in a round
 BLOCK = 128  # inputs whose running product is formed at once
-CONVERGED = 1e-9  # of the squared residual: where fp32 ends
-RIDGE = 1e-4  # in the preconditioner, of its mean diagonal: for codewords that no group uses
+CONVERGED = 1e-9  # relative squared residual at which fp32 ends
+RIDGE = 1e-4  # in the preconditioner, relative to its mean diagonal, for codewords that no group uses
 
 
 def encode_fast(
@@ -45,9 +45,9 @@ def encode_fast(
     damping: float,
     codebooks: Tensor | None = None,
 ) -> Parts:
-    """Codes, codebooks and scales, as fp16 stores the last two, for a weight [out, in] and a Hessian [in, in].
+    """Codes, codebooks and scales, the last two as fp16 stores them, for a weight [out, in] and a Hessian [in, in].
 
-    codebooks: fixed ones [M, K, g], else they are learned. damping: of the feedback passes, as in `feedback_coupling`.
+    codebooks: fixed ones [M, K, g]; None: they are learned. damping: for feedback passes, as in `feedback_coupling`.
     """
     energy = group_blocks(hessian, group_size).diagonal(dim1=1, dim2=2).sum(1)
     order = energy.argsort(descending=True, stable=True)  # strong groups first: their errors are fed back to weak ones
@@ -75,7 +75,7 @@ def encode_fast(
 def _feedback_passes(
     weight: Tensor, hessian: Tensor, coupling: Tensor, parts: Parts, *, learned: bool, beam_size: int
 ) -> Parts:
-    """All codes anew FEEDBACK_PASSES times, each time with codebooks and scales fitted to the codes before."""
+    """Choose all codes anew FEEDBACK_PASSES times, each time with codebooks and scales fitted to the codes before."""
     search(weight, coupling, parts, beam_size=max(1, beam_size // 2))
     loss = float(row_losses(weight, parts.decoded(), hessian).sum())
     for remaining in reversed(range(FEEDBACK_PASSES - 1)):
@@ -90,7 +90,7 @@ def _feedback_passes(
 
 
 def _rounds(weight: Tensor, hessian: Tensor, parts: Parts, *, learned: bool, beam_size: int) -> Parts:
-    """Fits and searches in turn until a round gains less than LEAST_GAIN; changes and returns `parts`."""
+    """Fit and search in turn until a round gains less than LEAST_GAIN; changes and returns `parts`."""
     loss = float(row_losses(weight, parts.decoded(), hessian).sum())
     for _ in range(ROUNDS):
         fit(weight, hessian, parts, learned=learned)
@@ -102,14 +102,14 @@ def _rounds(weight: Tensor, hessian: Tensor, parts: Parts, *, learned: bool, bea
 
 
 def fit(weight: Tensor, hessian: Tensor, parts: Parts, *, learned: bool) -> None:
-    """Codebooks (if they are learned) and scales for the present codes: changes `parts`."""
+    """Fit codebooks (if they are learned) and scales to the present codes; changes `parts`."""
     if learned:
         parts.codebooks = fit_codebooks(weight, hessian, parts, steps=GRADIENT_STEPS)
     parts.scales = fit_scales(weight, hessian, parts)
 
 
 def round_parts(weight: Tensor, hessian: Tensor, parts: Parts, *, beam_size: int) -> Parts:
-    """Codebooks and scales as fp16 stores them, and codes that make up for it; at last each row's better scale."""
+    """Round codebooks and scales to fp16, search codes that make up for it, and keep each row's better scale."""
     codebooks = parts.codebooks.clamp(-LARGEST, LARGEST).to(STORED).float()
     rounded = Parts(codebooks, parts.codes.clone(), parts.scales.to(STORED).float())
     rounded.scales = fit_scales(weight, hessian, rounded).to(STORED).float()
@@ -137,7 +137,7 @@ def feedback_coupling(hessian: Tensor, group_size: int, damping: float) -> Tenso
 
 
 def search(weight: Tensor, coupling: Tensor, parts: Parts, *, beam_size: int) -> None:
-    """New codes for group after group, all other groups fixed: changes `parts.codes`.
+    """Find new codes for one group after another with all other groups fixed; changes `parts.codes`.
 
     coupling: the Hessian, for which the loss cannot rise, or a `feedback_coupling`. The product error · coupling is
     formed for BLOCK inputs at a time and kept up to date within them.
@@ -158,10 +158,10 @@ def search(weight: Tensor, coupling: Tensor, parts: Parts, *, beam_size: int) ->
 
 
 def fit_codebooks(weight: Tensor, hessian: Tensor, parts: Parts, *, steps: int) -> Tensor:
-    """Codebooks of less loss for the present codes and scales: [M, K, g], by `steps` of conjugate gradients.
+    """Codebooks [M, K, g] with less loss for the present codes and scales, by `steps` of conjugate gradients.
 
-    The normal equations are singular: codebooks may trade constants, g (M − 1) directions, and some codewords are not
-    used. From the present codebooks, and with the blocks of single codewords as the preconditioner, that does no harm.
+    The normal equations are singular: codebooks may trade constants (g (M − 1) directions), and some codewords are
+    unused. Starting from the present codebooks, with single codewords' blocks as the preconditioner, this does no harm.
     """
     codes, scales, size = parts.codes, parts.scales[:, None], parts.codebooks.shape[1]
     metrics = codeword_metrics(hessian, parts)
@@ -190,7 +190,7 @@ def fit_codebooks(weight: Tensor, hessian: Tensor, parts: Parts, *, steps: int) 
 
 
 def codeword_metrics(hessian: Tensor, parts: Parts) -> Tensor:
-    """Σ scale_o² H_jj over the groups (o, j) that use a codeword: [M, K, g, g]."""
+    """Metric of every codeword, Σ scale_o² H_jj over the groups (o, j) that use it: [M, K, g, g]."""
     metrics = group_blocks(hessian, parts.codebooks.shape[2])
     sums = torch.zeros(*parts.codebooks.shape, parts.codebooks.shape[2])
     flat = sums.view(*parts.codebooks.shape[:2], -1)
@@ -200,7 +200,7 @@ def codeword_metrics(hessian: Tensor, parts: Parts) -> Tensor:
 
 
 def fit_scales(weight: Tensor, hessian: Tensor, parts: Parts) -> Tensor:
-    """The row scales of least loss, w H qᵀ / q H qᵀ; a row whose q is nothing, or whose scale is 0, keeps it."""
+    """The row scales of least loss, w H qᵀ / q H qᵀ; a row with q = 0 or scale 0 keeps its scale."""
     normalised = parts.normalised()
     images = normalised @ hessian
     power = (normalised * images).sum(1)

@@ -13,13 +13,13 @@ import functools
 import numba
 import numpy as np
 
-LANES = 8  # what g and K are padded to: so many products are summed in registers, so many candidates compared at once
+LANES = 8  # g and K are padded to multiples of it: products summed in registers, and candidates compared at once
 compiled = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
 
 
 @compiled
 def candidate_costs(base, rests, at, words, m, norms, j, costs, minima):
-    """base + norms[j, m] − 2 rests[at] · words[m] into costs [K'], its least per LANES candidates into minima."""
+    """Write base + norms[j, m] − 2 rests[at] · words[m] into costs [K'], the least of every LANES into minima."""
     size = norms.shape[2]
     for d in range(0, words.shape[1], LANES):
         r0, r1, r2, r3 = rests[at, d], rests[at, d + 1], rests[at, d + 2], rests[at, d + 3]
@@ -46,7 +46,7 @@ def candidate_costs(base, rests, at, words, m, norms, j, costs, minima):
 
 @compiled
 def keep_cheapest(costs, minima, parent, filled, width, found, parents, picked, m):
-    """Merges the candidates of one hypothesis into the list found[m] (rising), at most `width` long; its new length."""
+    """Merge one hypothesis' candidates into the rising list found[m], at most `width` long; returns its new length."""
     worst = found[m, width - 1] if filled == width else np.float32(np.inf)
     stripes = minima.shape[0]
     for stripe in range(stripes):
@@ -71,7 +71,7 @@ def keep_cheapest(costs, minima, parent, filled, width, found, parents, picked, 
 
 @compiled
 def search_groups(product, coupling, inverse, scales, codebooks, words, images, norms, codes, error, beam_size):
-    """For each group of a block in turn the codes of least cost, all else fixed: changes codes and error.
+    """Choose the codes of least cost for each group of a block in turn, all else fixed; changes codes and error.
 
     product = error · coupling [rows, b], kept up to date for the groups to come; coupling [b, b]; inverse = 1 / scales
     [rows]; codes [rows, b / g, M]; error = weight − decoded [rows, b]. A beam over the codebooks finds new codes; the
@@ -81,7 +81,7 @@ def search_groups(product, coupling, inverse, scales, codebooks, words, images, 
     group_size = codebooks.shape[2]
     costs = np.empty(norms.shape[2], np.float32)
     minima = np.empty(norms.shape[2] // LANES, np.float32)
-    rests = np.zeros((beam_size, words.shape[1]), np.float32)  # of the hypotheses with m codewords
+    rests = np.zeros((beam_size, words.shape[1]), np.float32)  # rest of every hypothesis, with m codewords
     parent_rests = np.zeros((beam_size, words.shape[1]), np.float32)
     found = np.empty((count, beam_size), np.float32)
     parents = np.empty((count, beam_size), np.int32)
@@ -91,11 +91,13 @@ def search_groups(product, coupling, inverse, scales, codebooks, words, images, 
     for j in range(groups):
         first = j * group_size
         for o in range(rows):
+            # rest = v, the group's target times H_j in units of the scale: ((error + decoded) · coupling)_j / scale_o
             for d in range(group_size):
                 rest = product[o, first + d] * inverse[o]
                 for m in range(count):
                     rest += images[j, m, codes[o, j, m], d]
                 rests[0, d] = change[d] = rest
+            # cost of the present codes: Σ_m (norm_m − 2 rest · c_m), with rest ← rest − c_m H_j after each codeword
             present = np.float32(0)
             for m in range(count):
                 k = codes[o, j, m]
@@ -132,6 +134,7 @@ def search_groups(product, coupling, inverse, scales, codebooks, words, images, 
                 error[o, first + d] -= change[d]
             for m in range(count):
                 codes[o, j, m] = chosen[m]
+            # product ← product − change · coupling, for the groups to come
             for d in range(group_size):
                 for i in range(first + group_size, product.shape[1]):
                     product[o, i] -= change[d] * coupling[first + d, i]
@@ -139,7 +142,7 @@ def search_groups(product, coupling, inverse, scales, codebooks, words, images, 
 
 @compiled
 def subtract_product(source, change, b, coupling, first, target):
-    """target [in] = source [in] − change[b] · coupling[first : first + g]."""
+    """Write source [in] − change[b] · coupling[first : first + g] into target [in]."""
     group_size = change.shape[1]
     target[:] = source
     whole = group_size - group_size % 4
@@ -155,10 +158,10 @@ def subtract_product(source, change, b, coupling, first, target):
 
 @compiled
 def search_rows(product, hessian, inverse, scales, codebooks, words, images, norms, codes, order, turns, beam_size):
-    """A beam of hypotheses for each whole row, moved one codebook of one group at a time: changes codes.
+    """Search whole rows with a beam of hypotheses, changing one codebook of one group at a time; changes codes.
 
-    product = (weight − decoded) · hessian [rows, in]; order [groups], turns [groups, M]: of the groups, and of the
-    codebooks within each. A hypothesis carries its own product, which changes by g rows of the Hessian a group.
+    product = (weight − decoded) · hessian [rows, in]; order [groups] of the groups; turns [groups, M] of the codebooks
+    in each. Every hypothesis carries its own product, which changes by g rows of the Hessian for each group.
     """
     rows, groups, count = codes.shape
     group_size = codebooks.shape[2]
@@ -168,13 +171,13 @@ def search_rows(product, hessian, inverse, scales, codebooks, words, images, nor
     old_products = np.empty((beam_size, product.shape[1]), np.float32)
     products[:, 0] = product
     alive = np.ones(rows, np.int32)
-    losses = np.zeros((rows, beam_size), np.float32)  # the change since the start, in units of scale²
+    losses = np.zeros((rows, beam_size), np.float32)  # change of the loss since the start, in units of scale²
     found = np.empty((1, beam_size), np.float32)
     parents = np.empty((1, beam_size), np.int32)
     picked = np.empty((1, beam_size), np.int32)
     rests = np.zeros((beam_size, words.shape[1]), np.float32)
     old_rests = np.zeros((beam_size, words.shape[1]), np.float32)
-    origins = np.empty((groups, rows, beam_size), np.int32)  # which hypothesis before the group became this one
+    origins = np.empty((groups, rows, beam_size), np.int32)  # the hypothesis before this group from which each one came
     old_origins = np.empty(beam_size, np.int32)
     taken = np.empty((groups, rows, beam_size, count), codes.dtype)
     old_taken = np.empty((beam_size, count), codes.dtype)
@@ -192,6 +195,8 @@ def search_rows(product, hessian, inverse, scales, codebooks, words, images, nor
                 m = turns[t, turn]
                 present = codes[o, j, m]
                 filled = 0
+                # replacing codeword c by c′ changes the loss by −(norm_c − 2 rest · c) + (norm_c′ − 2 rest · c′),
+                # with rest = (W − Q) H / scale + c H_j, from which c has been taken out
                 for b in range(alive[o]):
                     dot = np.float32(0)
                     for d in range(group_size):
@@ -229,7 +234,7 @@ def search_rows(product, hessian, inverse, scales, codebooks, words, images, nor
 
 @compiled
 def scatter(gradient, codes, sums):
-    """Adds every group of gradient [rows, groups · g] to the sum of each of its codewords: sums [M, K, g]."""
+    """Add every group of gradient [rows, groups · g] to the sums [M, K, g] of its codewords."""
     rows, groups, count = codes.shape
     size = sums.shape[2]
     for o in range(rows):
@@ -242,7 +247,7 @@ def scatter(gradient, codes, sums):
 
 @compiled
 def gather(codebooks, codes, decoded):
-    """Σ_m codebook_m[code_m] into decoded [rows, groups · g]: the transpose of `scatter`."""
+    """Write Σ_m codebook_m[code_m] into decoded [rows, groups · g]: the transpose of `scatter`."""
     rows, groups, count = codes.shape
     size = codebooks.shape[2]
     for o in range(rows):
@@ -256,7 +261,10 @@ def gather(codebooks, codes, decoded):
 
 @compiled
 def codeword_metrics(metrics, codes, powers, sums):
-    """Adds power_o · H_j for every group that uses a codeword: metrics [groups, g²], powers [rows], sums [M, K, g²]."""
+    """Add power_o · H_j to the sum of every codeword in group j of row o.
+
+    metrics [groups, g²], powers [rows], sums [M, K, g²].
+    """
     rows, groups, count = codes.shape
     for o in range(rows):
         for j in range(groups):

@@ -1,10 +1,10 @@
-"""The published recipe for additive codes: Adam on codebooks and scales, a beam search over whole rows, in turn.
+"""The published recipe for additive codes: Adam on codebooks and scales alternates with a beam search over whole rows.
 
-It follows the released code of VQDM (yandex-research/vqdm 047b4db, src/aq.py and aq_engine.py), in fp32 and with
-running products where that code decodes the layer anew. As there, Adam's state outlives an epoch, and the loss that
-decides the early stop is the first of an epoch, so that a search is the last thing done. Unlike there, k-means starts
-from k-means++ rather than from random points, input scales (off by default in both) are not trained, and what is stored
-is fp16: rounded at the very end, without choosing codes anew.
+It follows VQDM's released code (yandex-research/vqdm 047b4db, src/aq.py and aq_engine.py), in fp32, with running
+products where that code decodes the layer anew. As there, Adam's state outlives an epoch, and the first loss of an
+epoch decides on stopping, so that a search comes last. Unlike there, k-means starts from k-means++ instead of random
+points, input scales (off by default in both) are not trained, and values are stored in fp16, rounded at the very end
+without choosing codes anew.
 """
 
 import torch
@@ -25,10 +25,10 @@ from vqdm.codecs.kmeans import assign
 from vqdm.weights.base import LARGEST, STORED
 
 KMEANS_ITERATIONS = 100
-EPOCHS, STEPS = 100, 100  # at most; Adam steps in each
-LEAST_GAIN = 0.01  # of an epoch
+EPOCHS, STEPS = 100, 100  # the most epochs; Adam steps in each
+LEAST_GAIN = 0.01  # an epoch that gains less is the last
 ADAM = {"lr": 1e-4, "betas": (0.0, 0.95), "amsgrad": True}
-ROWS = 8  # searched together: so many beams of running products fit into the cache
+ROWS = 8  # rows searched together: their beams' running products fit into the cache
 
 
 def encode_paper(
@@ -41,7 +41,7 @@ def encode_paper(
     generator: Generator,
     beam_size: int,
 ) -> Parts:
-    """Codes, codebooks and scales, as fp16 stores the last two, for a weight [out, in] and a Hessian [in, in]."""
+    """Codes, codebooks and scales, the last two as fp16 stores them, for a weight [out, in] and a Hessian [in, in]."""
     parts = initial_parts(weight, num_codebooks, codebook_size, group_size, generator=generator)
     optimizer = torch.optim.Adam([parts.codebooks, parts.scales], **ADAM)
     best = float("inf")
@@ -62,7 +62,7 @@ def encode_paper(
 def initial_parts(
     weight: Tensor, num_codebooks: int, codebook_size: int, group_size: int, *, generator: Generator
 ) -> Parts:
-    """Scales are the rows' L2 norms; codebooks come from residual k-means on all groups of the rows divided by them."""
+    """Initial scales are the rows' L2 norms; codebooks come from residual k-means on groups of the normalised rows."""
     scales = weight.norm(dim=1)
     residual = (weight * invert(scales)[:, None]).view(-1, group_size)
     codebooks = residual_kmeans(
@@ -76,7 +76,7 @@ def initial_parts(
 
 
 def set_gradients(weight: Tensor, hessian: Tensor, parts: Parts) -> float:
-    """The loss tr((Q − W) H (Q − W)ᵀ) / out, and its gradients into the codebooks' and the scales' `grad`."""
+    """Compute the loss tr((Q − W) H (Q − W)ᵀ) / out, and put its gradients into `grad` of codebooks and scales."""
     normalised = decode(parts.codebooks, parts.codes)
     error = parts.scales[:, None] * normalised - weight
     product = error @ hessian
@@ -87,7 +87,7 @@ def set_gradients(weight: Tensor, hessian: Tensor, parts: Parts) -> float:
 
 
 def search_rows(weight: Tensor, hessian: Tensor, parts: Parts, *, generator: Generator, beam_size: int) -> None:
-    """One beam search over every row, its groups and their codebooks in random order: changes `parts.codes`."""
+    """Run one beam search over every row, its groups and codebooks in random order; changes `parts.codes`."""
     groups, count = parts.codes.shape[1:]
     order = torch.randperm(groups, generator=generator)
     turns = torch.stack([torch.randperm(count, generator=generator) for _ in range(groups)])

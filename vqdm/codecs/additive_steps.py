@@ -1,4 +1,4 @@
-"""What the recipes for additive codes share: the state they change, its loss, the tables of a search, k-means."""
+"""Parts shared by the recipes for additive codes: the state they change, its loss, search tables, k-means."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Parts:
     scales: Tensor  # fp32 [out]
 
     def normalised(self) -> Tensor:
-        """Σ_m codebook_m[code_m], without scales: fp32 [out, in]."""
+        """The decoded weight without scales, Σ_m codebook_m[code_m]: fp32 [out, in]."""
         return decode(self.codebooks, self.codes)
 
     def decoded(self) -> Tensor:
@@ -27,21 +27,21 @@ class Parts:
 
 
 def decode(codebooks: Tensor, codes: Tensor) -> Tensor:
-    """Σ_m codebook_m[code_m]: [M, K, g], [out, groups, M] to [out, groups · g]."""
+    """Decode Σ_m codebook_m[code_m]: [M, K, g] and [out, groups, M] to [out, groups · g]."""
     decoded = torch.empty(codes.shape[0], codes.shape[1] * codebooks.shape[2])
     kernels.gather(codebooks.contiguous().numpy(), codes.numpy(), decoded.numpy())
     return decoded
 
 
 def decode_transposed(gradient: Tensor, codes: Tensor, size: int) -> Tensor:
-    """The transpose of `decode`, and hence its gradient: [out, in] to [M, size = K, g], a sum for every codeword."""
+    """The transpose of `decode`, and so its gradient: [out, in] to [M, size = K, g], a sum for every codeword."""
     sums = torch.zeros(codes.shape[2], size, gradient.shape[1] // codes.shape[1])
     kernels.scatter(gradient.contiguous().numpy(), codes.numpy(), sums.numpy())
     return sums
 
 
 def row_losses(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
-    """δ H δᵀ of every row δ of weight − decoded: [out]."""
+    """Loss δ H δᵀ of every row δ of weight − decoded: [out]."""
     error = weight - decoded
     return ((error @ hessian) * error).sum(1)
 
@@ -53,7 +53,7 @@ def group_blocks(matrix: Tensor, group_size: int) -> Tensor:
 
 
 def invert(scales: Tensor) -> Tensor:
-    """1 / scale, 0 for 0."""
+    """Inverse scales, with 0 for 0."""
     return torch.where(scales != 0, 1 / scales, 0.0)
 
 
@@ -72,7 +72,7 @@ def codeword_tables(codebooks: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]
 
 
 def residual_kmeans(points: Tensor, count: int, size: int, *, iterations: int, generator: Generator) -> Tensor:
-    """One k-means after another, each on what those before it left: points [n, g] to codebooks [count, size, g]."""
+    """Run one k-means after another, each on the residuals of those before: [n, g] to codebooks [count, size, g]."""
     codebooks, residual = [], points
     for _ in range(count):
         codebooks.append(kmeans(residual, size, iterations=iterations, generator=generator))
@@ -81,7 +81,7 @@ def residual_kmeans(points: Tensor, count: int, size: int, *, iterations: int, g
 
 
 def subsample(points: Tensor, count: int, generator: Generator) -> Tensor:
-    """`count` different rows of [n, g] in random order, or all of them if there are fewer."""
+    """Draw `count` different rows of [n, g] in random order, or all of them if there are fewer."""
     if points.shape[0] <= count:
         return points
     return points[torch.randperm(points.shape[0], generator=generator)[:count]]

@@ -1,4 +1,4 @@
-"""Which scheme every layer of a denoiser gets from a configuration, and which layers stay in 16 bit."""
+"""The scheme that a configuration gives to each layer of a denoiser, and the layers that stay in 16 bit."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from vqdm.weights.layers import swap_empty
 
 @dataclass(frozen=True)
 class Assignment:
-    """Every Linear and Conv2d of a denoiser, in module order: with its scheme, or with the reason why it has none."""
+    """Every Linear and Conv2d of a denoiser, in module order, with its scheme or the reason why it has none."""
 
     quantized: list[tuple[LayerSpec, Scheme]]
     skipped: list[tuple[LayerSpec, str]]
@@ -36,10 +36,11 @@ def assign_schemes(
     min_size: int,
     harm: Harm | None = None,
 ) -> Assignment:
-    """The schemes that `config` asks for. UserError where bits leave no room, or the pattern finds no layer.
+    """The schemes that `config` asks for. UserError if bits leave no room for codes, or if the pattern finds no layer.
 
-    pattern: None is the one that goes with the denoiser's class.
-    harm: of every layer that a trellis can hold; gives each its own bits. None: the same for all, in as many bytes.
+    pattern: None takes the default for the denoiser's class.
+    harm: measured for every layer that a trellis can hold, it gives each its own bits. None: the same for all, in the
+    same number of bytes.
     """
     specs = layer_specs(denoiser, pattern=pattern, min_size=min_size)
     skipped = skipped_specs(denoiser, pattern=pattern, min_size=min_size)
@@ -55,15 +56,15 @@ def assign_schemes(
 
 
 def read_harm(directory: Path) -> Harm:
-    """What the sensitivity stage measured; bits count scales and rates, harm is squared error of the output."""
+    """Read what the sensitivity stage measured; bits include scales and rates, harm is the output's squared error."""
     content = json.loads((directory / "harm.json").read_text())
     return {layer: {float(bits): harm for bits, harm in points.items()} for layer, points in content.items()}
 
 
 def planned_bits(denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None, min_size: int) -> BitCounts:
-    """What the quantized denoiser will take, from its shapes alone: `denoiser` is on the meta device, and changed.
+    """Bits that the quantized denoiser will take, from shapes alone: `denoiser` is on the meta device, and is changed.
 
-    UserError, with the layer's name, where the scheme does not fit a layer.
+    UserError, with the layer's name, if the scheme does not fit a layer.
     """
     swap_empty(denoiser, assign_schemes(denoiser, config, pattern=pattern, min_size=min_size).quantized)
     return count_bits(denoiser)

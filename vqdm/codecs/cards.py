@@ -1,4 +1,4 @@
-"""Every codec's card, by the name of its options in `vqdm/config/codecs.py`."""
+"""The cards of all codecs, by the names of their options in `vqdm/config/codecs.py`."""
 
 from vqdm.codecs.adaround import ADAROUND
 from vqdm.codecs.additive import ADDITIVE

@@ -1,4 +1,4 @@
-"""What every codec refuses before it starts, naming the layer."""
+"""Checks that every codec makes before it starts, naming the layer."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from vqdm.weights.base import check_groups
 
 
 def check_matrix(weight: Tensor, *, layer: str = "", group_size: int | None = None) -> None:
-    """UserError, with the layer's name, unless `weight` is a finite [out, in] that groups of `group_size` divide."""
+    """Raise UserError, with the layer's name, unless `weight` is a finite [out, in] divisible into groups."""
     where = f" of layer {layer}" if layer else ""
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"the weight{where} must be a matrix [out, in], not {list(weight.shape)}")
@@ -18,7 +18,7 @@ def check_matrix(weight: Tensor, *, layer: str = "", group_size: int | None = No
 
 
 def check_hessian(hessian: Tensor, weight: Tensor, *, layer: str = "") -> None:
-    """UserError, with the layer's name, for non-finite entries; ValueError unless `hessian` is [in, in]."""
+    """Raise UserError, with the layer's name, for non-finite entries; ValueError unless `hessian` is [in, in]."""
     where = f" of layer {layer}" if layer else ""
     if tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"the Hessian{where} must be [in, in] = {[weight.shape[1]] * 2}, not {list(hessian.shape)}")

@@ -1,4 +1,4 @@
-"""What a codec says of itself: the card at the foot of its file; `cards.py` has them all."""
+"""The card that describes a codec, at the foot of its file; `cards.py` has them all."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Shape = tuple[int, int]  # [out, in]
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Functions that take the codec's own options, a class of `vqdm/config/codecs.py`, as `config`.
+    """A codec's functions, which take its own options, a class of `vqdm/config/codecs.py`, as `config`.
 
-    A codec makes its weights layer by layer (`encode`) or block by block (`by_blocks`). The layers' schemes are told
-    by `scheme`, each by itself, or by `assign`, all at once.
+    A codec makes its weights layer by layer (`encode`) or block by block (`by_blocks`). Layers get their schemes from
+    `scheme`, one at a time, or from `assign`, all at once.
     """
 
     # (weight fp32 [out, in], hessian [in, in] or None, scheme, *, config, shared, layer): one layer; draws are seeded
@@ -29,9 +29,9 @@ class Codec:
     scheme: Callable[[LayerSpec, Any], Scheme] | None = None
     # (layers, config, harm or None): for every layer its scheme, or the reason why it stays in 16 bit
     assign: Callable[[list[LayerSpec], Any, Harm | None], dict[str, Scheme | str]] | None = None
-    # (config): whether encode takes the second moments of the layer's inputs
+    # (config): True if encode takes the second moments of the layer's inputs
     needs_hessian: Callable[[Any], bool] = lambda config: False
-    # (config): whether weights alone will do; a codec that needs Hessians then gets the identity
+    # (config): True if weights alone will do; a codec that needs Hessians then gets the identity
     data_free: Callable[[Any], bool] = lambda config: False
     # (shape, config): what one worker holds while it encodes, without the Hessian it is given, with the matrix
     encoder_bytes: Callable[[Shape, Any], float] | None = None
@@ -43,12 +43,12 @@ class Codec:
     by_blocks: Callable[..., Iterator] | None = None
 
     def schemes(self, specs: list[LayerSpec], config, harm: Harm | None = None) -> dict[str, Scheme | str]:
-        """Every layer's scheme, or the reason why it stays in 16 bit."""
+        """Schemes of the layers by name, or the reasons why they stay in 16 bit."""
         if self.assign is not None:
             return self.assign(specs, config, harm)
         return {spec.name: self.scheme(spec, config) for spec in specs}
 
 
 def scalar_scheme_of(codec: str) -> Callable[[LayerSpec, Any], Scheme]:
-    """`scheme` of a codec with one uniform code per weight."""
+    """Make the function `scheme` of a codec with one uniform code per weight."""
     return lambda spec, config: ScalarScheme(codec=codec, bits=int(config.bits), group_size=config.group_size)

@@ -1,4 +1,4 @@
-"""What all codecs' callers share: matrices of layers, shared parts, and a denoiser quantized by its weights alone."""
+"""Steps shared by all callers of codecs: layers' matrices, shared parts, and quantizing without data."""
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def users_of_shared(problems: list[Problem]) -> dict[str, list[Problem]]:
 
 
 def make_shared(denoiser: nn.Module, users: list[Problem], *, config: QuantizeConfig) -> SharedPart:
-    """What these layers share: the trellis table, or codebooks learned from all their weights."""
+    """Make the part that these layers share: the trellis table, or codebooks learned from all their weights."""
     matrices = (matrix_of(denoiser, spec) for spec, _ in users)
     return CODECS[config.kind].make_shared(matrices, users[0][1], config)
 
@@ -57,9 +57,9 @@ def make_shared(denoiser: nn.Module, users: list[Problem], *, config: QuantizeCo
 def quantize_without_data(
     denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None = None, decode: str = "per_call"
 ) -> None:
-    """Quantize a denoiser in place, on its device, by its weights alone: codecs that want a Hessian get the identity.
+    """Quantize a denoiser in place, on its device, from its weights alone: codecs that want a Hessian get the identity.
 
-    pattern: of the layers; None is the one that goes with the denoiser's class. UserError for codecs that need data.
+    pattern: for the layers; None takes the default for the denoiser's class. UserError for codecs that need data.
     """
     codec = CODECS[config.kind]
     if not codec.data_free(config):

@@ -1,4 +1,4 @@
-"""Feeding the error of each column forward: what GPTQ, block LDLQ and trellis codes share."""
+"""Error feedback from column to column, as used by GPTQ, block LDLQ and trellis codes."""
 
 import logging
 
@@ -13,9 +13,9 @@ log = logging.getLogger("vqdm")
 def feedback_of(hessian: Tensor, *, damping: float, layer: str = "") -> tuple[Tensor, Tensor]:
     """Unit lower triangular F [in, in] and costs d [in] with H + λI = Fᵀ diag(d) F, λ = damping · mean of H's diagonal.
 
-    The target of column j is W_j + Σ_{k<j} F_jk E_k, and tr(E H Eᵀ) the sum of d_j |target_j − Q_j|². An input that was
-    always 0 stands alone, as if its second moment were 1, and costs nothing. Should the factorisation fail in fp32,
-    damping is raised by tens, with a warning; UserError if even 1 is too little.
+    The target of column j is W_j + Σ_{k<j} F_jk E_k, and tr(E H Eᵀ) is the sum of d_j |target_j − Q_j|². An input that
+    was always 0 is decoupled, as if its second moment were 1, and costs nothing. If the factorisation fails in fp32,
+    damping is raised by factors of ten, with a warning; UserError if even 1 is too little.
     """
     flipped = hessian.flip(0, 1)  # a copy; its Cholesky factor, flipped back, starts from the last column
     diagonal = flipped.diagonal()

@@ -1,4 +1,4 @@
-"""GPTQ: round to nearest, one input column after the other, each making up for the errors of those before it.
+"""GPTQ: rounds to nearest, one input column after another, each making up for the errors of those before it.
 
 Frantar et al. 2023 (arXiv 2210.17323) update all remaining columns through the inverse Hessian. The same targets follow
 from the Hessian itself, H = R Rᵀ with R upper triangular: tr(E H Eᵀ) = ‖E R‖² for the errors E = W − Q, so column j is
@@ -15,7 +15,7 @@ from vqdm.codecs.rtn import check_clip, find_grid, round_to_grid, sum_of_squares
 from vqdm.config.codecs import GptqConfig
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 
-BLOCK = 128  # columns whose feedback from all columns before them is one matrix product
+BLOCK = 128  # columns whose feedback from all earlier columns is one matrix product
 
 
 def encode(
@@ -32,10 +32,10 @@ def encode(
     """Quantize [out, in] to `bits` bits per weight, one scale and zero point per row or per `group_size` inputs.
 
     hessian: second moments [in, in] of the inputs; damping: added to its diagonal, in units of the diagonal's mean;
-    act_order: columns by falling second moment instead of left to right. clip: of the grids, as in `rtn.encode`, but
-    "hessian" weighs squared errors by what a column's own error costs. Grids come from the original weights; only
-    those of groups without act_order wait until their columns are reached, and come from the targets known then.
-    layer: the name for messages. UserError for what is not finite and a group size that does not divide `in`.
+    act_order: take columns by falling second moment instead of from left to right. clip: for the grids, as in
+    `rtn.encode`, but "hessian" weighs squared errors by the cost of a column's own error. Grids come from the original
+    weights, except those of groups without act_order, which come from the targets known when their columns are reached.
+    layer: the name for messages. UserError for non-finite input and a group size that does not divide `in`.
     """
     check_clip(clip, "gptq")
     scheme = ScalarScheme(codec="gptq", bits=bits, group_size=group_size)
@@ -68,7 +68,7 @@ class _Rounding:
     def in_fixed_groups(self, order: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Round all columns on grids found beforehand; `order[j]` is the place of column j among the inputs.
 
-        Scales and zeros [groups, out].
+        Returns scales and zeros [groups, out].
         """
         groups = [place // size for place in order.tolist()]
         by_place = order.argsort()
@@ -79,12 +79,12 @@ class _Rounding:
         return scales, zeros
 
     def in_groups_as_reached(self, size: int) -> tuple[Tensor, Tensor]:
-        """Round all columns, each group on a grid for what feedback has made of it by then: [groups, out] twice."""
+        """Round all columns, each group on a grid for its targets by then; returns scales and zeros [groups, out]."""
         found = []
         for start in range(0, len(self.columns), size):
             group = slice(start, start + size)
             known = self._known(group)
-            # The best weights if no column from here on were rounded: F of the group undoes their feedback.
+            # The best weights if no column from here on were rounded; F of the group undoes their feedback.
             own = self.feedback[group, group]
             best = self.columns[group] + torch.linalg.solve_triangular(own, known, upper=False, unitriangular=True)
             scales, zeros = self._grids(best, self.costs[group], size)
@@ -94,7 +94,7 @@ class _Rounding:
         return scales, zeros
 
     def _grids(self, columns: Tensor, costs: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Of consecutive groups of columns: [groups, out] twice."""
+        """Scales and zeros [groups, out] for consecutive groups of columns."""
         rows = columns.T.reshape(-1, size)
         weights = costs.view(-1, size)
 
@@ -107,7 +107,7 @@ class _Rounding:
         return scales.view(shape).T.contiguous(), zeros.view(shape).T.contiguous()
 
     def _known(self, block: slice) -> Tensor:
-        """What the errors of all columns before the block add to its targets."""
+        """The feedback that the errors of all columns before a block add to its targets."""
         return self.feedback[block, : block.start] @ self.errors[: block.start]
 
     def _round(self, start: int, known: Tensor, grids: list[tuple[Tensor, Tensor]]) -> None:
@@ -132,7 +132,7 @@ def _encode(weight: Tensor, hessian: Tensor, scheme: ScalarScheme, *, config: Gp
 
 
 def _encoder_bytes(shape: Shape, config: GptqConfig) -> float:
-    """Three of the Hessian while it is put in order, then the factor, columns, errors and grids; fp32."""
+    """Bytes while encoding: three Hessians while it is reordered, then factor, columns, errors and grids; fp32."""
     square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
     return full + max(3 * square, square + 5.3 * full)
 

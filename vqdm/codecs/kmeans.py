@@ -1,4 +1,4 @@
-"""K-means on vectors: seeded, bounded in memory, the same on every run of one device."""
+"""K-means on vectors: seeded, bounded in memory, and the same on every run on one device."""
 
 import torch
 from torch import Generator, Tensor
@@ -49,7 +49,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plus_plus(points: Tensor, k: int, generator: Generator) -> Tensor:
-    """Arthur and Vassilvitskii 2007: each next centroid is a point drawn in proportion to its squared distance."""
+    """Draw starting centroids, each with probability ∝ its squared distance (Arthur and Vassilvitskii 2007)."""
     draws = torch.rand(k, generator=generator, dtype=torch.float64).to(points.device)
     chosen = torch.empty(k, dtype=torch.int64, device=points.device)
     chosen[0] = (draws[0] * points.shape[0]).long()
@@ -62,9 +62,9 @@ def _plus_plus(points: Tensor, k: int, generator: Generator) -> Tensor:
 
 
 def _means(points: Tensor, labels: Tensor, errors: Tensor, *, k: int) -> Tensor:
-    """The mean of every cluster; an empty one takes the worst-served point that is left: [k, d].
+    """The mean of every cluster, [k, d]; an empty cluster takes the worst-served point that is left.
 
-    Sums are taken in fixed point: integer additions commute, so the atomics of a GPU give the same sum every time.
+    Sums are in fixed point, since integer additions commute and a GPU's atomics then give the same sum every time.
     """
     unit = points.abs().max().double().clamp(min=1e-30) / 2**38  # leaves room for 2**25 points
     sums = torch.zeros(k, points.shape[1], dtype=torch.int64, device=points.device)

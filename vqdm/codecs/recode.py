@@ -1,7 +1,7 @@
-"""New codes for a weight that is quantized already: as near to a target as its tables, scales and rates allow.
+"""New codes for a quantized weight, as near to a target as its tables, scales and rates allow.
 
-The metric is the plain squared error of the weight: no Hessian, no error fed back. This is the discrete step of
-PV-Tuning (Malinovskii et al. 2024, algorithm 1, "V step"); the continuous one is the training of the float parameters.
+The metric is the plain squared error of the weight, without Hessian or error feedback. This is the discrete step of
+PV-Tuning (Malinovskii et al. 2024, algorithm 1, "V step"); the continuous one is the training of float parameters.
 Whatever a search finds, codes are replaced only where the decoded weight then lies strictly nearer to the target.
 """
 
@@ -19,19 +19,19 @@ from vqdm.weights.scalar import ScalarWeight, decode_scalar
 from vqdm.weights.trellis import TrellisWeight, decode_trellis, pack_states, unpack_states
 from vqdm.weights.trellis_format import sequence_length
 
-BEAM_SIZE = 4  # of the search over the codebooks of a group
-REACH = 1e3  # what tables hold, times this, is as far as targets may lie: beyond it fp32 costs lose the other values
+BEAM_SIZE = 4  # beam size of the search over a group's codebooks
+REACH = 1e3  # targets may lie within this many times a table's values: beyond it fp32 costs lose the other values
 CHUNK = 1 << 18  # weights whose states are searched at once
 
 
 @torch.no_grad()
 def recode_(weight: QuantizedWeight, target: Tensor, *, beam_size: int = BEAM_SIZE) -> int:
-    """Replace codes in place by such that decode nearer to `target` [out, in]; returns how many changed.
+    """Replace codes in place by ones that decode nearer to `target` [out, in]; returns how many changed.
 
-    Counted are single weights of scalar codes, groups of additive ones and states of trellis codes. No weight, no group
-    and no sequence of a column, respectively, gets further from the target. beam_size: of the search of additive codes.
-    UserError for a target that is not finite; ValueError for another shape than the weight's and for groups of
-    several outputs.
+    This counts weights for scalar codes, groups for additive codes and states for trellis codes. No weight, group or
+    sequence of a column, respectively, gets further from the target. beam_size: for the search of additive codes.
+    UserError for a target that is not finite; ValueError for a shape other than the weight's and for groups of several
+    outputs.
     """
     if tuple(target.shape) != weight.shape:
         raise ValueError(f"the target must be {list(weight.shape)}, not {list(target.shape)}")
@@ -48,7 +48,7 @@ def recode_(weight: QuantizedWeight, target: Tensor, *, beam_size: int = BEAM_SI
 
 
 def _divided(target: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
-    """target / scales as fp32, 0 where the scale is 0, within REACH times `largest`."""
+    """target / scales in fp32, with 0 where the scale is 0, clipped to REACH times `largest`."""
     limit = REACH * largest.float()
     return torch.where(scales != 0, target / scales, 0.0).float().clamp(-limit, limit)
 
@@ -88,9 +88,9 @@ def _recode_additive(weight: AdditiveWeight, target: Tensor, beam_size: int) -> 
 
 
 def _search_groups(target: Tensor, metric: Tensor, parts: Parts, beam_size: int) -> Tensor:
-    """The codes a beam finds from those of `parts` on: int32 [out, groups, M]; metric [in]: of every squared error.
+    """The codes that a beam finds, starting from those of `parts`: int32 [out, groups, M]. metric [in]: error weights.
 
-    Nothing couples the groups, so they are taken in blocks, whose coupling is small.
+    Nothing couples the groups, so they are taken in blocks, whose coupling matrix is small.
     """
     group_size, codes = parts.codebooks.shape[2], parts.codes.clone()
     count = max(1, BLOCK // group_size)
@@ -117,7 +117,7 @@ def _recode_trellis(weight: TrellisWeight, target: Tensor) -> int:
     length = sequence_length(out)
 
     def errors(states: Tensor) -> Tensor:
-        """Of every sequence: fp64 [in, sequences]."""
+        """Weighted squared error of every sequence: fp64 [in, sequences]."""
         squares = (target - decode_trellis(states, rates, table, rows, columns).to(dtype)).square()
         return F.pad(squares, (0, 0, 0, -out % length)).view(-1, length, len(rates)).sum(1, dtype=torch.float64).T
 
@@ -131,7 +131,7 @@ def _recode_trellis(weight: TrellisWeight, target: Tensor) -> int:
             chosen[part] = _search_columns(quotients, importance, table, rate)
 
     nearer = errors(chosen) < before
-    nearer = nearer.repeat_interleave(length, 1)[:, :out]  # what is replaced is a whole sequence: only these are paths
+    nearer = nearer.repeat_interleave(length, 1)[:, :out]  # whole sequences are replaced, as only these are paths
     chosen = torch.where(nearer, chosen, present)
     if bool(nearer.any()):
         weight.stream.copy_(pack_states(chosen, rates, len(weight.stream)))
@@ -139,7 +139,7 @@ def _recode_trellis(weight: TrellisWeight, target: Tensor) -> int:
 
 
 def _search_columns(targets: Tensor, importance: Tensor, table: Tensor, rate: int) -> Tensor:
-    """The states of columns of one rate, all end to end: fp32 [columns, out], weights [out] to int32 [columns, out]."""
+    """The states of columns of one rate, end to end: fp32 [columns, out] and weights [out] to int32 [columns, out]."""
     count, out = targets.shape
     length = sequence_length(out)
     cut = out // length * length

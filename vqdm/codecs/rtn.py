@@ -1,4 +1,4 @@
-"""Round to nearest: asymmetric uniform codes; the range of every row (or group of a row) is clipped for least error."""
+"""Round to nearest: asymmetric uniform codes, with the range of every row or group clipped for least error."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +14,8 @@ from vqdm.weights.base import STORED
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 
 CHUNK = 1 << 22  # weights searched at once
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
-# Both ends shrink together first, down to a tenth for heavy tails; then each end on its own around the best.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # fp16's
+# Both ends shrink together first, down to a tenth for heavy tails; then each end alone around the best.
 JOINT_FACTORS = torch.linspace(1.0, 0.1, 37, device="cpu").tolist()
 END_FACTORS = [0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 1.025, 1.05, 1.075, 1.1, 1.15, 1.2, 1.3]
 
@@ -32,7 +32,7 @@ def encode(
     """Quantize [out, in] to `bits` bits per weight, one scale and zero point per row or per `group_size` inputs.
 
     clip: "minmax" spans the row's extremes and 0; "mse" searches the clipped range of least squared error; "hessian"
-    that of least Δ H Δᵀ, Δ the row's error and H the second moments [in, in] of the inputs, group after group.
+    that of least Δ H Δᵀ, with Δ the row's error and H the second moments [in, in] of the inputs, group after group.
     layer: the name for messages. UserError for non-finite weights and second moments, a group size that does not
     divide `in`, and clip="hessian" without second moments.
     """
@@ -70,8 +70,8 @@ def _encode_rows(rows: Tensor, *, bits: int, clip: str) -> tuple[Tensor, Tensor,
 def _encode_by_hessian(rows: Tensor, *, bits: int, hessian: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [n, in], scales and zeros [n, groups] of fp32 rows [n, in].
 
-    The grid of a group minimises the row's error, those of the groups before it given: what they did wrong, say to the
-    mean of the output, the next one may set right. The search takes as long as the second moments of 68·n tokens.
+    A group's grid minimises the row's error given the errors of the groups before it, which it may make up for, such as
+    a shift of the output's mean. The search takes as long as the second moments of 68·n tokens.
     """
     errors = torch.zeros_like(rows)
     parts = []
@@ -89,7 +89,7 @@ def _encode_by_hessian(rows: Tensor, *, bits: int, hessian: Tensor, size: int) -
 
 
 def _quadratic(difference: Tensor, *, hessian: Tensor, given: Tensor) -> Tensor:
-    """Δ H Δᵀ + g Δᵀ of every row: Δ and g [n, k], H [k, k], to [n]."""
+    """The quadratic Δ H Δᵀ + g Δᵀ of every row: Δ and g [n, k], H [k, k], to [n]."""
     return ((difference @ hessian + given) * difference).sum(1)
 
 
@@ -99,11 +99,11 @@ def round_to_grid(rows: Tensor, scales: Tensor, zeros: Tensor, *, bits: int) -> 
 
 
 def _decode(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """fp32 codes [n, k], overwritten by the weights."""
+    """Decode fp32 codes [n, k], overwriting them by weights."""
     return codes.sub_(zeros[:, None]).mul_(scales[:, None])
 
 
-Error = Callable[[Tensor], Tensor]  # of the differences decoded − weight, fp32 [n, k]: what to make small, [n]
+Error = Callable[[Tensor], Tensor]  # differences decoded − weight, fp32 [n, k] -> the error to minimise, [n]
 
 
 def sum_of_squares(difference: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def sum_of_squares(difference: Tensor) -> Tensor:
 def find_grid(rows: Tensor, bits: int, clip: str, *, error: Error = sum_of_squares) -> tuple[Tensor, Tensor]:
     """Scales (rounded to fp16) and integer zero points of fp32 rows [n, k]: fp32 [n] each. `clip` as in `encode`.
 
-    error: what any clip but "minmax" searches the least of.
+    error: minimised by every clip but "minmax".
     """
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     if clip == "minmax":
@@ -122,7 +122,7 @@ def find_grid(rows: Tensor, bits: int, clip: str, *, error: Error = sum_of_squar
 
 
 def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The grid that spans [low, high] ∋ 0, as it will be stored: fp16 scale, zero point among the codes."""
+    """The grid spanning [low, high] ∋ 0 as it will be stored: fp16 scale, zero point among the codes."""
     levels = 2**bits - 1
     scales = ((high - low) / levels).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(STORED).float()
     return scales, torch.round(-low / scales).clamp_(0, levels)
@@ -135,7 +135,7 @@ def _search(
     best = (low, high, _squared_error(rows, low, high, bits=bits, error=error))
     scans = [[(f, f) for f in JOINT_FACTORS], [(f, 1.0) for f in END_FACTORS], [(1.0, f) for f in END_FACTORS]]
     for scan in scans:
-        low, high, _ = best  # factors of one scan apply to the best range of the scan before
+        low, high, _ = best  # a scan's factors apply to the best range of the scan before
         for low_factor, high_factor in scan:
             trial = (low * low_factor, high * high_factor)
             best = _better(best, (*trial, _squared_error(rows, *trial, bits=bits, error=error)))
@@ -143,7 +143,7 @@ def _search(
 
 
 def _better(best: tuple[Tensor, ...], trial: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Row by row, whichever of two (low, high, error) has the smaller error; the first in a tie."""
+    """For each row, whichever of two (low, high, error) has the smaller error; the first in a tie."""
     wins = trial[2] < best[2]
     return tuple(torch.where(wins, new, old) for new, old in zip(trial, best, strict=True))
 
@@ -163,7 +163,7 @@ def _needs_hessian(config: RtnConfig) -> bool:
 
 
 def _encoder_bytes(shape: Shape, config: RtnConfig) -> float:
-    """Measured in tests/stages/plan/test_memory.py; 1.75: of the check that all of a Hessian is finite."""
+    """Bytes while encoding, measured in tests/stages/plan/test_memory.py; 1.75 Hessians are for the check for NaN."""
     square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
     return full + (max(1.75 * square, 5.1 * full) if _needs_hessian(config) else 2.7 * full)
 

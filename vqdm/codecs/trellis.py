@@ -1,8 +1,8 @@
-"""Trellis codes with Hessian feedback: columns of water-filled rates, each searched by Viterbi.
+"""Trellis codes with Hessian feedback: columns with water-filled rates, each searched by Viterbi.
 
-Column after column, the errors of the columns before are fed back into the target (feedback.py), after which the output
-error tr(ΔW H ΔWᵀ) is the sum of d_j ‖target_j − decoded_j‖². Columns get bits by the logarithm of what they would cost
-(reverse water-filling, Cover and Thomas 10.3.3), rows through the weights of the search.
+Column after column, the errors of earlier columns are fed back into the target (feedback.py), so that the output error
+tr(ΔW H ΔWᵀ) is the sum of d_j ‖target_j − decoded_j‖². Columns get bits by the logarithm of their cost (reverse
+water-filling, Cover and Thomas 10.3.3); rows count by their weights in the search.
 """
 
 from collections.abc import Iterable
@@ -31,8 +31,8 @@ from vqdm.weights.trellis_format import (
     stream_bytes,
 )
 
-BLOCK = 128  # columns between two feedback products over all that follow
-SMALL = 1 << 18  # weights; smaller layers are coded at uniform rates too, and the better is kept
+BLOCK = 128  # columns between two feedback products over all later ones
+SMALL = 1 << 18  # weights; smaller layers are also coded at uniform rates, and the better result is kept
 
 
 def encode(
@@ -47,8 +47,8 @@ def encode(
 ) -> TrellisWeight:
     """Quantize [out, in] to `bits` per weight, scales and rates included, against the Hessian [in, in] of its inputs.
 
-    damping: added to the Hessian's diagonal, of its mean. row_exponent: rows weigh as RMS^(2·row_exponent) in the
-    search; 1 is their true share of the output error, 0 gives small rows the same relative error as large ones.
+    damping: added to the Hessian's diagonal, relative to its mean. row_exponent: rows weigh as RMS^(2·row_exponent) in
+    the search; 1 is their true share of the output error, 0 gives small rows the same relative error as large ones.
     layer: the name for messages. UserError for non-finite input and for a matrix that cannot be held at `bits`.
     """
     check_matrix(weight, layer=layer)
@@ -91,7 +91,7 @@ def _rate_candidates(power: Tensor, shape: tuple[int, int], budget: int) -> list
 
 
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
-    """tr(ΔW H ΔWᵀ)."""
+    """The output error tr(ΔW H ΔWᵀ)."""
     change = weight - decoded
     return float(((change @ hessian) * change).sum())
 
@@ -99,12 +99,12 @@ def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
 def water_filling(power: Tensor, out: int, budget: int) -> Tensor:
     """Quarter bits per weight of every column: int64 [in]; at most `budget` bits in all for columns of `out` values.
 
-    power: [in], what a column costs at rate 0. Bits go where a bit saves most while they fit, D(R) = power · 2^(−2R):
-    what is left is less than the cheapest step of any column.
+    power: [in], a column's cost at rate 0. While they fit, bits go where one saves most, with D(R) = power · 2^(−2R);
+    fewer are left over than the cheapest step of any column takes.
     """
     steps = torch.tensor([0, *range(LOWEST_RATE, HIGHEST_RATE + 1)], device=power.device)
-    cost = column_bits(out, steps).diff()  # bits of a step
-    saved = -torch.pow(2.0, -steps.double() / 2).diff() / cost  # of unit power, per bit of it
+    cost = column_bits(out, steps).diff()  # bits that a step takes
+    saved = -torch.pow(2.0, -steps.double() / 2).diff() / cost  # cost saved at unit power, per bit of the step
     gains = power.double().clamp(min=0)[:, None] * saved
     order = gains.flatten().argsort(descending=True, stable=True)
     spent = cost[order % len(cost)].cumsum(0)
@@ -115,7 +115,7 @@ def water_filling(power: Tensor, out: int, budget: int) -> Tensor:
 
 
 def _take_the_rest(taken: list[int], cost: list[int], order: list[int], left: int, device) -> Tensor:
-    """Go on through the steps in their order, skipping those that no longer fit (and what builds on them)."""
+    """Take further steps in order, skipping those that no longer fit (and those that build on them)."""
     cheapest = min(cost)
     for step in order:
         if left < cheapest:
@@ -161,7 +161,7 @@ def _code(
 
 
 def _fit_rows(weight: Tensor, decoded: Tensor, hessian: Tensor, row_scales: Tensor) -> Tensor:
-    """The row scales of least output error, ⟨w, q⟩_H / ⟨q, q⟩_H; the given ones where q is 0. decoded: unscaled."""
+    """The row scales of least output error, ⟨w, q⟩_H / ⟨q, q⟩_H, or the given ones where q is 0. decoded: unscaled."""
     product = decoded @ hessian
     power = (decoded * product).sum(1)
     fitted = (weight * product).sum(1) / power.clamp(min=1e-30)
@@ -197,12 +197,12 @@ def _scheme_at(spec: LayerSpec, code_bits: float) -> TrellisScheme | None:
 
 
 def _make_shared(matrices: Iterable[Tensor], scheme: TrellisScheme, config: TrellisConfig) -> TrellisTable:
-    """One table for all models."""
+    """The trellis table, the same for all models."""
     return TrellisTable.from_values(load_table())
 
 
 def _encoder_bytes(shape: Shape, config: TrellisConfig) -> float:
-    """A Hessian and its factor, then the factor and bit positions as int64."""
+    """Bytes while encoding: the Hessian and its factor, then the factor and bit positions as int64."""
     square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
     return full + max(2 * square, square + 27 * full)
 

@@ -1,11 +1,11 @@
 """The table of the trellis codec: one value per state, for N(0, 1) data, the same for every rate and every model.
 
-It starts as the quantiles of the Gaussian in the order of a linear map over GF(2): bit r of the rank, from the top, is
-a parity of state bits. The first k rows are invertible both on the k lowest and on the k highest bits of the state, for
-every k up to 6: so, at every rate, the 2^K values that may precede a state lie one in each 2^K-th of the distribution,
-and so do the 2^K that may follow (the nested form of Ungerboeck's set partitioning). Such maps differ by 0.2 dB: many
-are tried. Then Lloyd's iteration: search, and put each value at the centroid of what chose it. Every rate counts by its
-relative error, with targets scaled by `target_scale`: one table serves all rates at different widths of the data.
+It starts as Gaussian quantiles in the order of a linear map over GF(2): bit r of the rank, from the top, is a parity of
+state bits. The first k rows are invertible on the k lowest and on the k highest bits of the state, for every k up to 6.
+So at every rate the 2^K values that may precede a state lie one in each 2^K-th of the distribution, and so do the 2^K
+that may follow (the nested form of Ungerboeck's set partitioning). Such maps differ by 0.2 dB, so many are tried.
+Lloyd's iteration then alternates a search with putting each value at the centroid of the data that chose it. Every rate
+counts by its relative error, with targets scaled by `target_scale`: one table serves all rates at different widths.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,9 +23,9 @@ TABLE_FILE = Path(__file__).resolve().parent.parent / "weights" / "trellis_table
 WINDOW_BITS = 12
 HIGHEST_SHIFT = 6
 SEQUENCE = 320
-SCORED_RATES = (6, 8, 10, 12, 14, 16, 20)  # quarter bits: what maps are chosen by
+SCORED_RATES = (6, 8, 10, 12, 14, 16, 20)  # rates, in quarter bits, by which maps are chosen
 TRAINED_RATES = (4, 6, 8, 10, 12, 14, 16, 20, 24)
-TARGET_SCALES = ((4, 8, 12, 16, 24), (1.06, 1.0, 0.94, 0.91, 0.88))  # by quarter bits; linear between
+TARGET_SCALES = ((4, 8, 12, 16, 24), (1.06, 1.0, 0.94, 0.91, 0.88))  # scale by quarter bits; linear in between
 SCORED_SAMPLES = 32_000
 MEMORY = 10  # iterations after which the running sums of a centroid begin to forget
 
@@ -43,10 +43,10 @@ def train_table(
     samples: int,
     progress: Callable[[Iterable, str], Iterable] = lambda steps, name: steps,
 ) -> Tensor:
-    """A table [4096], fp32, the same for the same arguments.
+    """Train a table [4096], fp32; the same arguments give the same table.
 
-    candidates: maps tried for the start; iterations: of Lloyd's, each on `samples` fresh values per rate.
-    progress: wraps the steps of each of the two parts, given its name; tqdm fits.
+    candidates: number of maps tried for the start; iterations: of Lloyd's, each on `samples` fresh values per rate.
+    progress: wraps the steps of each of the two parts, given its name; tqdm will do.
     """
     values = start_table(seed=seed, candidates=candidates, progress=progress)
     sums, counts = np.zeros(len(values)), np.zeros(len(values))
@@ -66,7 +66,7 @@ def train_table(
 def start_table(
     *, seed: int, candidates: int, progress: Callable[[Iterable, str], Iterable] = lambda steps, name: steps
 ) -> np.ndarray:
-    """The best, on one Gaussian sample, of `candidates` maps: a third are drawn, the others vary the best so far."""
+    """The best of `candidates` maps on one Gaussian sample: a third are drawn, the others vary the best so far."""
     rng = numpy_generator(seed, "trellis maps")
     sample = gaussian(SCORED_SAMPLES, seed, "trellis maps")
     best, best_score = None, np.inf
@@ -80,7 +80,7 @@ def start_table(
 
 
 def excess_db(values: np.ndarray, sample: np.ndarray, quarter_rate: int, scale: float | None = None) -> float:
-    """Error of `sample` above 2^(−2R) of its power, in dB, decoded with the best gain; scale: put on it before."""
+    """Error of a sample in dB above 2^(−2R) of its power, decoded with the best gain; scale: applied before."""
     scale = target_scale(quarter_rate) if scale is None else scale
     decoded = values[search(sample * np.float32(scale), values, quarter_rate)].astype(np.float64)
     error = 1 - (decoded @ sample) ** 2 / (decoded @ decoded) / (sample.astype(np.float64) @ sample)
@@ -88,12 +88,12 @@ def excess_db(values: np.ndarray, sample: np.ndarray, quarter_rate: int, scale: 
 
 
 def target_scale(quarter_rate: int) -> float:
-    """The RMS that targets should have when they are searched with this table at this rate."""
+    """The RMS that targets should have for a search with this table at this rate."""
     return float(np.interp(quarter_rate, *TARGET_SCALES))
 
 
 def gaussian(samples: int, seed: int, purpose: str, item: int = 0) -> np.ndarray:
-    """float32 [samples], rounded down to whole sequences."""
+    """Gaussian samples, float32, as many as make whole sequences."""
     count = samples // SEQUENCE * SEQUENCE
     return numpy_generator(seed, purpose, item).standard_normal(count, np.float32)
 
@@ -130,7 +130,7 @@ def _draw_nested(rng: np.random.Generator) -> np.ndarray:
 
 
 def _vary(best: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One to three entries flipped, such that the map remains one to one and nested."""
+    """A map with one to three entries flipped, still one to one and nested."""
     while True:
         candidate = best.copy()
         for row, column in rng.integers(WINDOW_BITS, size=(rng.integers(1, 4), 2)):
@@ -143,5 +143,5 @@ def _vary(best: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _odd(matrix: np.ndarray) -> bool:
-    """Whether a matrix of 0 and 1 is invertible over GF(2): its determinant, small and so exact, is odd."""
+    """True if a matrix of 0 and 1 is invertible over GF(2): its determinant, small and so exact, is odd."""
     return bool(round(np.linalg.det(matrix)) % 2)

@@ -1,24 +1,24 @@
-"""The search of `viterbi`, compiled by numba. Constants stand by the loops: numba's cache watches this file only."""
+"""The search of `viterbi`, compiled by numba. Constants stand in this file, the only one that numba's cache watches."""
 
 import numpy as np
 from numba import njit
 
-SEAM = 32  # values on either side of the seam that decide its state; a sequence of so few is short
+SEAM = 32  # values on either side of the seam that decide its state; a sequence of at most so many is short
 
 
 SHORT_TURNS = 4  # full searches of a short sequence
 
 
-LAYOUTS = 4  # of the table: shifts below this read it transposed
+LAYOUTS = 4  # number of the table's layouts: shifts below this read it transposed
 
 
-UNROLLED = 8  # predecessors compared at once at shifts from LAYOUTS on; divides 2^(LAYOUTS − 1)
+UNROLLED = 8  # predecessors compared at once for shifts from LAYOUTS on; divides 2^(LAYOUTS − 1)
 
 
 def choose_states_numpy(
     targets: np.ndarray, weights: np.ndarray, layouts: np.ndarray, *, quarter_rate: int, sequence_length: int
 ) -> np.ndarray:
-    """`choose_states` on contiguous float32 arrays with `layouts` made by `prepare`: int32 [out]. Releases the GIL.
+    """Choose states on contiguous float32 arrays, with `layouts` from `prepare`: int32 [out]. Releases the GIL.
 
     Compiled at the first call for a pair of shifts (half a second to two), then cached on disk.
     """
@@ -29,7 +29,7 @@ def choose_states_numpy(
 
 
 def prepare(table: np.ndarray) -> np.ndarray:
-    """The table in the orders the search reads it, float32 [LAYOUTS, 2^L]: row K has state (j << K) | n at [n, j]."""
+    """The table in the orders of the search, float32 [LAYOUTS, 2^L]: row K has state (j << K) | n at [n, j]."""
     return np.stack([table.reshape(-1, 1 << shift).T.ravel() for shift in range(LAYOUTS)]).astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def shortest_sequence(out: int, sequence_length: int) -> int:
 
 
 def check_window(length: int, quarter_rate: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """The lower shift, the higher shift and L, as tuples of these lengths, which numba compiles in as constants."""
+    """Tuples as long as the lower shift, the higher shift and L, which numba compiles in as constants."""
     window = size.bit_length() - 1
     low, high = quarter_rate // 4, -(-quarter_rate // 4)
     if quarter_rate * length // 4 < window:
@@ -61,22 +61,24 @@ _turn_start = _compiled(turn_start)
 
 @_compiled
 def _search_column(targets, weights, layouts, rate, length, given, states, low, high, window):
-    """Every sequence of a column, from the state `given` for its value 0 or, if that is negative, from the seam's best.
+    """Search each sequence of a column from `given`, the state of its value 0, or from the seam's best if negative.
 
     low, high, window: tuples whose lengths are the rate's two shifts and L.
     """
     size = layouts.shape[1]
-    costs = np.empty((max(min(length, len(targets)), 2 * SEAM), size >> len(low)), np.float32)  # m, value by value
+    costs = np.empty((max(min(length, len(targets)), 2 * SEAM), size >> len(low)), np.float32)  # m_t for every value t
     spare = np.empty(size >> len(low), np.float32)
     for start in range(0, len(targets), length):
         x, w, found = targets[start : start + length], weights[start : start + length], states[start : start + length]
         found[0] = given
         turns = 1 if given >= 0 or len(x) > SEAM else SHORT_TURNS
-        for turn in range(given >= 0, turns + 1):  # turn 0 is the seam's
+        for turn in range(given >= 0, turns + 1):  # turn 0 is the search at the seam
             first, count = (_turn_start(turn, len(x)), len(x)) if turn else (-SEAM, 2 * SEAM)
             reachable = size >> _shift(rate, first + count - 1, len(x))
             costs[count - 1, :reachable] = np.inf if turn else 0
             costs[count - 1, found[first % len(x)] & (reachable - 1)] = 0
+            # forward, from the last value to the first:
+            # m_{t−1}[s mod 2^(L−K_{t−1})] = min over the top K_{t−1} bits of s of m_t[s >> K_t] + w_t (x_t − table[s])²
             for i in range(count - 1, 0, -1):
                 t = (first + i) % len(x)
                 more, next_more = _shift(rate, t, len(x)) > len(low), _shift(rate, t - 1, len(x)) > len(low)
@@ -88,6 +90,8 @@ def _search_column(targets, weights, layouts, rate, length, given, states, low, 
                     _add_value(costs[i], x[t], w[t], layouts, costs[i - 1], spare, high, low, window)
                 else:
                     _add_value(costs[i], x[t], w[t], layouts, costs[i - 1], spare, high, high, window)
+            # back, from the first value to the last: s_{t+1} is the state s with low bits s_t >> K_t and the least
+            # m_{t+1}[s >> K_{t+1}] + w_{t+1} (x_{t+1} − table[s])²
             shift = _shift(rate, first, len(x))
             state = found[first] if turn else np.argmin(costs[0, : size >> shift]) << shift
             for i in range(count - 1 if turn else SEAM):
@@ -98,17 +102,21 @@ def _search_column(targets, weights, layouts, rate, length, given, states, low, 
 
 @_compiled
 def _shift(rate, t, length):
-    """K_t, circularly."""
+    """The shift K_t = b_{t+1} − b_t, circularly, with b_t = ⌊q t / 4⌋."""
     t %= length
     return rate * (t + 1) // 4 - rate * t // 4
 
 
 @_compiled
 def _add_value(before, x, w, layouts, after, spare, shift, following, window):
-    """One step, m_t to m_{t−1}. State bits from the top: a (the `following` top bits), u, n (the `shift` new bits)."""
+    """Make one step from m_t to m_{t−1}.
+
+    State bits from the top: a (`following` of them), u, n (the `shift` new ones).
+    """
+    # after[u, n] = min over a of (before[a, u] + w (x − table[a, u, n])²)
     n_count, a_count = 1 << len(shift), 1 << len(following)
     u_count = (1 << len(window)) // (n_count * a_count)
-    if len(shift) < LAYOUTS:  # few n: vectors along u, the result transposed
+    if len(shift) < LAYOUTS:  # few values of n: vectors run along u, and the result is transposed
         table = layouts[len(shift)]
         for n in range(n_count):
             for u in range(u_count):
@@ -139,7 +147,7 @@ def _add_value(before, x, w, layouts, after, spare, shift, following, window):
 
 @_compiled
 def _step_back(state, x, w, layouts, rate, t, costs):
-    """The state of value t + 1 on the best path through `state` at value t; costs: m of value t + 1."""
+    """The state of value t + 1 on the best path through `state` at value t; costs: m_{t+1}."""
     states, shift, after = layouts.shape[1], _shift(rate, t, len(x)), (t + 1) % len(x)
     lowest, chosen = np.float32(np.inf), state >> shift
     for candidate in range(state >> shift, states, states >> shift):

@@ -1,4 +1,4 @@
-"""The search of `vqdm.codecs.viterbi`, whose docstring has the method, for many sequences at once on any device."""
+"""The search of `vqdm.codecs.viterbi`, described there, for many sequences at once on any device."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def choose_states(targets: Tensor, weights: Tensor, table: Tensor, *, quarter_ra
 
 
 def _costs(targets, weights, table, shifts, values, costs):
-    """m of the first of `values` from that of the last, fp32 [n, 2^(L−K)], and every step's best top bits, uint8."""
+    """Costs m at the first of `values` from those at the last, fp32 [n, 2^(L−K)]; each step's best top bits, uint8."""
     origins = []
     for after, t in zip(values[-2::-1], values[:0:-1], strict=True):
         error = weights[:, t, None] * (targets[:, t, None] - table).square()
@@ -42,7 +42,7 @@ def _costs(targets, weights, table, shifts, values, costs):
 
 
 def _way_back(state, origins, shifts, table):
-    """The states [n] of all values from the one given on."""
+    """Yield the states [n] of all values, from the given one on."""
     states = [state]
     for origin, shift in zip(origins, shifts, strict=True):
         low = states[-1] >> shift

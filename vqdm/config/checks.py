@@ -1,4 +1,4 @@
-"""Refuses configurations that make no sense, in one line that names the key, before any work."""
+"""Checks of configurations that span several options; each refusal is one line that names the key."""
 
 import dataclasses
 
@@ -92,7 +92,7 @@ def _check_evaluate(config: EvaluateConfig) -> None:
 
 
 def check_finetune(config: Config) -> None:
-    """Distillation that cannot be: refused before the model is calibrated for it."""
+    """Refuse impossible settings of distillation, before the model is calibrated for it."""
     own = config.finetune
     if (own.steps or own.block_steps) and config.quantize.kind == "none":
         raise UserError("finetune needs a quantized model to distil into: give quantize=trellis3, or finetune=none")

@@ -1,4 +1,4 @@
-"""Options of every codec, one dataclass each: Hydra picks it by the group `quantize=`. Imports no torch.
+"""Options of every codec, in a dataclass each, which Hydra picks by the group `quantize=`. Imports no torch.
 
 A codec's file in `vqdm/codecs/` ends with its card, which says what it does with these; `OPTIONS` lists them all.
 """
@@ -15,13 +15,13 @@ from vqdm.errors import UserError
 class QuantizeConfig:
     """Full precision (quantize=none), and the base of every codec's options."""
 
-    kind: str = "none"  # key of OPTIONS; follows from the group (quantize=rtn) or the class, never given by hand
-    bits: float = number(4, least=1, most=16)  # per weight
-    seed: int = number(0, least=0, most=SEEDS)  # of what a codec draws, and of the tokens its Hessians take
-    # of a denoiser call that one Hessian takes; None: all. Here since large models' experiments set it for any codec
+    kind: str = "none"  # key of OPTIONS; set by the group (quantize=rtn) or the class, never by hand
+    bits: float = number(4, least=1, most=16)  # bits per weight
+    seed: int = number(0, least=0, most=SEEDS)  # seed of the codec's draws, and of the choice of tokens for Hessians
+    # tokens of a denoiser call that a Hessian takes; None: all. It is here since experiments set it for any codec
     tokens_per_call: int | None = number(None, least=1)
 
-    short: ClassVar[str] = "fp"  # what names and folders begin with: rtn4, vq3
+    short: ClassVar[str] = "fp"  # beginning of names and folders: rtn4, vq3
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class QuantizeConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "QuantizeConfig | None":
-        """Options from a name such as rtn4, or rtn4g64 where there are groups; None where it names another codec."""
+        """Options from a name such as rtn4, or rtn4g64 with groups; None if it names another codec."""
         found = re.fullmatch(rf"{cls.short}(?P<bits>\d+(?:\.\d+)?)(?:g(?P<group>\d+))?", name)
         grouped = any(field.name == "group_size" for field in fields(cls))
         if found is None or (found["group"] is not None and not grouped):
@@ -39,7 +39,7 @@ class QuantizeConfig:
         return cls(bits=float(found["bits"]), **group)
 
     def check(self) -> None:
-        """UserError, naming the key, for values and combinations that make no sense."""
+        """Raise UserError, naming the key, for values and combinations that make no sense."""
         if type(self) is not OPTIONS.get(self.kind):
             raise UserError(
                 f"quantize.kind={self.kind!r} is not given by hand: choose the codec by quantize={', '.join(OPTIONS)}"
@@ -47,12 +47,12 @@ class QuantizeConfig:
         check_fields(self, "quantize", where=f" for {self.kind}")
 
     def settings(self) -> dict:
-        """What of these can change the quantized weights: they enter the stage's fingerprint."""
+        """The options that can change the quantized weights, which enter the stage's fingerprint."""
         unused = () if isinstance(self, HessianOptions) else ("tokens_per_call",)
         return {key: value for key, value in asdict(self).items() if key not in unused}
 
     def sensitivity(self) -> dict | None:
-        """What enters the fingerprint of the sensitivity stage; None where bits are not given to layers by it."""
+        """The options in the sensitivity stage's fingerprint; None if bits are not allotted by sensitivity."""
         return None
 
 
@@ -65,11 +65,11 @@ def check_whole_bits(config: QuantizeConfig) -> None:
 
 @dataclass(kw_only=True)
 class ScalarOptions(QuantizeConfig):
-    """One code per weight."""
+    """Options of codecs with one code per weight."""
 
     bits: float = number(4, least=1, most=8)
-    clip: str = choice("mse", "minmax", "hessian")  # of a row's range; hessian: least output error
-    group_size: int | None = number(None, least=1)  # inputs per scale; None: the whole row
+    clip: str = choice("mse", "minmax", "hessian")  # how a row's range is clipped; hessian: for least output error
+    group_size: int | None = number(None, least=1)  # number of inputs per scale; None: the whole row
 
     def check(self) -> None:
         super().check()
@@ -78,15 +78,15 @@ class ScalarOptions(QuantizeConfig):
 
 @dataclass(kw_only=True)
 class HessianOptions:
-    """Where the Hessian of a layer's inputs comes from; `seed` and `tokens_per_call` are its draw of tokens."""
+    """Options for the Hessian of a layer's inputs, whose tokens are drawn by `seed` and `tokens_per_call`."""
 
-    hessian_from: str = choice("teacher", "student")  # recorded calls | its own sampling, block after block (paper)
-    damping: float = number(0.01, least=0, most=100)  # added to the Hessian's diagonal, in parts of its mean
+    hessian_from: str = choice("teacher", "student")  # recorded calls | the student's own sampling (paper)
+    damping: float = number(0.01, least=0, most=100)  # added to the Hessian's diagonal, relative to its mean
 
 
 @dataclass(kw_only=True)
 class RtnConfig(HessianOptions, ScalarOptions):
-    """Round to nearest; a Hessian is taken for clip=hessian only."""
+    """Options of round-to-nearest, which uses a Hessian only for clip=hessian."""
 
     kind: str = "rtn"
     short: ClassVar[str] = "rtn"
@@ -99,37 +99,37 @@ class RtnConfig(HessianOptions, ScalarOptions):
 
 @dataclass(kw_only=True)
 class GptqConfig(HessianOptions, ScalarOptions):
-    """GPTQ. Clipping and damping: of those tried, least error of the tiny denoiser's output (docs/lab-notes.md)."""
+    """Options of GPTQ. Clipping and damping gave the least error of those tried on tiny (docs/lab-notes.md)."""
 
     kind: str = "gptq"
     clip: str = choice("hessian", "mse", "minmax")
     damping: float = number(0.001, least=0, most=100)
-    act_order: bool = True  # columns by falling power of their inputs
+    act_order: bool = True  # take columns by falling power of their inputs
     short: ClassVar[str] = "gptq"
 
 
 @dataclass(kw_only=True)
 class AdaroundConfig(ScalarOptions):
-    """AdaRound with block reconstruction; batches of 16 are as good as 32 on residual blocks and a fifth faster."""
+    """Options of AdaRound with block reconstruction; batches of 16 are as good as 32 on residual blocks, and faster."""
 
     kind: str = "adaround"
     clip: str = choice("mse", "minmax")
-    iterations: int = number(2000, least=1, most=10**7)  # steps per block
+    iterations: int = number(2000, least=1, most=10**7)  # training steps per block
     batch_size: int = number(16, least=1)  # samples per step
     short: ClassVar[str] = "adaround"
 
 
 @dataclass(kw_only=True)
 class AdditiveConfig(HessianOptions, QuantizeConfig):
-    """Additive codes, by default 3x8g8; bits are those of all codes."""
+    """Options of additive codes, by default 3x8g8; `bits` are those of all codes together."""
 
     kind: str = "additive"
     bits: float = number(3, least=1, most=16)
-    group_size: int = number(8, least=1)  # weights per code vector
+    group_size: int = number(8, least=1)  # number of weights per code vector
     codebook_bits: int = number(8, least=1, most=16)  # log2 of the codebook size
-    codebooks: str = choice("layer", "block", "model")  # one set per layer | block (of the calibration order) | model
-    input_scales: bool = False  # one more scale per input
-    recipe: str = choice("fast", "paper")  # block feedback, least squares, exact group search | VQDM as published
+    codebooks: str = choice("layer", "block", "model")  # each has a set of its own
+    input_scales: bool = False  # True: an additional scale per input
+    recipe: str = choice("fast", "paper")  # exact group searches | VQDM as published
     beam_size: int = number(8, least=1, most=4096)
     short: ClassVar[str] = "vq"
 
@@ -139,7 +139,7 @@ class AdditiveConfig(HessianOptions, QuantizeConfig):
 
     @classmethod
     def from_name(cls, name: str) -> "QuantizeConfig | None":
-        """Also 3x8g8: codebooks × bits, groups."""
+        """Options from a name; additive codes also have names like 3x8g8 (codebooks × bits, groups)."""
         found = re.fullmatch(r"(\d+)x(\d+)g(\d+)", name)
         if found is None:
             return super().from_name(name)
@@ -160,20 +160,20 @@ class AdditiveConfig(HessianOptions, QuantizeConfig):
 
 @dataclass(kw_only=True)
 class TrellisConfig(HessianOptions, QuantizeConfig):
-    """Trellis codes; bits are true bits, everything counted."""
+    """Options of trellis codes; `bits` are true bits, with everything counted."""
 
     kind: str = "trellis"
     bits: float = number(3, least=1, most=8)
-    allocation: str = choice("uniform", "sensitivity")  # of bits to layers: alike | by the denoiser's output error
-    row_exponent: float = number(1.0, least=0, most=8)  # 1: rows weigh by their output error; 0: all the same
+    allocation: str = choice("uniform", "sensitivity")  # same bits for all layers | by output error
+    row_exponent: float = number(1.0, least=0, most=8)  # 1: rows weigh by their output error; 0: all alike
     short: ClassVar[str] = "trellis"
 
     def settings(self) -> dict:
-        """All but the allocation, which the sensitivity stage stands for."""
+        """All options but the allocation, which the sensitivity stage stands for."""
         return {key: value for key, value in super().settings().items() if key != "allocation"}
 
     def sensitivity(self) -> dict | None:
-        """One stage serves all bit-widths of a model."""
+        """The options of the sensitivity stage, of which one serves all bit-widths of a model."""
         if self.allocation == "uniform":
             return None
         return {key: value for key, value in self.settings().items() if key not in ("kind", "bits")}
@@ -190,9 +190,9 @@ OPTIONS: dict[str, type[QuantizeConfig]] = {
 
 
 def parse_scheme(name: str) -> QuantizeConfig:
-    """The quantizer that a short name stands for: rtn4, rtn4g64, gptq3, trellis2.5, vq3, or 3x8g8 (codebooks × bits).
+    """The options that a short name stands for: rtn4, rtn4g64, gptq3, trellis2.5, vq3, or 3x8g8 (codebooks × bits).
 
-    The same settings as the presets of conf/quantize/. UserError for any other name.
+    The settings are those of the presets in conf/quantize/. UserError for any other name.
     """
     candidates = (options.from_name(name) for kind, options in OPTIONS.items() if kind != "none")
     config = next((config for config in candidates if config is not None), None)

@@ -1,4 +1,4 @@
-"""The Hydra side: schemas, the step from a composed configuration to plain dataclasses, and a sweep's begin and end."""
+"""Everything to do with Hydra: schemas, turning a composed configuration into dataclasses, and leading a sweep."""
 
 import dataclasses
 import difflib
@@ -30,7 +30,7 @@ GROUPS = {
 
 
 def register_schemas() -> None:
-    """A group's YAML starts from `base_<group>`, a codec's from `base_<kind>`, so unknown keys fail while composing."""
+    """Register `base_<group>` for each group's YAML and `base_<kind>` for codecs, so that unknown keys fail early."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=schema.Config)
     for group, node in GROUPS.items():
@@ -40,7 +40,7 @@ def register_schemas() -> None:
 
 
 def to_config(composed: DictConfig) -> schema.Config:
-    """Checked dataclasses; values that fit no option, and options that there are not, are a UserError of one line."""
+    """Turn a composed configuration into checked dataclasses; a UserError of one line for bad values or options."""
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -51,7 +51,7 @@ def to_config(composed: DictConfig) -> schema.Config:
 
 
 def _check_keys(config, prefix: str) -> None:
-    """UserError for what `+key=…` added beside the fields of a dataclass."""
+    """Raise UserError for a key that `+key=…` added and no dataclass has."""
     known = {field.name for field in dataclasses.fields(config)}
     for name, value in vars(config).items():
         if name not in known:
@@ -61,7 +61,7 @@ def _check_keys(config, prefix: str) -> None:
 
 
 def _keys(node: type, prefix: str = "") -> list[str]:
-    """Every option's key; of quantize those of all codecs."""
+    """Keys of all options; under quantize those of all codecs."""
     found: list[str] = []
     for field in dataclasses.fields(node):
         key = prefix + field.name
@@ -72,7 +72,7 @@ def _keys(node: type, prefix: str = "") -> list[str]:
 
 
 def no_option(key: str) -> str:
-    """Why there is no option of this key, with the codecs that have it, or the nearest known one."""
+    """A message on why there is no such option, naming the codecs that have it, or the nearest known one."""
     name = key.removeprefix("quantize.")
     owners = [kind for kind, node in OPTIONS.items() if name in {field.name for field in dataclasses.fields(node)}]
     if key != name and owners:
@@ -83,7 +83,7 @@ def no_option(key: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What was wrong, in one line: for unknown keys the nearest known one, else what Hydra or the error says."""
+    """An error in one line: for unknown keys the nearest known one, else the message of Hydra or of the error."""
     text, cause = (" ".join(str(one or "").split()) for one in (error, error.__cause__))
     unknown = re.search(r"Key '[^']*' (?:is )?not in .* full_key: (\S+)", f"{text} {cause}")
     if unknown:
@@ -93,14 +93,14 @@ def one_line(error: BaseException) -> str:
 
 
 def overrides_for_rows(task_overrides: list[str]) -> list[str]:
-    """The user's overrides that hold for every row of a table: all but the choice of experiment, table and row."""
+    """The user's overrides for every row of a table: all but the choice of experiment, table and row."""
     return [o for o in task_overrides if not re.match(r"\+*(experiment|table|row|name|method)=", o)]
 
 
 class NamedSweep(Callback):
-    """Gives a sweep the directory that its overrides name; at its end says which jobs failed."""
+    """Callback that gives a sweep the directory named by its overrides, and at its end says which jobs failed."""
 
-    directory: Path | None = None  # of the sweep that this process leads
+    directory: Path | None = None  # directory of the sweep that this process leads
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         overrides = [
@@ -113,7 +113,7 @@ class NamedSweep(Callback):
             where = f"${{results_dir}}/sweeps/{sweeps.sweep_name(overrides, swept)}"
             with read_write(config), open_dict(config):
                 config.hydra.sweep.dir = where
-                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{where}'")  # each job is composed anew, by these
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{where}'")  # each job is composed from these
         NamedSweep.directory = Path(config.hydra.sweep.dir)
         try:
             sweeps.write_sweep(NamedSweep.directory, overrides=overrides, swept=swept)
@@ -130,26 +130,26 @@ class NamedSweep(Callback):
 
 
 def run_as_job(script: Path) -> None:
-    """The job of a sweep that Hydra has just composed, as the command that does the same by itself."""
+    """Run the job that Hydra has just composed as a command of its own that does the same."""
     hydra = HydraConfig.get()
     overrides, directory = list(hydra.overrides.task), Path(hydra.runtime.output_dir)
     label = sweeps.job_label(directory.parent, overrides)
     command = [sys.executable, str(script), *_flags(hydra), *overrides, *_method(label, overrides)]
-    one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # of several at once, all would be talking
+    one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # several at once would all print
     _say(f"— job {hydra.job.num}: {label}" + ("" if one_by_one else f"; its log: {directory / sweeps.LOG}"))
     error = sweeps.run_job(command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one)
     _say(f"— job {hydra.job.num}: " + ("done" if error is None else f"failed: {error}"))
 
 
 def _method(label: str, overrides: list[str]) -> list[str]:
-    """What tables call the job; an experiment that alone varies says it itself, and the user's word holds."""
+    """Override for the job's name in tables, unless the user gave one or only the experiment varies."""
     if not label or re.fullmatch(r"experiment=\S*", label) or any(o.startswith("method=") for o in overrides):
         return []
     return ["method='{}'".format(label.replace("'", r"\'"))]
 
 
 def _flags(hydra: DictConfig) -> list[str]:
-    """What the sweep was told of other places of configurations."""
+    """Flags of the sweep's command that point to other places of configurations."""
     paths = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     searched = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     return [*(f"--config-dir={path.removeprefix('file://')}" for path in paths), *searched]

@@ -1,4 +1,4 @@
-"""Ranges and choices of options: they stand in a dataclass field's metadata, and one walk checks them all."""
+"""Ranges and choices of options, kept in the metadata of dataclass fields and checked by one function."""
 
 import dataclasses
 import math
@@ -19,14 +19,15 @@ def number(default: Any, *, least: float | None = None, most: float | None = Non
 
 
 def choice(default: str, *others: str) -> Any:
-    """A field whose word must be one of these."""
+    """A field whose text must be one of these."""
     return dataclasses.field(default=default, metadata={"choices": (default, *others)})
 
 
 def check_fields(config, key: str, *, where: str = "") -> None:
-    """UserError, naming `key`.<field>, for the first value outside its range or choices; no float is NaN or infinite.
+    """Raise UserError, naming `key`.<field>, for the first value outside its range or choices, NaN or infinity
+    included.
 
-    key: of the whole dataclass in the configuration. where: what ends the message, such as " for rtn".
+    key: the dataclass's own key in the configuration. where: end of the message, such as " for rtn".
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{key}.{field.name}".lstrip(".")

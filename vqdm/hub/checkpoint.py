@@ -269,7 +269,7 @@ def read_contents(files: Sequence[Path]) -> Contents:
 
 
 def is_plain(files: Sequence[Path]) -> bool:
-    """Whether these are the files of an ordinary model: none says that it is vqdm's, none holds codes."""
+    """True for the files of an ordinary model: none says that it is vqdm's, and none holds codes."""
     for path in files:
         try:
             with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""What can be scored: the families of metrics whose weights are here, and why the others cannot. Imports no torch."""
+"""The families of metrics that can be scored, as their weights are here, and why others cannot. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from vqdm.runs.identity import files_identity
 
 @dataclass(frozen=True)
 class Scoring:
-    """By families of metrics, those that can be run: paths of their weights, and the sha256 of each."""
+    """The families of metrics that can be run: paths of their weights, and the sha256 of each."""
 
     weights: dict[str, list[Path]]
     weights_sha256: dict[str, tuple[str, ...]]
@@ -22,7 +22,7 @@ class Scoring:
     not_run: dict[str, str]  # {metric: why it cannot be run}
 
     def reasons(self) -> list[str]:
-        """A line for every reason, with the metrics that are not run by it."""
+        """Lines for people, one for every reason, with the metrics that are not run because of it."""
         metrics: dict[str, list[str]] = {}
         for metric, why in self.not_run.items():
             metrics.setdefault(why, []).append(metric)
@@ -30,7 +30,7 @@ class Scoring:
 
 
 def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Scoring:
-    """originals: whether there are full-precision images beside the ones to score. cache: of the files' hashes."""
+    """Find what can be scored. originals: True if there are full-precision images too. cache: of the files' hashes."""
     reference = find_reference(config.reference, cache=cache)
     scoring = Scoring({}, {}, reference, {})
     for name in dict.fromkeys(config.metrics):
@@ -51,7 +51,7 @@ def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Sco
 
 
 def _weights(config: EvaluateConfig, family: str, cache: Path) -> tuple[list[Path], list[str]]:
-    """Paths and sha256 of a family's weights; UserError, worded for a table, if one is not here."""
+    """Paths and sha256 of a family's weights; UserError, worded for a table, if one is missing."""
     if family == "tiny":
         directory = evaluators_directory(config.evaluators)
         return [directory], [files_identity(directory, cache)]
@@ -63,7 +63,7 @@ def _weights(config: EvaluateConfig, family: str, cache: Path) -> tuple[list[Pat
 
 
 def _without_reference(reference: Reference | None, family: str, weights: list[str]) -> dict[str, str]:
-    """{metric: why} for those of a family that the reference does not serve; UserError if it serves them falsely."""
+    """{metric: why not} for a family's metrics that the reference cannot serve; UserError if it was made otherwise."""
     if reference is None:
         why = "needs evaluate.reference: statistics of real images, made by scripts/make_reference_stats.py"
         return dict.fromkeys(FAMILIES[family].against_reference, why)

@@ -10,7 +10,7 @@ from vqdm.runs.device import full_float32
 
 
 class OpenClip:
-    """An open_clip model with weights of a local file, and the preprocessing that open_clip gives it."""
+    """An open_clip model with weights from a local file, and open_clip's own preprocessing for it."""
 
     def __init__(self, name: str, weights: Path, *, device: str):
         import open_clip
@@ -23,7 +23,7 @@ class OpenClip:
     @torch.no_grad()
     @full_float32()
     def columns(self, images: list[np.ndarray], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
-        """uint8 [h, w, 3] each -> {"image": unit vectors [n, d], "cosine": [n], if there are captions}, float32."""
+        """Columns of images, uint8 [h, w, 3]: {"image": unit vectors [n, d], with captions "cosine": [n]}, float32."""
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images]).to(self.device)
         seen = self.model.encode_image(pixels, normalize=True)
         found = {"image": seen.float().cpu()}
@@ -34,7 +34,7 @@ class OpenClip:
 
 
 class PickScore:
-    """PickScore v1 (Kirstain et al. 2023), a CLIP model of transformers in a directory with its processor's files."""
+    """PickScore v1 (Kirstain et al. 2023), a transformers CLIP model in a directory with its processor's files."""
 
     def __init__(self, directory: Path, *, device: str):
         from transformers import CLIPModel, CLIPProcessor
@@ -47,7 +47,7 @@ class PickScore:
     @torch.no_grad()
     @full_float32()
     def columns(self, images: list[np.ndarray], captions: list[str]) -> dict[str, torch.Tensor]:
-        """uint8 [h, w, 3] each -> {"cosine": [n], "scaled": [n], the cosine times the model's logit scale}, float32."""
+        """Columns of images, uint8 [h, w, 3]: {"cosine": [n], "scaled": [n], cosine × the logit scale}, float32."""
         pictures = [Image.fromarray(image) for image in images]
         fitted = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
         inputs = self.processor(text=captions, images=pictures, **fitted)

@@ -1,12 +1,12 @@
-"""The extractor of a family: what looks at batches of images and gives columns, one row an image."""
+"""The extractor of a family: it looks at batches of images and gives columns with one row per image."""
 
 from pathlib import Path
 
 
 def make_extractor(family: str, weights: list[Path], *, device: str):
-    """An object with `columns(images, captions)`, or, for families of pairs, `columns(images, originals)`.
+    """Make an object with `columns(images, captions)` or, for families of pairs, `columns(images, originals)`.
 
-    weights: the paths of the family's files, in its order; of family tiny, the evaluators' directory.
+    weights: the paths of the family's files, in its order; for family tiny, the evaluators' directory.
     """
     if family == "tiny":
         from vqdm.tiny.evaluator import TinyWorld
@@ -29,7 +29,7 @@ def make_extractor(family: str, weights: list[Path], *, device: str):
     return OpenClip(OPEN_CLIP[family], *weights, device=device)
 
 
-OPEN_CLIP = {  # OpenAI's were trained with the quick GELU
+OPEN_CLIP = {  # OpenAI's models were trained with the quick GELU
     "cmmd": "ViT-L-14-336-quickgelu",
     "clip_h14": "ViT-H-14",
     "clip_l14": "ViT-L-14-quickgelu",

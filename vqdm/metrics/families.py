@@ -1,4 +1,4 @@
-"""The metrics by families: those that come from one look at the images. What each yields and needs; imports no torch.
+"""Families of metrics, each computed from one look at the images; their results and needs. Imports no torch.
 
 A family's name stands in `evaluate.metrics`; its metrics are the columns of tables.
 """
@@ -9,33 +9,33 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Weights:
-    """A file, or a directory with a `marker` file, that a metric needs: in evaluate.weights, or from its publisher."""
+    """A file, or directory with a `marker` file, that a metric needs: in evaluate.weights, or from its publisher."""
 
-    name: str  # of the file or directory in evaluate.weights
+    name: str  # the file's or directory's name in evaluate.weights
     hub: str | None = None  # owner/name, or owner/name:file
     url: str | None = None
-    sha256: str = ""  # how it begins, where the publisher says so; "" = any file, whose hash is in the protocol
-    marker: str | None = None  # of a directory
+    sha256: str = ""  # its first digits, if published; "" = any file is taken, and its hash goes into the protocol
+    marker: str | None = None  # the file that marks a directory as whole
 
 
 @dataclass(frozen=True)
 class Family:
     version: int  # raise it when what is extracted may change
     metrics: tuple[str, ...]
-    protocol: dict[str, str] = field(default_factory=dict)  # what is the same for all its metrics, for people
+    protocol: dict[str, str] = field(default_factory=dict)  # what all its metrics have in common, in words
     library: str = "vqdm"  # the package whose version goes into the protocol
-    computed_in: str = "float32"  # what is extracted
+    computed_in: str = "float32"  # dtype of what is extracted
     weights: tuple[Weights, ...] = ()
     pairs: bool = False  # looks at each image beside the full-precision one
     against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
     against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
 
     def installed(self) -> str:
-        """The library and its version, as they are here now."""
+        """The library and its version, as installed here."""
         return self.library if self.library == "vqdm" else f"{self.library} {importlib.metadata.version(self.library)}"
 
     def details(self, metric: str) -> dict[str, str]:
-        """What is more to say of one metric."""
+        """Protocol of one metric, beyond what the family has in common."""
         return {"is": DETAILS[metric]} if metric in DETAILS else {}
 
 

@@ -1,4 +1,4 @@
-"""Image files of folders and of .zip archives, read in place, by one name wherever they lie. Imports no torch."""
+"""Image files in folders and .zip archives, read in place, with the same names in both. Imports no torch."""
 
 import hashlib
 import io
@@ -18,12 +18,15 @@ from vqdm.errors import UserError
 from vqdm.prompts import PromptList
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # of 8 bits a channel
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # modes of 8 bits per channel
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """name: below the deepest folder that all images of its source lie in, so that a folder and its .zip agree."""
+    """An image file.
+
+    name: relative to the deepest folder that holds all images of its source, so that a folder and its .zip agree.
+    """
 
     name: str
     source: Path
@@ -31,7 +34,7 @@ class ImageFile:
 
 
 def list_images(sources: list[Path]) -> list[ImageFile]:
-    """All images of all sources by name; UserError for a source that is none, or for a name that two have."""
+    """All images of all sources by name; UserError for a source that is neither, or for a name that occurs twice."""
     found = [image for source in sources for image in _in_source(source)]
     name, times = Counter(image.name for image in found).most_common(1)[0]
     if times > 1:
@@ -45,7 +48,7 @@ def _in_source(source: Path) -> list[ImageFile]:
         readers = {name: path.read_bytes for name, path in files.items()}
     else:
         try:
-            archive = zipfile.ZipFile(source)  # stays open: its images are read from it one by one
+            archive = zipfile.ZipFile(source)  # stays open, as its images are read one by one
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{source} is no folder of images and no .zip archive; correct the path") from error
         names = (info.filename for info in archive.infolist() if not info.is_dir())
@@ -63,7 +66,7 @@ def _is_image(path: PurePosixPath) -> bool:
 
 
 def images_of(prompts: PromptList, images: list[ImageFile]) -> list[ImageFile]:
-    """The distinct images that the captions belong to, in order of names; folders in a name need not agree."""
+    """The distinct images that the captions belong to, by name; folders in a name need not agree."""
     wanted = {prompt.image for prompt in prompts.prompts}
     if None in wanted:
         raise UserError(f"{prompts.origin}: not all captions name their image; give a list with a file_name column")
@@ -78,7 +81,7 @@ def images_of(prompts: PromptList, images: list[ImageFile]) -> list[ImageFile]:
 
 
 def check_images(images: list[ImageFile]) -> list[tuple[str, str]]:
-    """(name, sha256 of its file) of every image; UserError that names the files that cannot be decoded."""
+    """(name, sha256 of the file) for every image; UserError naming the files that cannot be decoded."""
     with ThreadPoolExecutor() as threads:
         hashes = list(tqdm(threads.map(_checked, images), desc="reading", total=len(images), unit="image"))
     if broken := [f"{image.source}: {image.name}" for image, one in zip(images, hashes, strict=True) if one is None]:
@@ -93,11 +96,11 @@ def _checked(image: ImageFile) -> str | None:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
             return hashlib.sha256(data).hexdigest() if picture.mode in MODES else None
-    except Exception:  # of Pillow's many readers, of a damaged archive, of a picture too large to be one
+    except Exception:  # from one of Pillow's many readers, a damaged archive, or a picture too large to be one
         return None
 
 
 def load_image(image: ImageFile) -> np.ndarray:
-    """uint8 [height, width, 3]; grey, CMYK and others turned into RGB as Pillow does it, no rotation by metadata."""
+    """Pixels as uint8 [height, width, 3]; other modes become RGB as Pillow does it; metadata rotates nothing."""
     with Image.open(io.BytesIO(image.read())) as picture:
         return np.asarray(picture.convert("RGB"))

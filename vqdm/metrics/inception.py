@@ -14,13 +14,13 @@ PAPER_SIZE = 256
 
 
 class Inception:
-    """resize: "paper" (short side to 256 by LANCZOS, centre crop 256) or "none"."""
+    """torch-fidelity's Inception-v3. resize: "paper" (short side to 256 by LANCZOS, centre crop 256) or "none"."""
 
     def __init__(self, weights: Path, *, resize: str, device: str):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.resize, self.device = resize, device
-        # the library unpickles what it is given without restriction, so it is given tensors that were read safely
+        # the library unpickles files without restriction, so it is given tensors that were read safely
         checked = io.BytesIO()
         torch.save(load_tensors(weights), checked)
         checked.seek(0)
@@ -30,9 +30,9 @@ class Inception:
     @torch.no_grad()
     @full_float32()
     def columns(self, images: list[np.ndarray], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
-        """uint8 [h, w, 3] each -> {"features": float32 [n, 2048], "logits": float32 [n, 1008]}.
+        """Columns of images, uint8 [h, w, 3] each: {"features": float32 [n, 2048], "logits": float32 [n, 1008]}.
 
-        Images of one size go through the network at once; those of a folder of photographs have many sizes.
+        Images of the same size go through the network together; photographs in a folder have many sizes.
         """
         pixels = [crop_256(image) for image in images] if self.resize == "paper" else images
         if len({image.shape for image in pixels}) > 1:
@@ -47,7 +47,7 @@ class Inception:
 
 
 def crop_256(image: np.ndarray) -> np.ndarray:
-    """Short side to 256 pixels by LANCZOS, then the middle 256 × 256, both by torchvision on PIL: uint8 [h, w, 3]."""
+    """Resize the short side to 256 pixels by LANCZOS, crop the middle 256 × 256, both by torchvision on PIL images."""
     from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
     picture = resize(Image.fromarray(image), PAPER_SIZE, InterpolationMode.LANCZOS)

@@ -1,4 +1,4 @@
-"""Against the full-precision image of the same caption and noise: PSNR, SSIM, and LPIPS with its published weights."""
+"""Scores against the full-precision image of the same caption and noise: PSNR, SSIM, and LPIPS."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SMALLEST_ERROR = (1 / 255) ** 2 / 12  # of rounding to 8 bits: identical images 
 
 
 def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """dB of each image, uint8 [n, h, w, 3] against the same, peak 1, capped at 58.9 dB."""
+    """PSNR of each image in dB, uint8 [n, h, w, 3] against the originals, peak 1, capped at 58.9 dB."""
     difference = (images.astype(np.float64) - originals.astype(np.float64)) / 255
     return -10 * np.log10(np.maximum((difference**2).mean((1, 2, 3)), SMALLEST_ERROR))
 
@@ -25,7 +25,7 @@ def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
 
 
 def feature_distance(features: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance of each row pair."""
+    """Euclidean distance between corresponding rows."""
     return (features - originals).norm(dim=-1)
 
 

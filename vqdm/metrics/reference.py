@@ -1,8 +1,8 @@
-"""Statistics of real images that FID, KID and CMMD are taken against: our own directories, or a published .npz.
+"""Statistics of real images for FID, KID and CMMD: our own directories, or a published .npz.
 
-A directory as `scripts/make_reference_stats.py` writes it: `<family>.safetensors` (mean, covariance, features) and
-`reference.json`, which says of which images and with which weights. A .npz holds `mu` and `sigma`, and nothing that
-says what they are: the protocol then names the file. Imports no torch until something is loaded.
+A directory, as `scripts/make_reference_stats.py` writes it, holds `<family>.safetensors` (mean, covariance, features)
+and `reference.json`, which names the images and the weights. A .npz holds `mu` and `sigma` without saying what they
+are: the protocol then names the file. Imports no torch until something is loaded.
 """
 
 import json
@@ -15,24 +15,24 @@ from vqdm.metrics.sources import check_whole
 from vqdm.runs.identity import file_identity, files_identity
 
 ABOUT = "reference.json"
-SHAPES = {"mean": [2048], "covariance": [2048, 2048]}  # of Inception's pool features
-KEYS = {"mu": "mean", "sigma": "covariance"}  # of a .npz, as pytorch-fid and the published statistics name them
+SHAPES = {"mean": [2048], "covariance": [2048, 2048]}  # for Inception's pool features
+KEYS = {"mu": "mean", "sigma": "covariance"}  # keys in a .npz, as pytorch-fid and published statistics name them
 
 
 @dataclass(frozen=True)
 class Reference:
-    """path, and what identifies it. `about`: of a directory, the content of its reference.json."""
+    """A reference: its path and identity. `about`: the content of a directory's reference.json."""
 
     path: Path
     sha256: str
     about: dict | None
 
     def serves(self, family: str) -> bool:
-        """Whether it holds anything for a family; a .npz is for Inception's features."""
+        """True if it holds anything for a family; a .npz is for Inception's features."""
         return family in self.about["families"] if self.about else family in ("fid_paper", "fid_standard")
 
     def protocol(self, family: str) -> dict:
-        """What a metric's protocol says of it."""
+        """Description of the reference for a metric's protocol."""
         if self.about is None:
             return {
                 "reference": self.path.name,
@@ -47,7 +47,7 @@ class Reference:
         }
 
     def check_weights(self, family: str, weights: list[str]) -> None:
-        """UserError if it was made with other weights than the images are looked at with."""
+        """Raise UserError if it was made with other weights than those the images are looked at with."""
         if self.about is None or not self.serves(family):
             return
         made = self.about["families"][family]
@@ -58,7 +58,7 @@ class Reference:
             )
 
     def load(self, family: str) -> dict:
-        """{"mean" [d], "covariance" [d, d], "features" [n, d] (not of a .npz)} as tensors."""
+        """Load {"mean" [d], "covariance" [d, d], "features" [n, d] (not from a .npz)} as tensors."""
         if self.about is None:
             import torch
 
@@ -69,7 +69,10 @@ class Reference:
 
 
 def find_reference(path: str | None, *, cache: Path) -> Reference | None:
-    """The reference of `evaluate.reference`; UserError if it is given and is none, before images are made for it."""
+    """The reference named by `evaluate.reference`, if any.
+
+    UserError if it is not one, before images are made for it.
+    """
     if path is None:
         return None
     place = Path(path)
@@ -94,7 +97,7 @@ def find_reference(path: str | None, *, cache: Path) -> Reference | None:
 
 
 def _read_npz(path: Path) -> dict:
-    """{"mean", "covariance"} in float64. Arrays only: a file that would have to be unpickled is refused."""
+    """Read {"mean", "covariance"} in float64. Arrays only: a file that would have to be unpickled is refused."""
     import numpy as np
 
     cure = "give statistics with mu [2048] and sigma [2048, 2048]"
@@ -105,7 +108,7 @@ def _read_npz(path: Path) -> dict:
             found = {ours: content[theirs].astype(np.float64) for theirs, ours in KEYS.items()}
     except UserError:
         raise
-    except Exception as error:  # of numpy, zipfile or zlib: many kinds
+    except Exception as error:  # many kinds, from numpy, zipfile or zlib
         raise UserError(f"{path} is no .npz of plain arrays ({type(error).__name__}); {cure}") from error
     shapes = {ours: list(array.shape) for ours, array in found.items()}
     if shapes != SHAPES:

@@ -1,4 +1,4 @@
-"""Errors of scores: by closed form where a score is a mean, by a bootstrap where it is not. Both go over prompts.
+"""Standard errors of scores over prompts: in closed form where a score is a mean, else by a bootstrap.
 
 Images of one prompt are alike, so a prompt with all its images is what is drawn.
 """
@@ -29,7 +29,7 @@ class Resamples:
         return ImageList(range(self.prompts), self.copies)
 
     def draws(self) -> torch.Tensor:
-        """Prompts of every draw: int64 [count, prompts]."""
+        """Indices of the prompts in every draw: int64 [count, prompts]."""
         generator = torch_generator(self.seed, "bootstrap")
         return torch.randint(self.prompts, (self.count, self.prompts), generator=generator)
 
@@ -40,26 +40,26 @@ class Resamples:
             yield of_prompt[drawn].flatten()
 
     def weights(self) -> torch.Tensor:
-        """How often every image stands in every draw: float64 [count, prompts × copies]."""
+        """Number of times that every image occurs in every draw: float64 [count, prompts × copies]."""
         counts = torch.stack([torch.bincount(drawn, minlength=self.prompts) for drawn in self.draws()])
         return counts.double()[:, [prompt for prompt, _ in self.images]]
 
 
 def bootstrap(statistic: Callable[[torch.Tensor], float], features: torch.Tensor, resamples: Resamples) -> torch.Tensor:
-    """`statistic(rows of features)` of every draw: float64 [count]."""
+    """The statistic of the rows of every draw: float64 [count]."""
     return torch.tensor([statistic(features[rows]) for rows in resamples.rows()], dtype=torch.float64)
 
 
-SetStatistic = Callable[[Resamples], tuple[float, torch.Tensor]]  # of all images, and of every draw: float64 [count]
+SetStatistic = Callable[[Resamples], tuple[float, torch.Tensor]]  # of all images; of every draw: float64 [count]
 
 
 def of_rows(statistic: Callable[[torch.Tensor], float], features: torch.Tensor) -> SetStatistic:
-    """Of what is computed anew from the rows of every draw, as FID is."""
+    """A statistic with draws for a score that is computed anew from the rows of every draw, like FID."""
     return lambda resamples: (statistic(features), bootstrap(statistic, features, resamples))
 
 
 def of_weights(statistic: Callable[[torch.Tensor], torch.Tensor]) -> SetStatistic:
-    """Of what takes all draws at once as weights of rows, [count, n] -> [count], as KID does."""
+    """A statistic with draws for a score that takes all draws at once as weights, [count, n] -> [count], like KID."""
 
     def all_and_draws(resamples: Resamples) -> tuple[float, torch.Tensor]:
         weights = resamples.weights()
@@ -70,7 +70,7 @@ def of_weights(statistic: Callable[[torch.Tensor], torch.Tensor]) -> SetStatisti
 
 
 def with_error(value: float, draws: torch.Tensor) -> dict[str, float]:
-    """A score with its standard error and, as FID rises when rows stand twice, how far its draws lie above it."""
+    """A score with its standard error and the bias of its draws, since FID rises when rows occur twice."""
     return {"value": float(value), "se": float(draws.std()), "bias": float(draws.mean() - value)}
 
 
@@ -80,7 +80,7 @@ def _by_prompt(values: np.ndarray, copies: int) -> np.ndarray:
 
 
 def mean_and_error(values: np.ndarray, copies: int = 1) -> dict[str, float]:
-    """Mean over images [prompts × copies], and its standard error over prompts: the limit of a bootstrap over them."""
+    """Mean over images [prompts × copies] and its standard error over prompts, the limit of a bootstrap over them."""
     means = _by_prompt(values, copies).mean(1)
     error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
     return {"value": float(means.mean()), "se": error}

@@ -1,4 +1,4 @@
-"""From columns of features to scores: a number for every image, and numbers for the whole set. No network runs here."""
+"""Scores from columns of features: a number for every image, and numbers for the whole set. No network runs here."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +11,13 @@ from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
 from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
 from vqdm.tiny.attributes import seen_by
 
-SMALLEST_FID = 2048  # images; with fewer, Inception's covariance has not full rank
-SUBSETS, SUBSET_SIZE, SPLITS = 100, 1000, 10  # of KID and of the Inception score, as is the convention
+SMALLEST_FID = 2048  # images; with fewer, Inception's covariance does not have full rank
+SUBSETS, SUBSET_SIZE, SPLITS = 100, 1000, 10  # for KID and the Inception score, by convention
 
 
 @dataclass(frozen=True)
 class Scores:
-    """images: {metric: [n]}, their means are metrics. sets: {metric: {value, se, …}}, of all images at once."""
+    """Scores of one family. images: {metric: [n]}, to be averaged. sets: {metric: {value, se, …}} of all images."""
 
     images: dict[str, np.ndarray]
     sets: dict[str, dict]
@@ -28,13 +28,13 @@ def score(
 ) -> Scores:
     """The scores of one family.
 
-    own, originals: columns {name: [n, …]} of the images and, where there are such, of the full-precision ones.
-    reference: {"mean", "covariance", "features"}, what there is of it; of family tiny, its own reference.
+    own, originals: columns {name: [n, …]} of the images and, if there are any, of the full-precision ones.
+    reference: what there is of {"mean", "covariance", "features"}; for family tiny, its own reference.
     """
     images = _image_scores(family, own, originals, captions=captions, reference=reference)
     statistics = set_statistics(family, own, originals, reference=reference)
     sets = {name: with_error(*statistic(resamples)) for name, statistic in statistics.items()}
-    if resamples.prompts == 1:  # all draws are the same, which says nothing of the error
+    if resamples.prompts == 1:  # all draws are the same, which says nothing about the error
         sets = {name: found | {"se": float("nan")} for name, found in sets.items()}
     if family == "tiny":
         sets |= tiny_world.fidelity_scores(captions, seen_by(own["labels"]), copies=resamples.copies)
@@ -48,7 +48,7 @@ def score(
 def set_statistics(
     family: str, own: dict, originals: dict | None, *, reference: dict | None
 ) -> dict[str, SetStatistic]:
-    """The scores of a whole set that a bootstrap gives errors of; arguments as of `score`."""
+    """Scores of the whole set whose errors come from a bootstrap; arguments as in `score`."""
     if family == "tiny":
         return tiny_world.set_statistics(own, originals, reference=reference)
     found = {}
@@ -64,7 +64,7 @@ def set_statistics(
 
 
 def _noted(scores: Scores, resamples: Resamples) -> Scores:
-    """Says where there are too few images for an FID."""
+    """Add a note where there are too few images for an FID."""
     images = len(resamples.images)
     for name, found in scores.sets.items():
         if name.startswith("fid") and not name.startswith("fidelity") and images < SMALLEST_FID:
@@ -73,18 +73,18 @@ def _noted(scores: Scores, resamples: Resamples) -> Scores:
 
 
 def kid_of_subsets(real: torch.Tensor, fake: torch.Tensor) -> dict:
-    """Mean and standard deviation over 100 subsets of 1,000 (or of all, if there are fewer), by torch-fidelity."""
+    """KID as mean and standard deviation over 100 subsets of 1,000 (or all, if fewer), by torch-fidelity."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(SUBSET_SIZE, len(real), len(fake))
-    pair = real.double(), fake.double()  # a small difference of large sums
+    pair = real.double(), fake.double()  # double, as it is a small difference of large sums
     found = kid_features_to_metric(*pair, kid_subsets=SUBSETS, kid_subset_size=size, verbose=False)
     note = f"± is the standard deviation over {SUBSETS} subsets of {size}"
     return {"value": found[KEY_METRIC_KID_MEAN], "se": found[KEY_METRIC_KID_STD], "note": note}
 
 
 def inception_score(logits: torch.Tensor) -> dict:
-    """Mean and standard deviation over 10 parts (Salimans et al. 2016), by torch-fidelity."""
+    """Inception score as mean and standard deviation over 10 parts (Salimans et al. 2016), by torch-fidelity."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     parts = min(SPLITS, len(logits))

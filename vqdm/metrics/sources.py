@@ -1,4 +1,4 @@
-"""Where the weights of metrics are: in a local folder, in the hub's cache, or to be downloaded. Hashes are checked."""
+"""Weights of metrics: found in a local folder or the hub's cache, or downloaded. Hashes are checked."""
 
 import functools
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger("vqdm")
 
 
 def find(weights: Weights, folder: Path) -> Path | None:
-    """The file (of a directory: its marker's directory) where it lies already; None if it is not here."""
+    """The path of weights that are here already (a directory is found by its marker), else None."""
     local = folder / weights.name
     if (local / weights.marker if weights.marker else local).is_file():
         return local
@@ -28,20 +28,20 @@ def find(weights: Weights, folder: Path) -> Path | None:
 
 
 def missing(weights: Weights, folder: Path) -> str:
-    """What a table says of a metric that could not be run."""
+    """The words of a table for a metric that could not be run."""
     place = f"the hub's {weights.hub.replace(':', ', ')}" if weights.hub else weights.url
     return f"needs {weights.name} in {folder} (from {place})"
 
 
 @functools.lru_cache(maxsize=32)
 def fetch(weights: Weights, folder: Path) -> Path | None:
-    """Download what is not here; None, with one line, where that is not possible: its metrics are then not run."""
+    """Download weights; None, with one line of explanation, if that is impossible: their metrics are then not run."""
     if (here := find(weights, folder)) is not None:
         return here
     log.info("fetching %s for metrics", weights.name)
     try:
         return _from_hub(weights.hub) if weights.hub else _from_url(weights, folder)
-    except Exception as error:  # of requests, httpx or urllib, by library and version; or another hash than published
+    except Exception as error:  # of requests, httpx or urllib, or a hash other than the published one
         why = next(iter(str(error).splitlines()), "")[:200]
         log.warning("%s cannot be fetched (%s: %s); its metrics are not run", weights.name, type(error).__name__, why)
         return None
@@ -51,7 +51,7 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     repository, _, file = source.partition(":")
-    HfApi().model_info(repository, timeout=10)  # one question first: a download would be tried again for long
+    HfApi().model_info(repository, timeout=10)  # ask once first, as a download would be retried for long
     if file:
         return Path(hf_hub_download(repository, file))
     return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
@@ -81,7 +81,7 @@ def load_tensors(path: Path) -> dict:
         content = content.get("state_dict", content)
         if not all(isinstance(value, torch.Tensor) for value in content.values()):
             raise TypeError("not all of it is tensors")
-    except Exception as error:  # of either reader: many kinds
+    except Exception as error:  # many kinds, from either reader
         raise UserError(
             f"{path} holds more than tensors, or is damaged ({type(error).__name__}); fetch it again"
         ) from error
@@ -89,7 +89,7 @@ def load_tensors(path: Path) -> dict:
 
 
 def check_whole(path: Path) -> None:
-    """UserError for a .safetensors file that was cut off, which its header tells: before images are made for it."""
+    """Raise UserError for a truncated .safetensors file, as its header tells, before images are made for it."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
@@ -102,7 +102,7 @@ def check_whole(path: Path) -> None:
 
 
 def identity(weights: Weights, path: Path, *, cache: Path) -> str:
-    """sha256 of a file, checked, or over the files of a directory. `cache` keeps hashes by size and time."""
+    """Checked sha256 of a file, or over the files of a directory. `cache` keeps hashes by size and time."""
     check_whole(path / weights.marker if weights.marker else path)
     if path.is_dir():
         return files_identity(path, cache)

@@ -13,13 +13,13 @@ from vqdm.tiny.captions import requested
 
 
 def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Features in units of their spread over the reference: what distances, FID and KID are taken of."""
+    """Features in units of their spread over the reference, as used for distances, FID and KID."""
     std, mean = torch.std_mean(reference, dim=0)
     return (features - mean) / std.clamp(min=1e-6)
 
 
 def image_scores(own: dict, originals: dict | None, *, captions: list[str], reference: dict) -> dict[str, np.ndarray]:
-    """Every image's own share of each metric that is a mean over images (fidelity: share of its own attributes)."""
+    """Scores of every image, for metrics that are means over images (fidelity: share of the image's own attributes)."""
     seen = seen_by(own["labels"])
     found, asked = (counts.sum(1) for counts in tally(captions, seen))
     scores = {
@@ -36,7 +36,7 @@ def image_scores(own: dict, originals: dict | None, *, captions: list[str], refe
 
 
 def set_statistics(own: dict, originals: dict | None, *, reference: dict) -> dict[str, SetStatistic]:
-    """FID, KID and CMMD to the reference, and FID to the full-precision images, of one set of images."""
+    """FID, KID and CMMD to the reference, and FID to the full-precision images, for one set of images."""
     real = standardised(reference["features"], reference["features"])
     fake = standardised(own["features"], reference["features"])
     statistics = {
@@ -52,14 +52,14 @@ def set_statistics(own: dict, originals: dict | None, *, reference: dict) -> dic
 
 
 def tally(captions: list[str], seen: list[Seen]) -> tuple[np.ndarray, np.ndarray]:
-    """Attributes found and asked for in every image, by kind: two [n, kinds]."""
+    """Numbers of attributes found and asked for in every image, by kind: two arrays [n, kinds]."""
     tallies = [fidelity(requested(caption), one) for caption, one in zip(captions, seen, strict=True)]
     found, asked = ([[counts[kind][i] for kind in KINDS] for counts in tallies] for i in (0, 1))
     return np.array(found, np.float64), np.array(asked, np.float64)
 
 
 def fidelity_scores(captions: list[str], seen: list[Seen], *, copies: int = 1) -> dict[str, dict[str, float]]:
-    """Share of the captions' attributes found, in all and by kind."""
+    """Share of the captions' attributes that were found, in all and by kind."""
     found, asked = tally(captions, seen)
     scores = {"fidelity": ratio_and_error(found.sum(1), asked.sum(1), copies)}
     by_kind = ((kind, ratio_and_error(found[:, i], asked[:, i], copies)) for i, kind in enumerate(KINDS))
@@ -67,7 +67,7 @@ def fidelity_scores(captions: list[str], seen: list[Seen], *, copies: int = 1) -
 
 
 def _agreement(one: Seen, other: Seen) -> float:
-    """Share of equal attributes of two images; things are compared slot by slot."""
+    """Share of attributes that agree between two images; things are compared slot by slot."""
     pairs = [(one.layout, other.layout), (one.background, other.background), (one.pattern, other.pattern)]
     for slot in range(max(len(one.things), len(other.things))):
         first, second = (s.things[slot] if slot < len(s.things) else (None,) * 3 for s in (one, other))

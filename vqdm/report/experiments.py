@@ -1,4 +1,4 @@
-"""The files of experiments/: one per table, its rows naming experiments, its columns metrics or votes."""
+"""The files of experiments/: one per table, with experiments as rows and metrics or votes as columns."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -11,17 +11,17 @@ SEEDED = ("calibration.seed", "calibration.noise_seed", "quantize.seed", "finetu
 
 @dataclass(frozen=True)
 class Row:
-    """One experiment, or, with `seeds` above 1, as many that differ in their calibration and distillation only."""
+    """A row: one experiment or, with `seeds` above 1, several that differ only in calibration and distillation."""
 
-    name: str  # of its run record
-    experiment: str  # of conf/experiment/
-    method: str | None = None  # as the table calls it; None: as the experiment does
+    name: str  # name of its run record
+    experiment: str  # a file of conf/experiment/
+    method: str | None = None  # its name in the table; None: the experiment's own
     overrides: tuple[str, ...] = ()
     seeds: int = 1
-    published: dict[str, float] = field(default_factory=dict)  # {metric: value}; "bits": as the paper counts them
+    published: dict[str, float] = field(default_factory=dict)  # {metric: value}; "bits" are those that the paper counts
 
     def overrides_of_runs(self) -> list[list[str]]:
-        """For each run, what it composes beside the user's own overrides."""
+        """Overrides of each run, besides the user's own."""
         common = [f"+experiment={self.experiment}", *self.overrides]
         if self.method is not None:
             quoted = self.method.replace("'", r"\'")
@@ -33,10 +33,10 @@ class Row:
 
 
 def _other_seed(seed: int) -> list[str]:
-    """Other prompts, other noise, other draws of the codec; the images to score keep theirs."""
+    """Overrides for another calibration seed: other prompts, noise and codec draws, but the same images to score."""
     if seed == 0:
         return []
-    captions = f"finetune.trajectories.seed={1 + seed}"  # 1 is the default, and none of the calibration's seeds
+    captions = f"finetune.trajectories.seed={1 + seed}"  # 1 is the default, and not one of the calibration's seeds
     noise = f"finetune.trajectories.noise_seed={seed}"
     return ["calibration.order=shuffled", *(f"{key}={seed}" for key in SEEDED), captions, noise]
 
@@ -52,19 +52,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Table:
-    """A file of experiments/: rows are experiments, metrics are columns; with pairs, a row is a pair instead."""
+    """A file of experiments/: rows are experiments and columns are metrics; with pairs, rows are pairs."""
 
     name: str
     title: str
-    model: str  # of its rows; a run on another model writes <name>-<model>
+    model: str  # the rows' model; a run on another model writes <name>-<model>
     rows: tuple[Row, ...]
     metrics: tuple[str, ...]
-    source: str | None = None  # of the published values
+    source: str | None = None  # where the published values are from
     tolerances: dict[str, float] = field(default_factory=dict)  # {metric: difference that still counts as reproduced}
-    published_protocol: dict = field(default_factory=dict)  # {key: value} of a run's protocol, to be called reproduced
-    mixed: tuple[str, ...] = ()  # keys of the protocol in which rows differ on purpose
-    deviations: tuple[str, ...] = ()  # from the paper, or from the table whose twin this is
-    gpu_hours: str | None = None  # an estimate, and where it is from
+    published_protocol: dict = field(default_factory=dict)  # {key: value} needed to count as reproduced
+    mixed: tuple[str, ...] = ()  # protocol keys in which rows differ on purpose
+    deviations: tuple[str, ...] = ()  # differences from the paper, or from the table whose twin this is
+    gpu_hours: str | None = None  # an estimate, and its basis
     pairs: tuple[Pair, ...] = ()
 
     def command(self, model: str) -> str:
@@ -104,9 +104,9 @@ def read_table(path: Path) -> Table:
 
 
 def _read_row(row, path: Path, common: Iterable[str]) -> Row:
-    """The name of an experiment, or a mapping of Row's fields; the method's name may be the experiment's.
+    """Read a row: the name of an experiment, or a mapping of Row's fields.
 
-    common: overrides of every row, before its own.
+    common: overrides of every row, applied before its own.
     """
     if isinstance(row, str):
         row = {"name": row, "experiment": row}
@@ -131,7 +131,7 @@ def _made(kind: type, fields, path: Path):
 
 
 def _check(table: Table, path: Path) -> None:
-    """Published values have a column and a source, and pairs compare rows of the table."""
+    """Check that published values have a column and a source, and that pairs compare rows of the table."""
     for row in table.rows:
         strange = sorted(set(row.published) - {"bits", *table.metrics})
         if strange:

@@ -1,4 +1,4 @@
-"""What stands below a table: what its marks mean, where published values are from, and each number's protocol."""
+"""Footnotes of a table: the meaning of its marks, the source of published values, and each number's protocol."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from vqdm.report.records import protocols_of, scores_of
 
 
 def sentences(table: Table, data, *, of_runs: int, model: str) -> list[str]:
-    """About the table as a whole; of_runs: the rows that were run."""
+    """Sentences about the table as a whole. of_runs: how many rows were run."""
     found = []
     if of_runs < len(data):
         found.append(f"{of_runs} of {len(data)} rows were run; `{table.command(model)}` goes on with the others.")
@@ -38,7 +38,10 @@ def about_making(table: Table, model: str) -> list[str]:
 
 
 def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[str]:
-    """Deviations; one line per part of the protocol; per metric its own, then warnings, and why it was not run."""
+    """Notes.
+
+    Deviations, shared parts of the protocol, then for each metric its own, warnings, and why it was not run.
+    """
     first = [*(f"deviation: {deviation}" for deviation in table.deviations), f"model: {model}"]
     if not runs:
         return first
@@ -54,7 +57,7 @@ def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[
 
 
 def _shared_once(own: dict[str, dict[str, str]]) -> list[str]:
-    """{metric: {key: value}} as lines: what several metrics share stands once, before what is one's own."""
+    """{metric: {key: value}} as lines, in which what several metrics share comes once, before what is their own."""
     sharing: dict[tuple[str, str], list[str]] = {}
     for metric, protocol in own.items():
         for item in protocol.items():
@@ -87,13 +90,13 @@ def _remarks(table: Table, runs: list[dict], results: Path) -> list[str]:
 
 
 def _with_methods(said: list[tuple[str, str]], *, of: int) -> list[str]:
-    """Every text once, with the methods it was said of unless that is all of them."""
+    """List every text once, with the methods it applies to unless these are all."""
     methods = _by_value(said)
     return [text if len(of_it) == of else f"{text} ({', '.join(of_it)})" for text, of_it in methods.items()]
 
 
 def _merged(protocols: list[tuple[str, dict]]) -> dict[str, str]:
-    """{key: value} as text; where methods differ, each value with its methods."""
+    """{key: value} as text; if methods differ, each value comes with its methods."""
     found = {}
     for key in dict.fromkeys(key for _, protocol in protocols for key in protocol):
         values = _by_value((method, _text(protocol.get(key, "not stated"))) for method, protocol in protocols)

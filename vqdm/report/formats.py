@@ -26,8 +26,10 @@ LATEX = {
 
 @dataclasses.dataclass(frozen=True)
 class TableContent:
-    """All that is written of a table. name: of its files; data: the frame of numbers; cells: the same as text;
-    below: sentences about the table; notes: the protocol.
+    """Everything to write about a table.
+
+    name: its files' name; data: the frame of numbers; cells: the same as text; below: sentences about the table;
+    notes: the protocol.
     """
 
     name: str
@@ -41,11 +43,12 @@ class TableContent:
 def table_content(
     table: Table, rows: list[list[dict]], *, model: str, results: Path, mixed: bool = False
 ) -> TableContent:
-    """rows: the run records of each row of the table, one per calibration seed; none = not run.
+    """Everything to write about a table, from run records.
 
-    UserError where a column would mix protocols and neither the table nor `mixed` asks for it.
+    rows: the run records of each row, one per calibration seed; none = not run.
+    UserError if a column would mix protocols and neither the table nor `mixed` asks for it.
     """
-    if model != table.model:  # what was published was not of this model
+    if model != table.model:  # the published values are for another model
         table = _unpublished(table)
     runs = [run for of_row in rows for run in of_row]
     check_protocols(table, runs, results, mixed=mixed)
@@ -76,7 +79,7 @@ def _unpublished(table: Table) -> Table:
 
 
 def _content(table: Table, rows: list[list[dict]], results: Path, *, model: str):
-    """The frame of numbers, the same as text, and what to say below it."""
+    """The frame of numbers, the same as text, and the sentences below."""
     if table.pairs:
         data = preference_frame(table, results)
         return data, preference_cells(data), preference_sentences(table, data, model=model)
@@ -86,7 +89,7 @@ def _content(table: Table, rows: list[list[dict]], results: Path, *, model: str)
 
 
 def _picture(path: Path, rows: list[list[dict]], results: Path) -> list[Path]:
-    """Of the rows whose images are there: a table may be rebuilt where only its numbers were copied to."""
+    """Make a picture from rows whose images are there: a table may be rebuilt from copied numbers alone."""
     from vqdm.report.grid import write_grid
 
     firsts = [runs[0] for runs in rows if runs]
@@ -98,7 +101,7 @@ def _picture(path: Path, rows: list[list[dict]], results: Path) -> list[Path]:
 
 
 def to_cells(table: Table, data):
-    """The frame as text, with the headers that people read."""
+    """The frame as text, with headers for people."""
     import pandas as pd
 
     lines = []
@@ -131,7 +134,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _published_digits(table: Table, metric: str) -> int:
-    """As many as were published: 19.3 beside 18.99 is 19.30."""
+    """Number of decimals that were published: 19.3 beside 18.99 becomes 19.30."""
     values = [row.published[metric] for row in table.rows if metric in row.published]
     return max(len(str(value).partition(".")[2]) for value in values)
 
@@ -144,7 +147,7 @@ def _delta(row: dict, metric: str) -> str:
 
 
 def to_markdown(title: str, cells, below: list[str], lines: list[str]) -> str:
-    """below: sentences about the table; lines: the protocol, one bullet each."""
+    """The table as Markdown. below: sentences about it; lines: the protocol, one bullet each."""
     from tabulate import tabulate
 
     body = tabulate(cells.values.tolist(), headers=list(cells.columns), tablefmt="github", disable_numparse=True)
@@ -153,7 +156,7 @@ def to_markdown(title: str, cells, below: list[str], lines: list[str]) -> str:
 
 
 def to_latex(title: str, cells, below: list[str], lines: list[str], *, label: str) -> str:
-    r"""A table environment for \usepackage{booktabs,amssymb}; the notes are comments: papers have their own words."""
+    r"""A table environment for \usepackage{booktabs,amssymb}; notes become comments, as papers have their own words."""
     escaped = cells.map(escape_latex).rename(columns=escape_latex)
     columns = "".join("l" if name in TEXT_COLUMNS else "r" for name in cells.columns)
     table = escaped.style.hide(axis="index").to_latex(

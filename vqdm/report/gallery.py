@@ -1,4 +1,4 @@
-"""What a report page shows of the images: which prompts, their scores, and the images as data URLs, within a budget."""
+"""The gallery of a report page: which prompts, their scores, and the images as data URLs, within a budget."""
 
 import base64
 import csv
@@ -15,20 +15,20 @@ from vqdm.errors import UserError
 from vqdm.prompts import ImageList
 from vqdm.stages.layout import image_path, png_bytes, readable
 
-LARGEST = 512  # pixels of the longer side; what is larger is shown smaller, since a page of 1024² PNGs opens nowhere
+LARGEST = 512  # pixels on the longer side; larger images are shrunk, since no browser opens a page of 1024² PNGs
 WEBP_QUALITY = 85
-TAG_BYTES = 80  # of the element around a row's images
+TAG_BYTES = 80  # bytes of the element around a row's images
 
 
 @dataclass(frozen=True)
 class PageMethod:
-    """One column of the gallery; what was not made is None."""
+    """One column of the gallery; None for what was not made."""
 
     name: str
-    images: Path | None = None  # directory of its generate stage
-    scores: Path | None = None  # images.csv of its evaluate stage
-    layers: Path | None = None  # layers.json of its quantize stage
-    size: str = ""  # as the page says it: "3.70 bits, 1.65 MiB"
+    images: Path | None = None  # its generate stage's directory
+    scores: Path | None = None  # its evaluate stage's images.csv
+    layers: Path | None = None  # its quantize stage's layers.json
+    size: str = ""  # text for the page: "3.70 bits, 1.65 MiB"
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Scores:
     methods: tuple[dict[str, list[float | None]], ...]
 
     def of_row(self, row: int) -> list[list[float | None]]:
-        """[score][method]"""
+        """Values of one row as [score][method]."""
         return [[_at(method.get(name, []), row) for method in self.methods] for name in self.names]
 
     def worst_first(self, name: str, count: int, *, lower_is_better: bool) -> list[int]:
-        """Rows by the worst value that any method has; rows without a value come last, ties in order."""
+        """Rows sorted by the worst value of any method; rows without a value come last, ties keep their order."""
         sign = -1 if lower_is_better else 1
 
         def key(row: int) -> float:
@@ -61,10 +61,10 @@ class Gallery:
     scores: Scores
     rows: tuple[str, ...] = ()  # {prompt, copy, text, scores [score][method]}
     images: tuple[str, ...] = ()  # [data URL of each method, null where there is no image]
-    total: int = 0  # rows there would be without a budget
-    worst_by: str | None = None  # the score that chose rows beside the first ones; None: all are there, or no score
+    total: int = 0  # number of rows without a budget
+    worst_by: str | None = None  # the score that chose rows besides the first ones, if one did
     original: tuple[int, int] = (1, 1)  # pixels (width, height) of the first image's file
-    shown: tuple[int, int] = (1, 1)  # and of what the page holds of it
+    shown: tuple[int, int] = (1, 1)  # the same as embedded in the page
 
 
 def _at(values: Sequence, row: int):
@@ -102,7 +102,7 @@ def _data_url(kind: str, data: bytes) -> str:
 
 
 def embed_image(path: Path) -> tuple[str, tuple[int, int], tuple[int, int]]:
-    """(data URL, size of the file's image, size shown): the PNG itself, or a WebP of at most `LARGEST` pixels."""
+    """(data URL, original size, size shown) of an image: the PNG itself, or a WebP of at most `LARGEST` pixels."""
     with Image.open(path) as image:
         size = image.size
         if max(size) <= LARGEST:
@@ -116,7 +116,7 @@ def embed_image(path: Path) -> tuple[str, tuple[int, int], tuple[int, int]]:
 
 
 def _alternating(first: Sequence[int], second: Sequence[int]) -> Iterator[int]:
-    """All rows, each once: the next of `first`, the next of `second`, and so on."""
+    """Yield all rows, each once, in turn from `first` and `second`."""
     seen: set[int] = set()
     for pair in zip(first, second, strict=True):
         for row in pair:
@@ -126,7 +126,7 @@ def _alternating(first: Sequence[int], second: Sequence[int]) -> Iterator[int]:
 
 
 def _row_images(methods: Sequence[PageMethod], row: int) -> tuple[list, tuple | None]:
-    """Data URLs (None where there is no image), and the sizes of the first image that is there."""
+    """Data URLs of a row (None without an image), and the sizes of its first image."""
     urls, sizes = [], None
     for method in methods:
         path = image_path(method.images, row)
@@ -141,13 +141,13 @@ def _row_images(methods: Sequence[PageMethod], row: int) -> tuple[list, tuple | 
 
 
 def script_json(obj) -> str:
-    """JSON that cannot end the <script> around it, whatever text is in it; ASCII only, so U+2028 is escaped too."""
+    """JSON that cannot end the <script> around it, whatever it holds; ASCII only, so that U+2028 is escaped too."""
     text = json.dumps(obj, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def empty_gallery(methods: Sequence[PageMethod]) -> Gallery:
-    """The columns, without a row so far."""
+    """A gallery with its columns but no rows yet."""
     methods = tuple(method for method in methods if method.images is not None)
     return Gallery(methods, read_scores(methods))
 
@@ -161,7 +161,7 @@ def fill_gallery(
     lower_is_better: Sequence[str],
     budget: int,
 ) -> Gallery:
-    """As many rows as `budget` bytes hold, taken in turn from the first ones and from the worst by one score.
+    """Fill a gallery with as many rows as `budget` bytes hold, in turn from the first and from the worst by one score.
 
     A row is one image of every method from the same prompt and noise.
     """

@@ -1,4 +1,4 @@
-"""A picture of what the methods do: rows = captions, columns = methods, same noise."""
+"""A picture to compare methods: rows are captions, columns are methods, all from the same noise."""
 
 import textwrap
 from pathlib import Path
@@ -12,9 +12,9 @@ CELL, GAP, MARGIN, TOP = 128, 6, 220, 30
 
 
 def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8) -> None:
-    """The first `count` images of each run record, or as many as all have; enlarged or shrunk to 128 pixels.
+    """Write the first `count` images of each run, or as many as all have, scaled to 128 pixels.
 
-    Runs of other captions than the first one's are left out.
+    Runs with other captions than the first are left out.
     """
     captions = captions_of(_images(records[0], results), count)
     found = [(record, captions_of(_images(record, results), count)) for record in records]

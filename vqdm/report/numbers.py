@@ -12,9 +12,9 @@ PUBLISHED, DELTA, REPRODUCED = "published", "delta", "reproduced"
 def frame(table: Table, rows: list[list[dict]], results: Path):
     """A pandas frame of numbers: one line per row of the table; rows: the run records of each, none = not run.
 
-    Beside each metric its standard error (_se), its spread over calibration seeds (_seeds) and, where the table has
-    published values of it, those (_published), ours minus published (_delta) and whether that is within the tolerance
-    (_reproduced). "not_run" names the metrics that were not; what is empty and not there does not apply.
+    Beside each metric stand its standard error (_se), its spread over calibration seeds (_seeds) and, if the table has
+    published values, those (_published), ours minus published (_delta) and whether that is within the tolerance
+    (_reproduced). "not_run" names the metrics that were not run; other empty cells do not apply.
     """
     import pandas as pd
 
@@ -45,9 +45,9 @@ def _sizes(row: Row, runs: list[dict], *, paper_bits: bool) -> dict:
 
 
 def _scored(metric: str, scores: list[dict]) -> dict:
-    """Means over the runs of a row; their spread (standard deviation) beside each, where there are several."""
+    """Means over the runs of a row, and with several runs their spread (standard deviation)."""
     found = [score[metric]["value"] for score in scores if metric in score]
-    values = [value for value in found if value is not None]  # of too few images there may be none
+    values = [value for value in found if value is not None]  # too few images may have no value
     return {
         metric: statistics.fmean(values) if values else None,
         f"{metric}_se": next((score[metric]["se"] for score in scores if metric in score), None),
@@ -61,14 +61,14 @@ def _as_published(table: Table, protocol: dict) -> bool:
 
 
 def compared(metric: str, value: float | None, published: float | None, tolerance: float | None) -> dict:
-    """Ours against the published value; None where either is missing, or nothing says what is near enough."""
+    """Our value compared with the published one; None if either is missing, or if there is no tolerance."""
     delta = None if value is None or published is None else value - published
     near = None if delta is None or tolerance is None else round(abs(delta) - tolerance, 9) <= 0
     return {f"{metric}_{PUBLISHED}": published, f"{metric}_{DELTA}": delta, f"{metric}_{REPRODUCED}": near}
 
 
 def _not_run(table: Table, scores: list[dict]) -> list[str]:
-    """The metrics that no run of the row has and that are said not to have been run; all, if there was no run."""
+    """The metrics reported as not run that no run of the row has; all of them if there was no run."""
     if not scores:
         return list(table.metrics)
     return [

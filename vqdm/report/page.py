@@ -1,9 +1,9 @@
-"""A report as one HTML file that needs nothing else: tables, figures, a gallery of images, layers, how it was made.
+"""A report as one self-contained HTML file: tables, figures, a gallery of images, layers, how it was made.
 
     write_page(Path("results/reports/demo.html"), PageContent("Demo", …), max_mib=64)
 
-The page opens from `file://` without a network. Text of prompts and methods reaches it as escaped HTML or as JSON that
-a script puts into text nodes; a Content-Security-Policy allows its own script and style by their hash, nothing else.
+The page opens from `file://` without a network. Texts of prompts and methods reach it as escaped HTML, or as JSON that
+a script puts into text nodes; a Content-Security-Policy allows only its own script and style, by their hash.
 """
 
 import base64
@@ -22,9 +22,9 @@ from vqdm.report.gallery import LARGEST, WEBP_QUALITY, Gallery, PageMethod, empt
 from vqdm.runs.files import atomic_write
 
 FILES = Path(__file__).with_name("page_files")
-SLACK = 512  # bytes for what is said of the gallery, known only when it is filled
-WIDE = 300  # points; a figure wider than that has a row of its own
-LAYER_COLUMNS = {  # of a record in layers.json: the page's name, and whether it is a number
+SLACK = 512  # bytes for the text about the gallery, known only when it is filled
+WIDE = 300  # points; a wider figure has a row of its own
+LAYER_COLUMNS = {  # key of a record in layers.json: its name on the page, and whether it is a number
     "name": ("layer", False),
     "shape": ("shape", False),
     "bits": ("bits per weight", True),
@@ -37,7 +37,7 @@ LAYER_COLUMNS = {  # of a record in layers.json: the page's name, and whether it
 
 @dataclass(frozen=True)
 class PageContent:
-    """What a page says. All texts are plain: they are escaped here, and never read as HTML or Markdown."""
+    """Contents of a page. All texts are plain: they are escaped here and never read as HTML or Markdown."""
 
     title: str
     summary: str = ""
@@ -46,17 +46,17 @@ class PageContent:
     notes: Sequence[str] = ()  # the protocol, below the table
     figures: Sequence[tuple[str, Path]] = ()  # (title, SVG)
     methods: Sequence[PageMethod] = ()
-    prompts: Sequence[str] = ()  # all that the methods were scored on, in order
+    prompts: Sequence[str] = ()  # all prompts that the methods were scored on, in order
     images_per_prompt: int = 1
     commands: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    score_labels: Mapping[str, str] = field(default_factory=dict)  # of a column of images.csv: how the page calls it
-    lower_is_better: Sequence[str] = ("distance_to_fp", "lpips_to_fp")  # of the per-image scores
-    worst_by: str = "psnr_to_fp"  # chooses the worst images; the first score there is, where this one is not
+    score_labels: Mapping[str, str] = field(default_factory=dict)  # {column of images.csv: its name on the page}
+    lower_is_better: Sequence[str] = ("distance_to_fp", "lpips_to_fp")  # among the scores of images
+    worst_by: str = "psnr_to_fp"  # chooses the worst images; without it, the first score does
 
 
 def write_page(path: Path, content: PageContent, *, max_mib: float = 64) -> None:
-    """One HTML file of at most `max_mib` MiB; what does not fit is left out of the gallery, and the page says so."""
+    """Write one HTML file of at most `max_mib` MiB; the page says which images had to be left out of the gallery."""
     gallery = empty_gallery(content.methods if content.prompts else ())
     if gallery.methods:
         gallery = fill_gallery(
@@ -103,7 +103,7 @@ def _file(name: str) -> str:
 
 
 def _data(content: PageContent, gallery: Gallery) -> dict:
-    """What the page's script has to know beside rows, images and layers."""
+    """Data for the page's script besides rows, images and layers."""
     names = gallery.scores.names
     return {
         "methods": [{"name": method.name, "size": method.size} for method in gallery.methods],
@@ -125,7 +125,7 @@ def _section(name: str, title: str, html: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Own script and style by hash, images from within; no network, no frame, no form, no text that becomes markup."""
+    """A policy that allows its own script and style by hash and embedded images; no network, frame, form or markup."""
     own = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)]
     return (
         f"default-src 'none'; img-src data:; style-src {own[0]}; script-src {own[1]}; base-uri 'none'; "
@@ -138,12 +138,12 @@ def _paragraph(kind: str, text: str) -> str:
 
 
 def _is_numeric(text: str) -> bool:
-    """A number with what may follow it (± its error, a note), or what stands where there is none."""
+    """True for a number with anything that may follow it (± its error, a note), or for a placeholder of one."""
     return re.match(r"[-−+]?\d[\d.,]*($|[^\w.,])|(–|—|not run.*)?$", text) is not None
 
 
 def _table(content: PageContent) -> str:
-    """Columns of numbers are set to the right; the first cell of a row is its header."""
+    """The table as HTML: columns of numbers are right-aligned, and the first cell of a row is its header."""
     if not content.table_rows:
         return ""
     columns = range(len(content.table_header))
@@ -167,7 +167,7 @@ def _notes(content: PageContent) -> str:
 
 
 def _figure(title: str, path: Path) -> str:
-    """As an image, not as markup: what is in an SVG can then neither run nor ask for anything."""
+    """A figure as an image, not as markup: an SVG's content then can neither run nor load anything."""
     content = path.read_bytes()
     width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', content)
     wide = ' class="wide"' if width and float(width[1]) > WIDE else ""
@@ -183,7 +183,7 @@ def _gallery_html(content: PageContent, gallery: Gallery) -> str:
 
 
 def _about(content: PageContent, gallery: Gallery) -> str:
-    """What the gallery holds, of what, and how faithfully."""
+    """A sentence on what the gallery shows, out of how much, and how faithfully."""
     what = "prompts" if content.images_per_prompt == 1 else f"images of {len(content.prompts):,} prompts"
     count, total = f"{len(gallery.rows):,}", f"{gallery.total:,}"
     text = f"Showing all {total} {what}" if count == total else f"Showing {count} of {total} {what}"
@@ -202,7 +202,7 @@ def _about(content: PageContent, gallery: Gallery) -> str:
 
 
 def _scheme(scheme: dict) -> str:
-    """Short, as tables say it: "additive 3x8g8", "gptq 4 bit g64"."""
+    """A scheme's short name as in tables: "additive 3x8g8", "gptq 4 bit g64"."""
     if "num_codebooks" in scheme:
         return f"{scheme['codec']} {scheme['num_codebooks']}x{scheme['codebook_bits']}g{scheme['group_size']}"
     group = f" g{scheme['group_size']}" if scheme.get("group_size") else ""
@@ -214,7 +214,7 @@ def _with_shape_in_words(record: dict) -> dict:
 
 
 def _layers(method: PageMethod) -> dict:
-    """The rows of one method's table, in the order of `LAYER_COLUMNS`; layers left in 16 bit say why."""
+    """Rows of one method's table of layers, in the order of `LAYER_COLUMNS`; layers left in 16 bit say why."""
     stored = json.loads(method.layers.read_text(encoding="utf-8"))
     try:
         records = [record | {"scheme": _scheme(record["scheme"])} for record in stored["quantized"]]

@@ -1,4 +1,4 @@
-"""The table of what people preferred: pairs of rows, their votes beside the published percentages.
+"""The table of human preference: pairs of rows, with our votes beside the published percentages.
 
 Votes are read from votes/*/human_preference.json of the results, as scripts/score_votes.py writes them: a list of
 {left, right, preference_for_left_percent, low, high, n_votes, n_raters, n_prompts}, systems named as runs.
@@ -12,12 +12,12 @@ from vqdm.report.experiments import Table
 from vqdm.report.footnotes import about_making, about_published
 from vqdm.report.numbers import DELTA, PUBLISHED, REPRODUCED, compared
 
-METRIC = "preference"  # % of votes for the left one, a tie as half a vote
+METRIC = "preference"  # % of votes for the left one, with a tie as half a vote
 COUNTS = ("n_votes", "n_raters", "n_prompts")
 
 
 def preference_frame(table: Table, results: Path):
-    """A pandas frame of numbers: one line per pair of the table, with the study that its votes are from."""
+    """A pandas frame of numbers: one line per pair of the table, with the study that its votes come from."""
     import pandas as pd
 
     votes = read_votes(results)
@@ -36,7 +36,7 @@ def _method(table: Table, name: str) -> str:
 
 
 def read_votes(results: Path) -> dict[tuple[str, str], dict]:
-    """{(left, right): preference in % with its interval, counts, study}, either way round; the newest study counts."""
+    """{(left, right): preference in % with interval, counts, study}, both ways round; the newest study counts."""
     found: dict[tuple[str, str], dict] = {}
     for file in sorted((results / "votes").glob("*/human_preference.json"), key=lambda file: file.stat().st_mtime):
         try:
@@ -54,7 +54,7 @@ def read_votes(results: Path) -> dict[tuple[str, str], dict]:
 
 
 def preference_cells(data):
-    """The frame as text, with the headers that people read."""
+    """The frame as text, with headers for people."""
     import pandas as pd
 
     lines = []

@@ -1,4 +1,4 @@
-"""Run records and the scores behind them, as tables, figures and pages read them: results/**.json only."""
+"""Run records and their scores, as tables, figures and pages read them: results/**.json only."""
 
 import json
 import re
@@ -29,21 +29,21 @@ def _scores_file(record: dict, results: Path) -> Path:
 
 
 def is_finished(record: dict, results: Path) -> bool:
-    """It was scored, and the scores are still there."""
+    """True if the run was scored and the scores are still there."""
     return "bits" in record and "evaluate" in record["directories"] and _scores_file(record, results).is_file()
 
 
 def read_record(store: Store, experiment: str, last: Stage) -> dict | None:
-    """The record of a run by its last stage, or None."""
+    """The record of the run that ends in the stage `last`, or None."""
     file = store.root / "runs" / experiment / f"{last.short}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def newest_records(table: Table, results: Path, *, model: str | None = None) -> list[list[dict]]:
-    """For each row its finished run records, the newest of each calibration seed; an empty list: not run.
+    """Finished run records of each row, the newest for each calibration seed; an empty list: not run.
 
-    model: None = the table's own. A record is known by the experiment's name, so a run of the row with other options
-    stands in the row's place if it is newer.
+    model: None = the table's own. Records are found by the experiment's name, so a newer run of the row with other
+    options takes its place.
     """
     newest: dict[str, tuple[float, dict]] = {}
     for file, record in Store(results).runs():
@@ -64,16 +64,16 @@ def flat(protocol: dict, prefix: str = "") -> dict:
 
 
 def protocols_of(record: dict, results: Path, metrics: Iterable[str]) -> tuple[dict, dict[str, dict]]:
-    """What all metrics of a run share, flat, and each metric's own part: {metric: protocol}."""
+    """Protocol that all metrics of a run share, flat, and each metric's own part: {metric: protocol}."""
     scores = scores_of(record, results)
     made = [metric for metric in metrics if metric in scores["metrics"]]
     return flat(scores["protocol"]), {m: flat(scores["metrics"][m]["protocol"]) for m in made}
 
 
 def check_protocols(table: Table, records: list[dict], results: Path, *, mixed: bool = False) -> None:
-    """UserError that names two runs, the metric and the key, where a column would hold two protocols.
+    """Raise UserError, naming two runs, metric and key, if a column would hold two protocols.
 
-    What table.mixed lists may differ, and with `mixed` everything: footnotes then say who has what.
+    Keys in table.mixed may differ, and with `mixed` all may: footnotes then say which run has what.
     """
     first: dict[str, tuple[str, dict, dict]] = {}
     for record in [] if mixed else records:
@@ -92,7 +92,7 @@ def check_protocols(table: Table, records: list[dict], results: Path, *, mixed: 
 
 
 def differing(one: dict, other: dict) -> dict[str, tuple]:
-    """{key: both values} where two flat protocols differ."""
+    """{key: both values} for keys in which two flat protocols differ."""
     pairs = {key: (one.get(key, "not stated"), other.get(key, "not stated")) for key in one | other}
     return {key: values for key, values in pairs.items() if values[0] != values[1]}
 

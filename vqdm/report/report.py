@@ -13,9 +13,9 @@ from vqdm.stages.layout import IMAGES_FILE, captions_of
 
 
 def write_report(content: TableContent, rows: list[list[dict]], *, commands: list[str], results: Path) -> list[Path]:
-    """figures/<name>-*.{svg,png} and reports/<name>.html from what the rows' runs left; returns the files.
+    """Write figures/<name>-*.{svg,png} and reports/<name>.html from the rows' runs; returns the files.
 
-    rows: the run records of each row, as for the table; of several calibration seeds the first is shown.
+    rows: the run records of each row, as for the table; with several calibration seeds the first is shown.
     """
     firsts = [runs[0] for runs in rows if runs]
     figures = figures_of(content.name, content.data, firsts, results)
@@ -44,7 +44,7 @@ def _page(content: TableContent, runs: list[dict], figures, *, commands: list[st
 
 
 def _comparable(runs: list[dict], results: Path) -> list[dict]:
-    """The runs whose images are there and are of the first one's captions, as many of each."""
+    """The runs whose images are there and have the same captions and as many images of each as the first run."""
     there = [run for run in runs if (results / run["directories"].get("generate", "none") / "images").is_dir()]
     keys = ("prompts_sha256", "images_per_prompt", "image_seed")
     asked = [tuple(scores_of(run, results)["protocol"].get(key) for key in keys) for run in there]
@@ -73,7 +73,7 @@ def _prompts(shown: list[dict], protocol: dict, results: Path) -> list[str]:
 
 
 def _versions(runs: list[dict], results: Path) -> dict[str, str]:
-    """Of what scored the first run that says so."""
+    """Commit and library versions, from the first run whose manifest has them."""
     for run in runs:
         file = results / run["directories"]["evaluate"] / "manifest.json"
         if file.is_file():

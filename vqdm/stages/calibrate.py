@@ -1,4 +1,4 @@
-"""Calibration: prompts with ids, and calls of the full-precision denoiser recorded while it samples them.
+"""Calibration: prompts with ids, and calls of the full-precision denoiser recorded while they are sampled.
 
 Every quantizer of the model reads the same directory: `prompts.jsonl` and `calls/<batch>-<step>.safetensors`.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger("vqdm")
 def calibrate(
     directory: Path, pipeline, prompts: PromptList, *, config: CalibrationConfig, sampler: SamplerConfig
 ) -> dict:
-    """Fill the stage's directory; batches that are there are kept. Returns what the manifest should say."""
+    """Fill the stage's directory; existing batches are kept. Returns the manifest's summary."""
     atomic_write(directory / "prompts.jsonl", prompts.to_jsonl())
     tokens = token_report(prompts, pipeline.tokenizer, token_limit(pipeline))
     log.info("calibration: %s; %s", prompts.origin, one_line(tokens))

@@ -1,4 +1,4 @@
-"""The user's own model, small: quantized through the store, then written as a pipeline that diffusers loads."""
+"""Compression of a user's model: quantized through the store, then written as a pipeline that diffusers loads."""
 
 import logging
 from pathlib import Path
@@ -15,12 +15,12 @@ log = logging.getLogger("vqdm")
 
 
 def output_directory(config: Config, store: Store, stages: Quantization) -> Path:
-    """Where the compressed pipeline goes: `output`, or a place that its fingerprint names."""
+    """The compressed pipeline's directory: `output`, or a place named by its fingerprint."""
     return store.root / "compressed" / stages.denoiser.directory_name if config.output is None else Path(config.output)
 
 
 def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
-    """calibrate → quantize → distil → the pipeline's directory. Returns what the run's record should say."""
+    """Run calibrate → quantize → distil → the pipeline's directory. Returns the content of the run's record."""
     directory = output_directory(config, store, stages)
     check_place(directory)
     if directory.exists():

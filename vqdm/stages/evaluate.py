@@ -1,4 +1,4 @@
-"""Scores from the features of a set of images; every number with its standard error and its own protocol."""
+"""Scores from the features of a set of images, each with its standard error and its own protocol."""
 
 import importlib.metadata
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ from vqdm.runs.store import atomic_write, write_json
 from vqdm.stages.features import environments, load_columns
 from vqdm.stages.layout import IMAGES_FILE, MADE_BY, SCORES_FILE
 
-SEED = 0  # of the bootstrap: all methods are resampled alike
+SEED = 0  # seed of the bootstrap, so that all methods are resampled alike
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a family's features lie, of the images and of the full-precision ones, and the sha256 of its weights."""
+    """Places of a family's features, for the images and for the full-precision ones, and the sha256 of its weights."""
 
     own: Path
     originals: Path | None
@@ -37,10 +37,11 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}, images_sha256}.
 
-    And `images.csv`, every image's own scores, to compare two runs on the same captions and noise pair by pair.
+    It also writes `images.csv`, the scores of every image, for paired comparisons of runs on the same captions and
+    noise.
 
-    tiny_reference: of the tiny world, if family tiny is among those to score. images: the environments (device, dtype,
-    libraries) that the images were made in. images_sha256: of all images that were looked at.
+    tiny_reference: the tiny world's, if family tiny is to be scored. images: the environments (device, dtype,
+    libraries) in which the images were made. images_sha256: of all images that were looked at.
     """
     listed = ImageList(prompts.prompts, config.images_per_prompt)
     resamples = Resamples(len(prompts), listed.copies, count=config.bootstrap, seed=SEED)
@@ -75,7 +76,7 @@ def _reference(reference: Reference | None, family: str) -> dict | None:
 
 
 def _finite(metrics: dict[str, dict]) -> dict[str, dict]:
-    """JSON has no NaN: what is not known is null."""
+    """Replace NaN, which JSON lacks, by null."""
     return {
         name: {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in entry.items()}
         for name, entry in metrics.items()
@@ -91,7 +92,7 @@ def _csv(scores: dict[str, np.ndarray], listed: ImageList) -> bytes:
 
 
 def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: SamplerConfig, images: list[dict]) -> dict:
-    """What holds for all metrics of a set of images."""
+    """Protocol shared by all metrics of a set of images."""
     return {
         "n": len(prompts),
         "images_per_prompt": config.images_per_prompt,
@@ -106,7 +107,7 @@ def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: Sampl
 
 
 def _protocol(family: str, metric: str, place: Columns, reference: Reference | None, *, where: list[dict]) -> dict:
-    """What a metric's number is."""
+    """Protocol of one metric."""
     kind = FAMILIES[family]
     protocol = {**kind.protocol, **kind.details(metric), "library": _joined(where, "library", kind.installed())}
     if place.weights:
@@ -117,5 +118,5 @@ def _protocol(family: str, metric: str, place: Columns, reference: Reference | N
 
 
 def _joined(environments: list[dict], key: str, otherwise: str | None = None) -> str:
-    """What all batches were made by, or each of what some were. otherwise: of batches that do not say it."""
+    """The value that all batches have, or all different values. otherwise: the value of batches without one."""
     return ", ".join(dict.fromkeys(one.get(key, otherwise) for one in environments))

@@ -18,11 +18,11 @@ from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
 log = logging.getLogger("vqdm")
-ON_CPU = ("tiny", "paired")  # families that run there in any case
+ON_CPU = ("tiny", "paired")  # families that always run on the CPU
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
-    """calibrate → quantize → distil → generate → evaluate. Returns what the run's record should say of its result."""
+    """Run calibrate → quantize → distil → generate → evaluate. Returns the result's part of the run's record."""
     for reason in graph.scoring.reasons():
         log.info("not run: %s", reason)
     environment = environment_of(config, device)
@@ -60,7 +60,7 @@ def _generate(config: Config, graph: Graph, directory: Path, make_pipeline, *, e
 
 
 def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None:
-    """Features of every family, of the full-precision images first: they serve the other rows of a table."""
+    """Extract features for every family, the full-precision images' first, as other rows of a table need them."""
     from vqdm.stages.features import extract
 
     count = len(image_list(config, graph.prompts))
@@ -89,7 +89,7 @@ def _extractor(family: str, weights: list[Path], device: str):
 
 
 def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) -> dict:
-    """The scores; made again if images were made again since, which on another device are others."""
+    """The scores, made again if images have been made again since: on another device these differ."""
     from vqdm.stages.features import images_sha256
 
     size, count = config.evaluate.batch_size, len(image_list(config, graph.prompts))
@@ -134,7 +134,7 @@ def _scores(directory: Path) -> dict:
 
 
 def _bits(config: Config, store: Store, graph: Graph) -> dict:
-    """bits and file size, from the last stage that makes a denoiser, or of the model as it is: all of it at 16 bit."""
+    """Bits and file size, from the last stage that makes a denoiser, or of the model as it is, all in 16 bit."""
     if graph.quantization is not None:
         return store.summary(graph.quantization.denoiser)
     return {
@@ -146,7 +146,7 @@ def _bits(config: Config, store: Store, graph: Graph) -> dict:
 
 
 def _tracked(name: str, score: dict, protocol: dict) -> dict:
-    """A metric as the tracker's table has it: with all that its number is."""
+    """A metric as a row of the tracker's table, with its protocol."""
     parts = {key: score.get(key) for key in ("value", "se", "bias", "note")}
     return {"metric": name, **parts, "protocol": protocol | score["protocol"]}
 

@@ -1,4 +1,4 @@
-"""What the networks of one family of metrics see of a set of images: columns in fixed batches, shared and restartable.
+"""Features of a set of images by the networks of one family of metrics: columns in fixed batches, restartable.
 
 Images are looked at once, batch after batch; scores are computed from these files. So memory does not grow with the
 number of images, another reference or bootstrap costs seconds, and two methods can be compared draw by draw.
@@ -22,9 +22,9 @@ def extract(
     directory: Path, images: Path, originals: Path | None, *, count: int, batch_size: int, make_extractor,
     environment: dict,
 ) -> None:  # fmt: skip
-    """Make the batches that are not there, or whose images have changed.
+    """Make the batches that are missing or whose images have changed.
 
-    originals: the full-precision images, for a family of pairs. `make_extractor()` is called if there is work.
+    originals: the full-precision images, for a family of pairs. `make_extractor()` is called only if there is work.
     """
     sources = [folder for folder in (images, originals) if folder is not None]
 
@@ -62,13 +62,13 @@ def load_columns(directory: Path, count: int, batch_size: int) -> dict:
 
 
 def environments(directory: Path, count: int, batch_size: int) -> list[dict]:
-    """The different environments that batches were made in, in their order."""
+    """The different environments in which batches were made, in order."""
     records = (peek(directory, name).record for name, _ in batches(count, batch_size))
     return list({json.dumps(record["environment"]): record["environment"] for record in records}.values())
 
 
 def images_sha256(folders: list[Path], count: int, batch_size: int) -> str:
-    """Checksum over those of the first `count` images of each folder, as their items keep them."""
+    """Checksum over the checksums of the first `count` images of each folder, as their items keep them."""
     digest = hashlib.sha256()
     for folder in folders:
         for name, rows in batches(count, batch_size):

@@ -23,7 +23,7 @@ from vqdm.stages.own_trajectories import OwnTrajectories, computing_in
 from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
 
 log = logging.getLogger("vqdm")
-SHOWN = 4  # of the validation's captions, sampled at every validation
+SHOWN = 4  # number of the validation's captions that are sampled at every validation
 
 
 def finetune(
@@ -56,7 +56,7 @@ def finetune(
 
     def show(step: int) -> None:
         paths = [directory / "images" / f"{step:06d}-{i}.png" for i in range(len(shown))]
-        for path, prompt in zip(paths, shown, strict=True):  # one at a time: decoding is what needs most memory
+        for path, prompt in zip(paths, shown, strict=True):  # one at a time, since decoding needs the most memory
             draw = torch_generator(config.seed, "finetune/shown", prompt.id)
             with running():
                 (image,) = sample(pipeline, [prompt.text], sampler=sampler, generators=[draw])
@@ -80,7 +80,7 @@ def finetune(
 
 
 def teacher_runs_along(config: FinetuneConfig) -> bool:
-    """Whether training needs more of the teacher than its recorded predictions."""
+    """True if training needs more of the teacher than its recorded predictions."""
     return config.trajectories.along == "student" or config.feature_weight > 0
 
 
@@ -99,14 +99,14 @@ def _finish(directory: Path, student: nn.Module, calibration: Path, state: State
 
 
 def share_frozen(student: nn.Module, teacher: nn.Module, *, config: FinetuneConfig) -> int:
-    """Let the student's tensors that do not train be the teacher's own, where they are equal; returns the bytes."""
+    """Replace the student's frozen tensors by the teacher's where they are equal; returns the bytes saved."""
     trains = {id(part.parameter) for part in trained_parameters(student, config.train)}
     theirs, shared = dict(teacher.named_parameters()), 0
     for name, parameter in student.named_parameters():
         other = theirs.get(name)
         if id(parameter) in trains or other is None or other.shape != parameter.shape:
             continue
-        if other.dtype != parameter.dtype and config.precision == "float32":  # autocast alone computes across dtypes
+        if other.dtype != parameter.dtype and config.precision == "float32":  # only autocast computes across dtypes
             continue
         if torch.equal(other.to(parameter.dtype), parameter):
             parameter.data = other.data

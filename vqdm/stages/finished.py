@@ -1,4 +1,4 @@
-"""What every stage that makes a denoiser leaves behind: its file, its bits, its error by timestep."""
+"""Results of every stage that makes a denoiser: its file, its bits, its error by timestep."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +25,7 @@ def squared_errors(denoiser: nn.Module, calls: Iterable[Call], device: str) -> d
     sums: dict[float, tuple[float, float]] = {}
     for call in calls:
         output, target = play_back(denoiser, call, device=device).double(), call[OUTPUT].double()
-        timestep = float(call["timestep"].flatten()[0])  # one for a whole call of sampling
+        timestep = float(call["timestep"].flatten()[0])  # the same for all rows of a call
         wrong, power = sums.get(timestep, (0.0, 0.0))
         sums[timestep] = wrong + float((output - target).square().sum()), power + float(target.square().sum())
     return sums

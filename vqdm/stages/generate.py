@@ -1,4 +1,4 @@
-"""Images of a prompt list: PNGs in fixed batches, every image from noise of its own, shared among the processes."""
+"""Images of a prompt list: PNGs in fixed batches, each image from its own noise, shared among the processes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vqdm.stages.layout import image_path, png_bytes, readable
 
 
 def noise_of(prompt: Prompt, copy: int) -> str:
-    """The name that an image's noise is drawn by; the first copy's is the prompt's own."""
+    """The name from which an image's noise is drawn; for the first copy it is the prompt's own."""
     return prompt.id if copy == 0 else f"{prompt.id}/{copy}"
 
 
@@ -30,10 +30,10 @@ def generate(
     seed: int,
     environment: dict,
 ) -> None:
-    """Make the batches that are not there. `make_pipeline()` is called only if there is something to make.
+    """Make the batches that are missing. `make_pipeline()` is called only if there is something to make.
 
-    Arithmetic depends at 1e-6 on the size of a batch, but not on what else is in it. So batches are fixed ranges of
-    images, and the last one is filled up: how many images there are, and how many processes make them, changes none.
+    Arithmetic depends at 1e-6 on the size of a batch, but not on its other members. So batches are fixed ranges of
+    images, and the last one is filled up: the numbers of images and of processes change no image.
     """
     whole = [(name, [images[row] for row in rows], rows) for name, rows in batches(len(images), batch_size)]
     pending = processes.my_share(lambda: [batch for batch in whole if not _is_there(directory, *batch[:2])])
@@ -57,13 +57,13 @@ def _texts(batch: list[tuple[Prompt, int]]) -> list[list[str]]:
 
 
 def _is_there(directory: Path, name: str, batch: list[tuple[Prompt, int]]) -> bool:
-    """A batch that holds more of the list than is asked for serves as well."""
+    """True if a batch is there; one that holds more of the list than is asked for will do."""
     record = read_item(directory, name)
     return record is not None and record["prompts"][: len(batch)] == _texts(batch)
 
 
 def load_images(directory: Path, indices: range) -> list[np.ndarray]:
-    """uint8 [height, width, 3] each."""
+    """Load images as uint8 [height, width, 3] each."""
     return [_load(image_path(directory, i)) for i in indices]
 
 

@@ -1,7 +1,7 @@
-"""Which stages a configuration needs, and what identifies each. Imports no torch: plan=true runs in a second.
+"""The stages that a configuration needs, and the identity of each. Imports no torch: plan=true runs in a second.
 
-A stage's configuration names exactly what can change its output. `VERSIONS` are bumped whenever a stage's code
-may give other output from the same configuration.
+A stage's configuration names exactly what can change its output. A number in `VERSIONS` is raised whenever a stage's
+code may give other output from the same configuration.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Quantization:
 
     @property
     def denoiser(self) -> Stage:
-        """The last stage that makes one."""
+        """The last stage that makes a denoiser."""
         return self.finetune or self.tune_blocks or self.quantize
 
     def named(self) -> dict[str, Stage]:
@@ -71,10 +71,10 @@ class Graph:
     quantization: Quantization | None
     prompts: PromptList
     images: Stage
-    teacher_images: Stage | None  # the same captions and noise, full precision
+    teacher_images: Stage | None  # full precision, from the same captions and noise
     scoring: Scoring
-    features: dict[str, Stage]  # of the images, by families of metrics
-    teacher_features: dict[str, Stage]  # of families that compare features of both
+    features: dict[str, Stage]  # of the images, by family of metrics
+    teacher_features: dict[str, Stage]  # for families that compare the features of both
     evaluate: Stage
 
     def named(self) -> dict[str, Stage]:
@@ -122,14 +122,17 @@ def _calibrate(config: Config, prompts: PromptList, model: str) -> Stage:
 
 
 def _layers(config: Config) -> dict:
-    """What says which matrices there are to quantize."""
+    """Settings that decide which matrices are quantized."""
     settings = _pick(config.model, "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
     layers = config.model.layers
     return settings | {"layers": layer_pattern(_denoiser_class(config.model), None) if layers is None else layers}
 
 
 def _denoiser_class(config: ModelConfig) -> str:
-    """By the model's own files. A hub model that is not here yet counts as a U-Net: ask again after the download."""
+    """The denoiser's class by the model's files.
+
+    A hub model counts as a U-Net until it is downloaded: ask again then.
+    """
     try:
         directory = denoiser_directory(configs_directory(config))
     except UserError:
@@ -138,7 +141,7 @@ def _denoiser_class(config: ModelConfig) -> str:
 
 
 def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
-    """One for all bit-widths of a model."""
+    """The sensitivity stage, one for all bit-widths of a model; None if bits are uniform."""
     settings = config.quantize.sensitivity()
     if settings is None:
         return None
@@ -152,7 +155,7 @@ def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
 
-_END_TO_END_OPTIONS = (  # micro_batch_size and checkpointing are not in it: they may change when memory runs out
+_END_TO_END_OPTIONS = (  # without micro_batch_size and checkpointing, which may change when memory runs out
     "steps", "batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision", "loss", "weighting",
     "feature_weight", "check_every", "validation_samples",
 )  # fmt: skip
@@ -160,7 +163,7 @@ _BLOCK_OPTIONS = ("block_steps", "block_rate", "block_samples", "block_batch_siz
 
 
 def _trained(config: Config) -> dict:
-    """What trains, and how codes move, in both kinds of distillation."""
+    """Settings for what trains and how codes move, in both kinds of distillation."""
     codes = ("tune_codes", "code_rate", "code_every") if config.finetune.tune_codes else ()
     return _pick(config.finetune, "train", "seed", *codes)
 
@@ -174,7 +177,7 @@ def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: str) 
 
 
 def _trajectories(config: Config, prompts: PromptList, model: str) -> Stage:
-    """One for all students of a model."""
+    """The trajectories stage, one for all students of a model."""
     own = config.finetune.trajectories
     settings = _pick(own, "along", "validation", "sampler_steps", "recorded_steps", "batch_size", "noise_seed")
     settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
@@ -194,7 +197,7 @@ def _finetune(config: Config, student: Stage, trajectories: Stage, calibrate: St
 
 
 def _distilled(config: Config, quantization: Quantization, model: str) -> Quantization:
-    """With the stages of distillation that `config` asks for."""
+    """Add the stages of distillation that `config` asks for."""
     calibrate, quantize = quantization.calibrate, quantization.quantize
     tuned = _tune_blocks(config, calibrate, quantize, model)
     if not config.finetune.steps:
@@ -212,7 +215,7 @@ def _distilled(config: Config, quantization: Quantization, model: str) -> Quanti
 
 
 def image_sampler(config: Config) -> SamplerConfig:
-    """How the images to score are sampled: as the model is, in steps of their own if these are given."""
+    """The sampler of the images to score: the model's, with a number of steps of their own if given."""
     sampler = config.model.sampler
     return sampler if config.evaluate.steps is None else dataclasses.replace(sampler, steps=config.evaluate.steps)
 
@@ -230,9 +233,9 @@ def samplers(config: Config) -> list[SamplerConfig]:
 
 
 def _images(config: Config, model: str, denoiser: Stage | None, source: str) -> Stage:
-    """The number of images stays out: they are extendable. Every batch keeps its own prompts beside it.
+    """The images stage, without the number of images, as it is extendable; every batch keeps its prompts beside it.
 
-    source: what identifies the whole list that prompts are taken from.
+    source: identity of the whole list that prompts are taken from.
     """
     settings = {"sampler": asdict(image_sampler(config)), "dtype": config.model.dtype}
     settings |= _pick(config.evaluate, "batch_size", "images_per_prompt", "seed")
@@ -243,14 +246,17 @@ def _images(config: Config, model: str, denoiser: Stage | None, source: str) -> 
 
 
 def _features(config: Config, family: str, weights: tuple[str, ...], **images: Stage) -> Stage:
-    """Extendable as the images are. images: the set to look at, and for families of pairs its originals."""
+    """The features stage, extendable like images.
+
+    images: the set to look at, and its originals for families of pairs.
+    """
     settings = {"family": family, "family_version": FAMILIES[family].version, "weights": list(weights)}
     settings |= _pick(config.evaluate, "batch_size")
     return _stage("features", f"{images['images'].label}-{family}", settings, **images)
 
 
 def _looks(config: Config, scoring: Scoring, images: Stage, originals: Stage | None) -> tuple[dict, dict]:
-    """Features of the images and, for the families that compare both, of the full-precision ones: {family: stage}."""
+    """{family: stage} of the images' features and, for families that compare both, of the full-precision ones'."""
     own, teacher = {}, {}
     for name, weights in scoring.weights_sha256.items():
         pair = {"originals": originals} if FAMILIES[name].pairs else {}
@@ -261,7 +267,7 @@ def _looks(config: Config, scoring: Scoring, images: Stage, originals: Stage | N
 
 
 def build_quantization(config: Config, *, cache: Path) -> Quantization:
-    """Reads the calibration prompts and locates the model: what is missing is said here, before any work."""
+    """Build the stages up to the quantized denoiser. Missing prompts or models are reported here, before any work."""
     model = model_identity(config.model, cache=cache)
     prompts = read_prompts(config.calibration)
     calibrate = _calibrate(config, prompts, model)
@@ -271,7 +277,7 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
 
 
 def build_graph(config: Config, *, cache: Path) -> Graph:
-    """The same for a whole experiment, with the prompts and evaluators that it is scored by."""
+    """Build the stages of a whole experiment, including the prompts and evaluators that score it."""
     model = model_identity(config.model, cache=cache)
     quantized = config.quantize.kind != "none"
     quantization = build_quantization(config, cache=cache) if quantized else None
@@ -290,7 +296,7 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
 
 
 def _evaluate(config: Config, prompts: PromptList, scoring: Scoring, *, upstream: dict[str, Stage]) -> Stage:
-    """upstream: the images too, though only their features are read: of a run without features they are all it is."""
+    """The evaluation stage. upstream: includes images, though only features are read, for runs without features."""
     settings = {"n": len(prompts), "prompts": prompts.sha256, "bootstrap": config.evaluate.bootstrap}
     settings |= {"not_run": sorted(scoring.not_run)}
     if scoring.reference is not None:
@@ -299,7 +305,7 @@ def _evaluate(config: Config, prompts: PromptList, scoring: Scoring, *, upstream
 
 
 def build_stages(config: Config, *, cache: Path) -> Graph | Quantization:
-    """Of an experiment, or, to compress a model, only those up to the quantized denoiser."""
+    """Build the stages of an experiment or, to compress a model, only those up to the quantized denoiser."""
     return (build_quantization if config.task == "compress" else build_graph)(config, cache=cache)
 
 

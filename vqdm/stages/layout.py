@@ -1,4 +1,4 @@
-"""How images lie in a stage's directory, for those who write and those who only read them. Imports nothing heavy."""
+"""Layout of stage directories, for code that writes and code that only reads them. Imports nothing heavy."""
 
 import contextlib
 import io
@@ -10,15 +10,15 @@ from PIL import Image
 from vqdm.errors import UserError
 from vqdm.runs.items import item_names, peek
 
-DENOISER = "denoiser"  # of a quantize stage: the directory of the quantized model, as diffusers loads it
-ERRORS_FILE = "errors.json"  # of a stage that makes a denoiser: its output's relative squared error by timestep
-SCRATCH = {  # by stage: what serves to go on after a stop, and holds the weights of `denoiser/` a second time
+DENOISER = "denoiser"  # in a stage that makes a denoiser: the directory that diffusers loads
+ERRORS_FILE = "errors.json"  # in such a stage: the output's relative squared error by timestep
+SCRATCH = {  # by stage: files needed only to go on after a stop, which hold the weights of `denoiser/` once more
     "quantize": ("items/*", "layers/*", "shared_*.safetensors"),
     "tune_blocks": ("items/*", "blocks/*"),
 }
-MADE_BY = ("torch", "diffusers")  # libraries whose versions the environment of a batch of images says
-SCORES_FILE = "metrics.json"  # of an evaluate stage: every metric with its protocol
-IMAGES_FILE = "images.csv"  # of an evaluate stage: every image's own scores
+MADE_BY = ("torch", "diffusers")  # libraries whose versions are kept with a batch of images
+SCORES_FILE = "metrics.json"  # in an evaluate stage: every metric with its protocol
+IMAGES_FILE = "images.csv"  # in an evaluate stage: the scores of every image
 
 
 def image_path(directory: Path, index: int) -> Path:
@@ -26,7 +26,7 @@ def image_path(directory: Path, index: int) -> Path:
 
 
 def captions_in(directory: Path, name: str) -> list[str]:
-    """The captions of the images of one batch, from its item's record."""
+    """The captions of one batch's images, from its item's record."""
     return [text for _, text in peek(directory, name).record["prompts"]]
 
 
@@ -42,10 +42,10 @@ def captions_of(directory: Path, count: int) -> list[str]:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """UserError where what is inside finds that the image is not there, or is none."""
+    """Raise UserError if the code inside finds that an image is missing or cannot be read."""
     try:
         yield
-    except (OSError, SyntaxError) as error:  # Pillow calls some damaged PNGs a SyntaxError
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged PNGs
         raise UserError(f"{path} is no readable image ({error}); run its experiment again") from error
 
 

@@ -1,6 +1,7 @@
-"""The stages that lead to a quantized denoiser, run through the store, and the pipelines that they need.
+"""The stages that lead to a quantized denoiser, run through the store, and the pipelines they need.
 
-Libraries that take seconds to import are imported when there is something to make: a run that is done says so at once.
+Libraries that take seconds to import are imported only when there is something to make, so that a finished run says
+so at once.
 """
 
 import functools
@@ -16,12 +17,12 @@ from vqdm.stages.layout import DENOISER, SCRATCH
 
 
 def environment_of(config: Config, device: Device) -> dict:
-    """What every manifest says of where its stage was made."""
+    """The environment of a stage, for its manifest."""
     return {"device": device.name, "reason": device.reason, "threads": device.threads, "dtype": config.model.dtype}
 
 
 class Models:
-    """Pipelines of one run, loaded when first needed; one at a time, so that a small GPU will do."""
+    """Pipelines of one run, each loaded when first needed, one at a time, so that a small GPU will do."""
 
     def __init__(self, config: Config, device: str):
         self.config, self.device = config, device
@@ -33,7 +34,7 @@ class Models:
         return load_pipeline(self.config.model, device=self.device)
 
     def release(self) -> None:
-        """The memory of a pipeline that no stage needs any more."""
+        """Free the memory of a pipeline that no stage needs any more."""
         self.__dict__.pop("teacher", None)
 
     def own(self):
@@ -44,15 +45,15 @@ class Models:
         return load_pipeline(self.config.model, device=self.device)
 
     def student(self, quantized: Path | None, *, decode: str = "cached"):
-        """The teacher itself, or a pipeline of its own with the denoiser that a stage made."""
+        """The teacher itself, or a separate pipeline with the denoiser that a stage made."""
         if quantized is None:
             return self.teacher
         return self.student_and_teacher(quantized, decode=decode)[0]
 
     def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
-        """A pipeline with the denoiser that a stage made, and the full-precision denoiser that was in its place.
+        """A pipeline with the denoiser that a stage made, and the full-precision denoiser it replaces.
 
-        dtype: of the student's floats; None: the model's.
+        dtype: that of the student's floats; None: the model's.
         """
         from vqdm.hub.pipelines import load_denoiser, replace_denoiser
         from vqdm.models.loader import denoiser_of
@@ -67,7 +68,7 @@ class Models:
 def ensure_denoiser(
     config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
 ) -> Path:
-    """The directory of the last stage that makes a denoiser; it and those before it are made unless they are there."""
+    """Make all missing stages up to the last one that makes a denoiser; returns that one's directory."""
 
     def make_calibration(directory: Path) -> dict:
         from vqdm.models.finite import check_storable
@@ -128,7 +129,7 @@ def ensure_distilled(
     config: Config, store: Store, stages: Quantization, models: Models, *, quantized: Path, calibration: Path,
     environment: dict, tracker,
 ) -> Path:  # fmt: skip
-    """The directory of the denoiser when its blocks are tuned and it is finetuned, as far as `stages` has these."""
+    """Tune blocks and finetune, as far as `stages` has these; returns the directory of the resulting denoiser."""
 
     def make_tuned(directory: Path) -> dict:
         from vqdm.stages.tune_blocks import tune_all_blocks

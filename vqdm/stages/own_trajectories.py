@@ -1,4 +1,4 @@
-"""Trajectories of the student's own sampling, with what the teacher predicts on them, while it is finetuned."""
+"""Trajectories from the student's own sampling during finetuning, with the teacher's predictions on them."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,13 @@ from vqdm.stages.trajectories import recorded_batches, relabelled, trajectories_
 
 
 def sampled_steps(config: TrajectoriesConfig, sampler: SamplerConfig) -> tuple[list[int], int]:
-    """The numbers of steps that a caption is sampled with, and how many of all are kept."""
+    """Numbers of steps with which a caption is sampled, and how many steps in all are kept."""
     steps = config.sampler_steps or [sampler.steps]
     return steps, sum(min(config.recorded_steps or count, count) for count in steps)
 
 
 def captions_of_a_round(config: FinetuneConfig, sampler: SamplerConfig, *, train: int) -> int:
-    """As many as fill the steps between two recordings, in whole batches, of at most all `train`."""
+    """Number of captions that fill the steps between two recordings, in whole batches, at most `train`."""
     own = config.trajectories
     wanted = -(-config.refresh * config.batch_size // sampled_steps(own, sampler)[1])
     return min(train, -(-wanted // own.batch_size) * own.batch_size)
@@ -33,9 +33,11 @@ def captions_of_a_round(config: FinetuneConfig, sampler: SamplerConfig, *, train
 
 @contextlib.contextmanager
 def computing_in(dtype: torch.dtype, denoiser: nn.Module) -> Iterator[None]:
-    """Inside, a denoiser in fp32 takes and gives another dtype, as the 16-bit pipeline around it does."""
+    """Let an fp32 denoiser take and give another dtype inside, as the 16-bit pipeline around it does."""
     if dtype != torch.float32:
-        denoiser.forward = torch.autocast(denoiser.device.type, dtype)(denoiser.forward)  # not of what calls it
+        denoiser.forward = torch.autocast(denoiser.device.type, dtype)(
+            denoiser.forward
+        )  # only inside, not in its caller
     try:
         yield
     finally:
@@ -43,9 +45,9 @@ def computing_in(dtype: torch.dtype, denoiser: nn.Module) -> Iterator[None]:
 
 
 class OwnTrajectories:
-    """The student's own trajectories, with what the teacher predicts on them: recorded anew every `refresh` steps.
+    """The student's own trajectories with the teacher's predictions, recorded anew every `refresh` steps.
 
-    Those of a round stay on disk until a checkpoint lies beyond it, so a run that is cut off finds them again.
+    A round's trajectories stay on disk until there is a later checkpoint, so that an interrupted run finds them again.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class OwnTrajectories:
         self.round, self.samples = None, None
 
     def at(self, step: int) -> Trajectories:
-        """Those for a step."""
+        """The trajectories for a step, recorded if need be."""
         number = step // self.config.refresh
         if number != self.round:
             self._record(number)
@@ -66,7 +68,7 @@ class OwnTrajectories:
         return self.samples
 
     def _remove_before(self, number: int) -> None:
-        """The rounds before that of the last checkpoint, from which a run that is cut off goes on."""
+        """Remove the rounds before that of the last checkpoint, from which an interrupted run goes on."""
         for folder in self.directory.glob("round-*"):
             if folder.name < _folder(number):
                 for item in item_names(self.directory, folder.name):
@@ -74,7 +76,7 @@ class OwnTrajectories:
                 shutil.rmtree(folder)
 
     def _record(self, number: int) -> None:
-        """The round's captions, each in turn."""
+        """Record a round, with its captions taken in turn."""
         config = self.config.trajectories
         count = captions_of_a_round(self.config, self.sampler, train=len(self.prompts))
         chosen = [self.prompts.prompts[(number * count + i) % len(self.prompts)] for i in range(count)]

@@ -1,7 +1,7 @@
-"""Quantize the denoiser group by group; one file per layer until all are there, then one file for the model.
+"""Quantize the denoiser group by group: one file per layer until all are there, then one file for the model.
 
-A layer is encoded on one thread of the CPU, layers in parallel: the result does not depend on the number of threads.
-The denoiser, hence Hessians and block reconstruction, is on the device.
+Each layer is encoded on one CPU thread, several layers in parallel: results do not depend on the number of threads.
+The denoiser, and so Hessians and block reconstruction, is on the device.
 """
 
 import concurrent.futures
@@ -45,7 +45,7 @@ log = logging.getLogger("vqdm")
 def shared_parts(
     directory: Path, denoiser: nn.Module, problems: list[Problem], *, config: QuantizeConfig
 ) -> dict[str, SharedPart]:
-    """What the schemes share, by key; learned codebooks are learned once and kept as items."""
+    """The schemes' shared parts by key; learned codebooks are learned once and kept as items."""
     return {key: _shared_part(directory, denoiser, users, config) for key, users in users_of_shared(problems).items()}
 
 
@@ -62,7 +62,7 @@ def _shared_part(directory: Path, denoiser: nn.Module, users: list[Problem], con
 
 @dataclasses.dataclass
 class Encoder:
-    """Makes the quantized weights of a stage's directory: each is an item, made once, read back after."""
+    """Maker of the quantized weights of a stage: each is an item, made once and read back later."""
 
     directory: Path
     denoiser: nn.Module
@@ -99,7 +99,7 @@ class Encoder:
         return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
 
     def encode_all(self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, progress) -> None:
-        """In parallel, the largest first, as many at once as the host's memory allows."""
+        """Encode layers in parallel, the largest first, as many at once as the host's memory allows."""
         gate = MemoryGate(encoding_room())
 
         def encode(problem: Problem) -> dict:
@@ -118,9 +118,9 @@ class Encoder:
 
 
 class LayerProgress(tqdm):
-    """The bar of a stage; it goes forward by layers, time left is by their weights.
+    """The progress bar of a stage: it advances by layers, but the time left is estimated by their weights.
 
-    lines: print one for every layer that is made, too.
+    lines: also print a line for every layer made.
     """
 
     def __init__(self, specs: list[LayerSpec], *, desc: str, lines: bool):
@@ -128,7 +128,7 @@ class LayerProgress(tqdm):
         self.lines, self.weights, self.made = lines, sum(spec.size for spec in specs), 0
 
     def skip(self, specs: list[LayerSpec]) -> None:
-        """These were there before."""
+        """Count layers that were already there."""
         self.weights -= sum(spec.size for spec in specs)
         self.update(len(specs))
 
@@ -154,7 +154,7 @@ def _error_of(record: dict) -> float:
 
 
 def _record(spec: LayerSpec, weight: QuantizedWeight, matrix: Tensor, hessian: Tensor | None) -> dict:
-    """One line of the per-layer table; errors are relative to the weight's own power, or to that of its output."""
+    """A line of the table of layers; errors are relative to the power of the weight or of its output."""
     with torch.no_grad():
         change = weight().float() - matrix
     record = {
@@ -184,8 +184,8 @@ def quantize(
 ) -> dict:
     """Fill the stage's directory: `denoiser/`, `layers.json`. Returns bits, bytes and output error.
 
-    pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: the stage's directory.
-    harm: the directory of the sensitivity stage, by which bits are given to layers; None: all get the same.
+    pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: that stage's directory.
+    harm: directory of the sensitivity stage, which decides the layers' bits; None: all get the same.
     show_layers: print a line for every layer.
     """
     denoiser = denoiser_of(pipeline)
@@ -205,7 +205,7 @@ def quantize(
 
 
 def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, progress) -> None:
-    """Hessians of a group, its layers in parallel, the next group; students take each group in before the next."""
+    """Quantize group after group: its Hessians, then its layers in parallel; a student takes it in before the next."""
     config, denoiser, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
     wanted = encoder.codec.needs_hessian(config)
     student = wanted and config.hessian_from == "student"
@@ -216,7 +216,7 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
         missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
         progress.skip([spec for spec in group if spec not in missing])
         hessians = {}
-        if missing and wanted:  # of the whole group: its draws of tokens do not depend on what is there
+        if missing and wanted:  # for the whole group, so that its draws of tokens do not depend on what is there
             hessians = collect(denoiser, group, drive, config=config)
         problems = [(spec, schemes[spec.name]) for spec in missing]
         encoder.encode_all(problems, hessians, workers=workers, progress=progress)
@@ -227,15 +227,15 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
 
 
 def _take_in(encoder: Encoder, specs: list[LayerSpec]) -> None:
-    """Put stored weights into the denoiser, where its layers were."""
+    """Replace layers of the denoiser by their stored quantized weights."""
     device = next(encoder.denoiser.parameters()).device
     for spec in specs:
         swap(encoder.denoiser, spec, encoder.stored(spec), decode="cached")
-    nn.Module.to(encoder.denoiser, device=device)  # with the shared parts that came along
+    nn.Module.to(encoder.denoiser, device=device)  # including the shared parts that came with them
 
 
 def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, progress) -> None:
-    """Block after block (AdaRound), on what the partly quantized student feeds it and the teacher makes of it."""
+    """Quantize block after block (AdaRound): inputs from the partly quantized student, targets from the teacher."""
     config, specs = encoder.config, {spec.name: spec for spec in assignment.specs}
     teacher = copy.deepcopy(encoder.denoiser)
 

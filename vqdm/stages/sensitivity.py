@@ -1,4 +1,4 @@
-"""How much the denoiser's output changes when one layer alone is quantized: measured once, for all bit budgets."""
+"""Sensitivity: the change in the denoiser's output when one layer alone is quantized, measured for all budgets."""
 
 import statistics
 from pathlib import Path
@@ -22,14 +22,14 @@ from vqdm.stages.finished import output_error
 from vqdm.weights.base import SHARED_NAME, SharedPart
 from vqdm.weights.layers import replace_layer, swap
 
-CODE_BITS = (2.0, 3.5)  # per weight beside scales and rates; log error is close to a line in between and around
-CALLS = 4  # of the recorded ones, evenly spread, that a layer is judged by
+CODE_BITS = (2.0, 3.5)  # per weight, without scales and rates; log error is nearly linear between them and around
+CALLS = 4  # number of evenly spread recorded calls by which a layer is judged
 
 
 def sensitivity(
     directory: Path, pipeline, calibration: Path, *, config: QuantizeConfig, model: ModelConfig, device: str
 ) -> dict:
-    """Fill the stage's directory: `harm.json`, layer -> {bits: relative squared error of the denoiser's output}."""
+    """Fill the stage's directory with `harm.json`: layer -> {bits: relative squared error of the denoiser's output}."""
     denoiser, scheme_at = denoiser_of(pipeline), CODECS[config.kind].scheme_at
     specs = [
         spec

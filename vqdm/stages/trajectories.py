@@ -1,4 +1,4 @@
-"""Trajectories: the denoiser's calls, and what it gives, at every step of sampling captions of distillation's own.
+"""Trajectories: the denoiser's calls and outputs at every step of sampling distillation's own captions.
 
 Files are `train/<batch>-<steps>.safetensors` and `validation/…`, each an item; they are read sample by sample.
 """
@@ -28,7 +28,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def split_prompts(prompts: PromptList, validation: int) -> tuple[PromptList, PromptList]:
-    """Those to train on, and the last ones, which judge."""
+    """Split prompts into those to train on and the last ones, which judge."""
     first, last = prompts.prompts[: len(prompts) - validation], prompts.prompts[len(prompts) - validation :]
     return PromptList(first, prompts.origin), PromptList(last, prompts.origin)
 
@@ -36,9 +36,9 @@ def split_prompts(prompts: PromptList, validation: int) -> tuple[PromptList, Pro
 def record_trajectories(
     directory: Path, pipeline, prompts: PromptList, *, config: TrajectoriesConfig, sampler: SamplerConfig
 ) -> dict:
-    """Fill the stage's directory; batches that are there are kept. Returns the samples of each part.
+    """Fill the stage's directory; existing batches are kept. Returns the number of samples in each part.
 
-    pipeline: full precision. With along=student only the validation's are made here: the student makes its own.
+    pipeline: full precision. With along=student only the validation's are made here, as the student makes its own.
     """
     train, validation = split_prompts(prompts, config.validation)
     if config.along == "teacher":
@@ -69,7 +69,7 @@ def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config
 def recorded_batches(
     pipeline, prompts: PromptList, *, config: TrajectoriesConfig, sampler: SamplerConfig
 ) -> Iterator[tuple[str, list[Prompt], Callable[[], list[Call]]]]:
-    """Every batch of captions at every number of steps: its name, the captions, and what gives the recorded calls."""
+    """Yield every batch at every number of steps: name, captions, and a function that gives the recorded calls."""
     for steps in config.sampler_steps or [sampler.steps]:
         own = dataclasses.replace(sampler, steps=steps)
         positions = evenly_spread(steps, config.recorded_steps or steps)
@@ -84,15 +84,15 @@ def recorded_batches(
 
 
 def relabelled(calls: list[Call], teacher: nn.Module, *, device: str | torch.device) -> list[Call]:
-    """The calls with what the teacher gives for them."""
+    """The calls with the teacher's outputs for them."""
     return [call | {OUTPUT: play_back(teacher, call, device=device)} for call in calls]
 
 
 @torch.no_grad()
 def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config: TrajectoriesConfig) -> list[Call]:
-    """The calls at their timesteps, with latents of the captions' images and fresh noise in place of the sampled ones.
+    """The calls with noised latents of the captions' images in place of the sampled ones, at the same timesteps.
 
-    x_t = √ᾱ_t x + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4), which is what every scheduler here feeds the denoiser.
+    x_t = √ᾱ_t x + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4), as every scheduler here feeds the denoiser.
     UserError for flow matching.
     """
     scheduler = pipeline.scheduler
@@ -115,11 +115,11 @@ def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config:
 
 
 def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig, *, size: int) -> torch.Tensor:
-    """The images of the captions, `size` pixels wide, as the denoiser's latents: fp32 [captions, channels, h, w]."""
+    """Latents of the captions' images, `size` pixels wide: fp32 [captions, channels, h, w]."""
     vae, dtype = pipeline.vae, pipeline.vae.dtype
     vae.to(torch.float32)  # SDXL's overflows in fp16
     latents = []
-    for prompt in captions:  # one at a time: an encoder of images of 1024 pixels needs gigabytes for each
+    for prompt in captions:  # one at a time: encoding an image of 1024 pixels takes gigabytes
         image = torch.from_numpy(_pixels(prompt, config, size)).permute(2, 0, 1)[None].float() / 127.5 - 1
         latents.append(vae.encode(image.to(vae.device)).latent_dist.mode().cpu())
     vae.to(dtype)
@@ -127,7 +127,7 @@ def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig, *, si
 
 
 def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the caption's scene of the tiny world, or its file, cut to a square in the middle."""
+    """The caption's scene of the tiny world, or its file cut to a central square: uint8 [size, size, 3]."""
     if config.images is None:
         from vqdm.tiny.data import scene_pixels
 

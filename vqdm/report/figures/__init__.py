@@ -1,6 +1,6 @@
 """Figures from frames and run records: functions of plain data that return a matplotlib Figure, and `save`.
 
-matplotlib is imported when something is drawn, not before; pyplot, with its global state, never.
+matplotlib is imported only when something is drawn; pyplot, with its global state, never.
 """
 
 from vqdm.report.figures.collection import figures_of

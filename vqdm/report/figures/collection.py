@@ -12,13 +12,13 @@ from vqdm.stages.layout import ERRORS_FILE
 
 
 def figures_of(table_name: str, frame, records: list[dict], results: Path) -> list[tuple[str, Path]]:
-    """Draw and save; returns (title, path without suffix) of each, in the order in which a page shows them.
+    """Draw and save all figures; returns (title, path without suffix) of each, in the order in which a page shows them.
 
-    table_name: as its files are called, `-<model>` included where there is one. frame: as `pareto` takes it, a metric
-    being what has a column <metric>_se. records: as in results/runs.
+    table_name: the name of the table's files, `-<model>` included. frame: as for `pareto`; metrics are those with a
+    column <metric>_se. records: as in results/runs.
     """
     model = next((r["model"] for r in records if table_name.endswith(f"-{r['model']}")), None)
-    suffix = "" if model is None else f"-{model}"  # runs on another model do not overwrite the figures either
+    suffix = "" if model is None else f"-{model}"  # so runs on another model do not overwrite the figures either
     named = [(record, f"{record['experiment']}{suffix}") for record in records]
     drawn = _paretos(table_name, frame) + _timesteps(table_name, records, results)
     drawn += _layers(named, results) + _losses(named, results)
@@ -42,13 +42,13 @@ def _paretos(table_name: str, frame) -> list[tuple]:
 
 
 def _read(record: dict, stage: str, file: str, results: Path):
-    """The JSON of a stage of a run; None where the run has no such stage, or it was removed since."""
+    """The JSON that a run's stage left; None if the run has no such stage, or if it was removed since."""
     path = results / record["directories"].get(stage, "") / file
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _layers(named: list[tuple[dict, str]], results: Path) -> list[tuple]:
-    """One per quantize stage, under the name of the first run that has it: distillation changes no layer's record."""
+    """Layer maps, one per quantize stage, named after the first run that has it: distillation changes no records."""
     drawn: dict[str, tuple] = {}
     for record, name in named:
         layers = _read(record, "quantize", "layers.json", results)
@@ -70,7 +70,7 @@ def _losses(named: list[tuple[dict, str]], results: Path) -> list[tuple]:
 
 
 def _timesteps(table_name: str, records: list[dict], results: Path) -> list[tuple]:
-    """By what the stages of the denoisers measured on the calibration's calls, which are the same in one figure."""
+    """Errors by timestep, as measured by the denoisers' stages; those in one figure share the calibration's calls."""
     comparable: dict[str, dict] = {}
     for record in records:
         stages = ("finetune", "tune_blocks", "quantize")

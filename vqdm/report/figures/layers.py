@@ -1,4 +1,4 @@
-"""Where in the network the error and the bits are: one point per quantized layer, in the order of execution."""
+"""Figures of error and bits across the network: one point per quantized layer, in the order of execution."""
 
 import itertools
 import re
@@ -6,13 +6,16 @@ import re
 from vqdm.report.figures.style import COLOURS, GREY, PAGE, PALE, legend_below, line_handle, new_figure, styled
 
 ERRORS = {"relative_output_error": "relative output error", "relative_weight_error": "relative weight error"}
-_KINDS = {"linear": (COLOURS[0], "o"), "convolution": (COLOURS[1], "s")}  # the fewer above the many
-_REGIONS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # of a U-Net, which registers mid_block last
+_KINDS = {
+    "linear": (COLOURS[0], "o"),
+    "convolution": (COLOURS[1], "s"),
+}  # convolutions, the fewer, above
+_REGIONS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # regions of a U-Net, which registers mid_block last
 _UNIT = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.([a-z]+)\.(\d+)")
 
 
 def execution_place(name: str) -> tuple[int, ...]:
-    """Sorts layers of a U-Net as it runs them; those of other denoisers, registered in that order, stay where they are.
+    """Sort key for layers in the order in which a U-Net runs them; other denoisers register theirs in that order.
 
     In a block of a U-Net each residual unit is followed by its attention; samplers come last.
     """
@@ -25,13 +28,13 @@ def execution_place(name: str) -> tuple[int, ...]:
 
 
 def block_of(name: str) -> tuple[str, str]:
-    """(the list of blocks, the number in it) that a layer lies in: ("down_blocks", "1"), ("mid_block", "")."""
+    """(list of blocks, number in it) of the block with a layer: ("down_blocks", "1"), ("mid_block", "")."""
     first, *others = name.split(".")
     return first, others[0] if others and others[0].isdigit() else ""
 
 
 def is_convolution(name: str) -> bool:
-    """By its own name, as diffusers has them: conv1, conv_shortcut, downsamplers.0.conv."""
+    """True for a convolution, judged by diffusers' names: conv1, conv_shortcut, downsamplers.0.conv."""
     return name.rsplit(".", 1)[-1].startswith("conv")
 
 
@@ -40,7 +43,7 @@ def layer_map(quantized: list[dict]):
     """A Figure of errors (upper axes) and bits (lower) by layer.
 
     quantized: records of a quantize stage's layers.json: name, bits, relative_weight_error and, if the codec saw data,
-    relative_output_error, which is shown where every layer has it.
+    relative_output_error, which is shown if every layer has it.
     """
     records = sorted(quantized, key=lambda record: execution_place(record["name"]))
     names = [record["name"] for record in records]
@@ -66,9 +69,9 @@ def layer_map(quantized: list[dict]):
 
 
 def mark_blocks(all_axes: list, names: list[str]) -> str:
-    """Shade every other block behind all axes, name them above the first; returns what the names stand for.
+    """Shade every other block behind all axes and name the blocks above the first; returns a legend of these names.
 
-    names: of what stands at 0, 1, 2, … of the horizontal axis.
+    names: the layers at 0, 1, 2, … on the horizontal axis.
     """
     start, regions = 0, {}
     for index, ((region, number), group) in enumerate(itertools.groupby(names, block_of)):
@@ -88,8 +91,8 @@ def mark_blocks(all_axes: list, names: list[str]) -> str:
 
 
 def drop_overlapping(figure, texts: list) -> None:
-    """Of texts from left to right, remove those that touch the one before."""
-    figure.draw_without_rendering()  # lays out: only now are places known
+    """Remove texts, going from left to right, that touch the one before."""
+    figure.draw_without_rendering()  # does the layout: positions are known only now
     last = float("-inf")
     for text in list(texts):
         extent = text.get_window_extent()

@@ -1,4 +1,4 @@
-"""How distillation went: losses of the end-to-end training by step, errors of tuned blocks before and after."""
+"""Figures of distillation: losses of end-to-end training by step, errors of tuned blocks before and after."""
 
 from vqdm.report.figures.layers import drop_overlapping, mark_blocks
 from vqdm.report.figures.style import COLOURS, COLUMN, GREY, PAGE, legend_below, line_handle, new_figure, styled
@@ -8,10 +8,10 @@ _TRAINING, _VALIDATION, _BEST = COLOURS[5], COLOURS[0], COLOURS[1]
 
 @styled
 def loss_curves(history: dict | None = None, blocks: list[dict] | None = None):
-    """A Figure with axes for each of the two that is given.
+    """A Figure with axes for the history, the blocks, or both.
 
-    history: of a finetune stage: "losses", one per step, and "validations", {step, loss, …}, the best of which is
-    ringed. blocks: of a tune_blocks stage: {block, before, after, kept}, relative squared errors, in execution order.
+    history: a finetune stage's "losses", one per step, and "validations", {step, loss, …}, with a ring around the best.
+    blocks: a tune_blocks stage's {block, before, after, kept}, relative squared errors, in execution order.
     """
     parts = [(draw, data) for draw, data in ((_draw_blocks, blocks), (_draw_history, history)) if data is not None]
     figure = new_figure(COLUMN if len(parts) == 1 else PAGE, 2.2)
@@ -26,7 +26,7 @@ def loss_curves(history: dict | None = None, blocks: list[dict] | None = None):
 
 
 def _draw_history(axes, history: dict) -> list:
-    """A step's loss is of the weights before it, so the first stands at 0, as the first validation does."""
+    """Draw losses by step: a step's loss belongs to the weights before it, so the first stands at 0."""
     steps = [found["step"] for found in history["validations"]]
     losses = [found["loss"] for found in history["validations"]]
     best = min(range(len(losses)), key=lambda i: (losses[i], steps[i]))
@@ -43,7 +43,7 @@ def _draw_history(axes, history: dict) -> list:
 
 
 def _draw_blocks(axes, blocks: list[dict]) -> list:
-    """The ratio of errors, since most change by little; a cross at 1 for what did not get better and stayed."""
+    """Draw ratios of errors, since most change little; a cross at 1 marks a block that stayed as it was."""
     ratios = [block["after"] / block["before"] if block["kept"] else 1.0 for block in blocks]
     looks = {
         "block, better": {"color": COLOURS[2], "marker": "o", "linestyle": "", "markersize": 3},

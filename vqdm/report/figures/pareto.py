@@ -1,4 +1,4 @@
-"""Size against quality: one line per family of methods, ± one standard error, published values hollow."""
+"""Figures of size against quality: one line per family of methods, ± one standard error, published values hollow."""
 
 import math
 import re
@@ -39,25 +39,25 @@ LABELS = {
     "pickscore_scaled": "PickScore ↑",
     "hpsv2": "HPSv2 ↑",
 }
-LABEL_WIDTH = 26  # characters along the height of a figure
-_KIND = "fidelity_"  # of the tiny world's attributes, each by itself
-_DISTANCES = ("fid", "kid", "cmmd", "distance", "lpips")  # from 0 up, over orders of magnitude
-_STEPS = (1, 2, 5)  # of logarithmic axes, in each decade
+LABEL_WIDTH = 26  # characters that fit along the height of a figure
+_KIND = "fidelity_"  # scores of single attributes of the tiny world
+_DISTANCES = ("fid", "kid", "cmmd", "distance", "lpips")  # metrics from 0 up, over orders of magnitude
+_STEPS = (1, 2, 5)  # ticks of logarithmic axes in each decade
 _DASHES = ((0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 _BITS = re.compile(r"[ -]\d+(?:\.\d+)?(?:[ -]?bits?\b|$)")
 
 
 def label_of(metric: str) -> str:
-    """As an axis calls it, with an arrow to the better side; one that is not known here, by its own name."""
+    """A metric's label on an axis, with an arrow towards better; an unknown metric is labelled by its name."""
     if metric.startswith(_KIND):
         return f"fidelity of {metric.removeprefix(_KIND)} ↑"
     return LABELS.get(metric, metric)
 
 
 def family_of(method: str) -> tuple[str, str]:
-    """(what stands before the bit count, what stands after it): "VQ 3 bit, distilled" is ("VQ", ", distilled").
+    """(text before the bit count, text after it): "VQ 3 bit, distilled" gives ("VQ", ", distilled").
 
-    A count is "3 bit", "2.25 bits" or, at the end, a bare number: "VQDM 3.15". Without one: all of it, and nothing.
+    A count is "3 bit", "2.25 bits" or, at the end, a bare number: "VQDM 3.15". Without one the second part is empty.
     """
     found = _BITS.search(method)
     return (method, "") if found is None else (method[: found.start()], method[found.end() :])
@@ -65,7 +65,7 @@ def family_of(method: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Row:
-    """Numbers of a row; NaN where there is none."""
+    """Numbers of a row; NaN for those missing."""
 
     method: str
     size: float
@@ -101,7 +101,7 @@ def _rows(frame, metric: str, size: str) -> list[_Row]:
 
 
 def has_points(frame, metric: str, *, size: str = "bits_per_weight") -> bool:
-    """Whether `pareto` would show more than full precision."""
+    """True if `pareto` would show more than full precision."""
     rows = [row for row in _rows(frame, metric, size) if not row.full_precision]
     return any(row.is_scored or row.is_published for row in rows)
 
@@ -110,10 +110,10 @@ def has_points(frame, metric: str, *, size: str = "bits_per_weight") -> bool:
 def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | None = None):
     """A Figure of `metric` against `size` ("bits_per_weight", "bits_quantized" or "mib") for the rows of a table.
 
-    frame: pandas, with columns method, bits_per_weight, `size`, `metric`, <metric>_se, and, where there are published
-    values, <metric>_published and bits_published: these stand at the bits that their authors count. A row of 16 bits or
-    more is a dashed line with its band. label: of the metric's axis.
-    Lines join the points of a family (`family_of`) that agree in what follows the count.
+    frame: pandas, with columns method, bits_per_weight, `size`, `metric`, <metric>_se and, for published values,
+    <metric>_published and bits_published: these stand at the bits that their authors count. A row of 16 bits or more is
+    a dashed line with a band. label: text of the metric's axis.
+    Lines join the points of a family (`family_of`) whose text after the count is the same.
     """
     rows = _rows(frame, metric, size)
     figure = new_figure(COLUMN, 2.2)
@@ -130,7 +130,7 @@ def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | No
 
 
 def _looks(lines: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
-    """Colour and marker of each line: both its own, or, of many lines of few families, the family's colour."""
+    """Colour and marker of each line: both its own or, with many lines from few families, the family's colour."""
     families, variants = (list(dict.fromkeys(line[part] for line in lines)) for part in (0, 1))
     if len(lines) > len(COLOURS) and 1 < len(families) <= len(COLOURS) and len(variants) <= len(MARKERS):
         numbers = [(families.index(family), variants.index(variant)) for family, variant in lines]
@@ -141,7 +141,7 @@ def _looks(lines: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
 
 
 def _draw_lines(axes, rows: list[_Row]) -> list:
-    """One line with error bars per family; returns the legend's entries."""
+    """Draw a line with error bars for each family; returns the legend's entries."""
     members: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
         members.setdefault(family_of(row.method), []).append(row)
@@ -162,7 +162,7 @@ def _draw_lines(axes, rows: list[_Row]) -> list:
 
 
 def _draw_full_precision(axes, rows: list[_Row]) -> list:
-    """Dashed lines, ± one standard error as a band; dotted for what is published."""
+    """Draw full precision as dashed lines with a band of ± one standard error; published values are dotted."""
     handles = []
     for index, row in enumerate(rows):
         look = {"color": GREY, "linestyle": _DASHES[index % len(_DASHES)]}
@@ -178,7 +178,7 @@ def _draw_full_precision(axes, rows: list[_Row]) -> list:
 
 
 def _scale(axes, metric: str, rows: list[_Row]) -> None:
-    """Logarithmic for a distance that spans a factor of 3 or more; linear below its errors where these reach 0."""
+    """Set a logarithmic axis for a distance that spans a factor of 3 or more, linear near 0 where errors reach it."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     values = [v for row in rows for v in (row.value, row.published) if not math.isnan(v)]
@@ -204,7 +204,7 @@ def _scale(axes, metric: str, rows: list[_Row]) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, from the first that is not below `low`, which always is there, up to `high`."""
+    """Ticks at 1, 2 and 5 times powers of ten, from the first not below `low`, which is always included, to `high`."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     first, *others = (n for n in (step * 10.0**decade for decade in decades for step in _STEPS) if n >= low)
     return [first, *(number for number in others if number <= high)]

@@ -1,8 +1,8 @@
-"""How figures look and how they are saved: one style for all, the same bytes for the same data.
+"""The look of figures and how they are saved: one style for all, the same bytes for the same data.
 
-The sizes are those of a two-column paper, where text of 7 and 8 points is as large as its captions. The ground is white
-and opaque: dark text on a transparent one vanishes on a dark page. Text in an SVG is paths, since a page or a phone
-without the font would set another one, wider than its place. Nothing is read from a user's matplotlibrc.
+The sizes are those of a two-column paper, where text of 7 and 8 points is as large as the captions. The background is
+white and opaque, since dark text on a transparent one vanishes on a dark page. Text in an SVG is drawn as paths, since
+a device without the font would use a wider one. A user's matplotlibrc is not read.
 """
 
 import functools
@@ -18,14 +18,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 GREY, PALE = "#595959", "#EFEFEF"
 _STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
     "font.size": 8,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
-    "legend.handlelength": 2.4,  # so long that a dash and its gap are seen
+    "legend.handlelength": 2.4,  # long enough to show a dash and its gap
     "legend.columnspacing": 1.2,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,34 +42,34 @@ _STYLE = {
     "figure.facecolor": "white",
     "savefig.dpi": 300,
     "svg.fonttype": "path",
-    "svg.hashsalt": "vqdm",  # else the names inside an SVG are drawn anew every time
+    "svg.hashsalt": "vqdm",  # otherwise names inside an SVG are random
 }
 _METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 
 def _styled():
-    """Context: the house's settings over matplotlib's own defaults."""
+    """Context with this style over matplotlib's own defaults."""
     import matplotlib.style
 
     return matplotlib.style.context(_STYLE, after_reset=True)
 
 
 def styled(draw):
-    """Decorator of a function that draws: what it makes has the house's style, and its layout is settled."""
+    """Decorate a drawing function so that its figure has this style and a settled layout."""
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
         with _styled():
             figure = draw(*args, **kwargs)
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # else each saving lays out again, from where the one before ended
+            figure.set_layout_engine("none")  # otherwise each saving would lay out again, starting from the last result
         return figure
 
     return drawn
 
 
 def new_figure(width: float, height: float):
-    """An empty figure, in inches, that belongs to nobody: it goes when its last user does."""
+    """An empty figure, sized in inches, that pyplot does not keep: it is freed with its last user."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -88,10 +88,10 @@ def save(figure, path: Path) -> list[Path]:
 
 
 def legend_below(figure, handles: list, *, columns: int = 4) -> None:
-    """A legend under all axes, over no data, in as many columns as the width holds; the figure grows by its rows."""
+    """Put a legend below all axes in as many columns as the width holds; the figure grows by its rows."""
     labels = [handle.get_label() for handle in handles]
     for rows in range(math.ceil(len(handles) / columns), len(handles) + 1):
-        count = math.ceil(len(handles) / rows)  # of columns: as even as they can be
+        count = math.ceil(len(handles) / rows)  # number of columns, for rows as even as possible
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=count)
         if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
@@ -100,7 +100,7 @@ def legend_below(figure, handles: list, *, columns: int = 4) -> None:
 
 
 def line_handle(label: str, **look):
-    """A legend's entry that is no line of the axes."""
+    """A legend entry that is not a line of the axes."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], label=label, **look)

@@ -7,10 +7,10 @@ from vqdm.report.figures.style import COLOURS, COLUMN, GREY, MARKERS, legend_bel
 
 @styled
 def timestep_errors(data: dict, *, label: str = "squared error of the prediction"):
-    """A Figure of {"timesteps": [...], "errors": {method: [...]}}, with "before": {method: [...]} of some, if given.
+    """A Figure of {"timesteps": [...], "errors": {method: [...]}} and, for some methods, "before": {method: [...]}.
 
-    Errors are one per timestep, None where a method has none. before: the same methods without distillation, dashed.
-    label: of the errors' axis.
+    There is one error per timestep, None where a method has none. before: the same methods without distillation,
+    dashed. label: text of the errors' axis.
     """
     figure = new_figure(COLUMN, 2.2)
     axes = figure.add_subplot()
@@ -25,7 +25,7 @@ def timestep_errors(data: dict, *, label: str = "squared error of the prediction
     if before:
         handles.append(line_handle("dashed: before distillation", color=GREY, linestyle="--"))
     axes.set_yscale("log")
-    axes.invert_xaxis()  # as sampling goes: from noise to image
+    axes.invert_xaxis()  # in the direction of sampling, from noise to image
     axes.set_xlabel("timestep, from noise to image")
     axes.set_ylabel(label)
     legend_below(figure, handles)
@@ -33,6 +33,6 @@ def timestep_errors(data: dict, *, label: str = "squared error of the prediction
 
 
 def _known(timesteps: list, errors: list) -> tuple[list, list]:
-    """Without the timesteps that have no error, so that a line goes on across them."""
+    """Timesteps and errors where there is an error, so that a line continues across gaps."""
     pairs = [(t, e) for t, e in zip(timesteps, errors, strict=True) if e is not None and not math.isnan(e)]
     return [t for t, _ in pairs], [e for _, e in pairs]

@@ -1,4 +1,4 @@
-"""What comes back from raters: JSON files from anywhere, checked against the study's key before anything is counted."""
+"""Ballots: JSON files from raters, checked against the study's key before anything is counted."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from vqdm.report.votes.study import Protocol, Trial, mirrored
 
 FORMAT = "vqdm-votes-1"
 LARGEST = 16 * 2**20  # bytes; 100,000 votes have 7 MiB
-LONGEST = 7 * 24 * 3600 * 1000  # ms that one vote may have taken
+LONGEST = 7 * 24 * 3600 * 1000  # ms, the longest time for one vote
 CHOICES = ("left", "tie", "right")
 SWAPPED = dict(zip(CHOICES, reversed(CHOICES), strict=True))
 FIELDS = {"format": str, "study": str, "page": int, "rater": str, "mirrored": bool, "votes": list}
@@ -18,20 +18,20 @@ FIELDS = {"format": str, "study": str, "page": int, "rater": str, "mirrored": bo
 
 @dataclass(frozen=True)
 class Key:
-    """The organiser's side of a study: what its pairs are."""
+    """The organiser's key to a study, which says what its pairs are."""
 
     study: str
     comparisons: tuple[tuple[str, str], ...]
     systems: dict[str, dict]
     protocol: Protocol
-    trials: dict[str, Trial]  # by pair
+    trials: dict[str, Trial]  # by the pair's name
 
 
 @dataclass(frozen=True)
 class Vote:
     pair: str
-    choice: str  # of the sides as listed in the key
-    seen: str  # of the sides as this rater saw them
+    choice: str  # in terms of the sides listed in the key
+    seen: str  # in terms of the sides that this rater saw
     ms: int
 
 
@@ -62,10 +62,10 @@ def read_key(path: Path) -> Key:
 
 
 def read_ballots(paths: list[Path], key: Key, *, skip_faulty: bool = False) -> tuple[list[Ballot], list[str]]:
-    """The ballots, at most one per rater and page, and what was left out, a line each.
+    """Read ballots, at most one per rater and page; also returns a line for each file that was left out.
 
-    A second file of a rater's page counts instead of the first if it goes on from it, as one that was saved later does.
-    Anything else that is wrong with a file is a UserError that names it; with `skip_faulty` the file is left out.
+    A second file for a rater's page replaces the first if it continues it, as one saved later does. Anything else that
+    is wrong with a file is a UserError that names it; with `skip_faulty` the file is left out.
     """
     ballots: dict[tuple[str, int], Ballot] = {}
     left_out: list[str] = []
@@ -91,7 +91,7 @@ def read_ballots(paths: list[Path], key: Key, *, skip_faulty: bool = False) -> t
 
 
 def read_ballot(path: Path, key: Key) -> Ballot:
-    """One file; UserError of one line that names it, whatever its content is."""
+    """Read one file; whatever its content, a fault is a UserError of one line that names it."""
     try:
         return _ballot(_json(path), path, key)
     except _FaultError as fault:
@@ -99,7 +99,7 @@ def read_ballot(path: Path, key: Key) -> Ballot:
 
 
 class _FaultError(Exception):
-    """What is wrong with a ballot. Values from the file are quoted and cut: they may be anything."""
+    """A fault in a ballot. Values from the file are quoted and cut, as they may be anything."""
 
 
 def _quoted(value) -> str:
@@ -117,7 +117,7 @@ def _json(path: Path):
         raise _FaultError(f"has more than {LARGEST >> 20} MiB, no rater's votes have")
     try:
         return json.loads(data, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise _FaultError("is not readable as JSON; ask the rater to save it again") from error
 
 

@@ -1,7 +1,7 @@
-"""The image sets of a vote: found by their runs, checked to be of the same captions and noise, stripped and made equal.
+"""The image sets of a vote: found by their runs, checked for equal captions and noise, and made indistinguishable.
 
-A file's size tells a noisy image from a clean one, and its metadata may tell more. So images are decoded and written
-anew from their pixels alone, and filled up with random bytes to the size of the largest; decoders stop before those.
+A file's size tells a noisy image from a clean one, and its metadata may tell more. So images are decoded, written
+anew from their pixels alone, and filled up with random bytes to the size of the largest; decoders ignore those.
 """
 
 import io
@@ -18,7 +18,7 @@ from vqdm.runs.items import item_names, peek
 from vqdm.runs.store import Store
 from vqdm.stages.layout import image_path, readable
 
-TILES = 4  # a destroyed image is cut into 4 × 4 tiles, which are shuffled and turned
+TILES = 4  # a destroyed image is cut into 4 × 4 tiles that are shuffled and turned
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ImageSet:
 
 
 def image_set(results: Path, name: str, model: str) -> ImageSet:
-    """Of the newest run of this name on this model; UserError if there is none or it has no images."""
+    """The images of the newest run of this name on this model; UserError if there is none or it has no images."""
     runs = [
         (file.stat().st_mtime, record)
         for file, record in Store(results).runs()
@@ -58,7 +58,7 @@ def image_set(results: Path, name: str, model: str) -> ImageSet:
     copies: dict[str, int] = {}
     for item in item_names(directory):
         made = peek(directory, item).record
-        for index, (prompt, text) in enumerate(made["prompts"], start=int(item)):  # an item is named by its first
+        for index, (prompt, text) in enumerate(made["prompts"], start=int(item)):  # named after its first image
             copy = copies.get(prompt, 0)  # images of one prompt follow each other
             images[prompt, copy], copies[prompt] = Made(index, text, made["seed"]), copy + 1
     if not images:
@@ -67,9 +67,9 @@ def image_set(results: Path, name: str, model: str) -> ImageSet:
 
 
 def chosen_images(sets: list[ImageSet], *, n: int | None, per_prompt: int | None) -> list[tuple[str, str, int]]:
-    """(prompt id, caption, copy) of the images to compare: of the first n prompts, so many each (None: all).
+    """(prompt id, caption, copy) of the images to compare: `per_prompt` for each of the first n prompts (None: all).
 
-    UserError unless every set has them, of the same captions and the same noise.
+    UserError unless every set has them, with the same captions and noise.
     """
     first = sets[0]
     prompts = list(dict.fromkeys(prompt for prompt, _ in first.images))
@@ -109,7 +109,7 @@ def _check_image(own: ImageSet, first: ImageSet, prompt: str, copy: int) -> None
 def trial_images(
     trial: Trial, sets: dict[str, ImageSet], *, size: int | None, generator: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """Left and right of a trial, of the same size in pixels. A destroyed image is made of the other side's."""
+    """Left and right image of a trial, equally large. A destroyed image is made from the other side's."""
     names = [trial.left, trial.right]
     whole = next(name for name in names if name != DESTROYED)
     left, right = (_load(sets[name if name in sets else whole].path(trial.prompt, trial.copy), size) for name in names)
@@ -124,7 +124,7 @@ def trial_images(
 
 
 def _load(path: Path, size: int | None) -> Image.Image:
-    """RGB pixels and nothing else; `size`: of the longer side in pixels, None: as it is."""
+    """Load RGB pixels and nothing else. size: pixels of the longer side; None: as it is."""
     with readable(path), Image.open(path) as file:
         image = Image.fromarray(np.asarray(file.convert("RGB")))
     if size is None or size == max(image.size):
@@ -134,7 +134,7 @@ def _load(path: Path, size: int | None) -> Image.Image:
 
 
 def _destroyed(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """The same colours with nothing left to recognise."""
+    """An image with the same colours but nothing left to recognise."""
     pixels = np.array(image)
     height, width = (side // TILES for side in pixels.shape[:2])
     view = pixels[: height * TILES, : width * TILES].reshape(TILES, height, TILES, width, 3)
@@ -147,7 +147,7 @@ def _destroyed(image: Image.Image, generator: np.random.Generator) -> Image.Imag
 
 
 def encode(image: Image.Image, quality: int | None) -> bytes:
-    """PNG, or JPEG of this quality with colour at full resolution."""
+    """Encode as PNG, or as JPEG of this quality with colour at full resolution."""
     buffer = io.BytesIO()
     if quality is None:
         image.save(buffer, format="png")
@@ -157,6 +157,6 @@ def encode(image: Image.Image, quality: int | None) -> bytes:
 
 
 def fill_up(files: list[bytes], generator: np.random.Generator) -> list[bytes]:
-    """All as long as the longest."""
+    """Make all files as long as the longest by adding random bytes."""
     longest = max(map(len, files))
     return [file + generator.bytes(longest - len(file)) for file in files]

@@ -1,4 +1,4 @@
-"""The page a rater opens, one HTML file that needs no server and names no method; and the key the organiser keeps."""
+"""The rater's page, one HTML file that needs no server and names no method, and the organiser's key."""
 
 import base64
 import hashlib
@@ -14,12 +14,12 @@ from vqdm.seeds import numpy_generator
 
 KEY = "key.json"
 HERE = Path(__file__).parent
-LARGEST_PAGE = 250 * 2**20  # bytes; browsers read one text of at most 512 MiB
+LARGEST_PAGE = 250 * 2**20  # bytes; browsers read a text of at most 512 MiB
 SMALL = 256  # pixels: smaller images are shown with their pixels as squares
 
 
 def study_id(trials: list[Trial], sets: dict[str, ImageSet], options: dict) -> str:
-    """8 hex digits that change with anything a rater sees. Names of runs go in only through their images."""
+    """8 hex digits that change with anything a rater sees; runs' names matter only through their images."""
     images = {system: _digest(own, trials) for system, own in sets.items()}
     seen = [
         [t.pair, t.page, t.caption, t.copy, t.check, images.get(t.left, t.left), images.get(t.right, t.right)]
@@ -37,9 +37,9 @@ def write_study(
     directory: Path, trials: list[Trial], sets: dict[str, ImageSet], *, protocol: Protocol, size: int | None,
     quality: int | None, seed: int, about: dict,
 ) -> list[Path]:  # fmt: skip
-    """Write the pages and key.json into `directory`; returns the pages.
+    """Write pages and key.json into `directory`; returns the pages.
 
-    The same call again writes the same pages. UserError if another study is there, since its votes need its key.
+    The same call writes the same pages again. UserError if another study is there, since its votes need its key.
     """
     options = {"size": size, "quality": quality, "question": protocol.question}
     study = study_id(trials, sets, options)
@@ -100,13 +100,13 @@ def _payload(shown: list[Trial], images: list[bytes], kind: str) -> dict:
 
 
 def page_html(content: dict) -> bytes:
-    """The whole page. Its policy allows this script and this style by their hashes, images in it, and nothing else."""
+    """The whole page. Its policy allows this script and style by their hashes, embedded images, and nothing else."""
     style, script = ((HERE / f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
-    # no "<" in the data: a caption with </script> in it would end the block, and the rest become markup
+    # no "<" in the data: a caption with </script> would end the block, and the rest would become markup
     data = json.dumps(content, ensure_ascii=True).replace("<", r"\u003c")
     html = (HERE / "page.html").read_text(encoding="utf-8")
     fields = {"style": style, "script": script, "style-hash": _hash(style), "script-hash": _hash(script), "data": data}
-    for name, text in fields.items():  # the data last: what a caption says is not a field
+    for name, text in fields.items():  # the data comes last, so that text in a caption is not taken for a field
         html = html.replace(f"{{{{{name}}}}}", text)
     return html.encode()
 

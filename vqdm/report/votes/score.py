@@ -1,4 +1,4 @@
-"""From ballots and key to results: who counts, then every two systems, all systems, and the raters' agreement."""
+"""Results from ballots and key: who counts, every pair of systems, all systems, and the raters' agreement."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ RATING = {"left": -1.0, "tie": 0.0, "right": 1.0}
 
 
 def vote_frame(ballots: list[Ballot], key: Key) -> pd.DataFrame:
-    """One row per vote, attention checks too. `win`: of the comparison's first system, 1, ½ or 0."""
+    """A frame with one row per vote, attention checks included. `win`: 1, ½ or 0 for the comparison's first system."""
     order = {frozenset(pair): pair for pair in key.comparisons}
     rows = []
     for ballot in ballots:
@@ -39,7 +39,7 @@ def vote_frame(ballots: list[Ballot], key: Key) -> pd.DataFrame:
 
 
 def rater_rows(votes: pd.DataFrame, key: Key) -> list[dict]:
-    """Every rater with what speaks for and against counting them; `excluded`: why, by the key's protocol, or None."""
+    """Figures for every rater on whether to count them; `excluded`: the reason by the key's protocol, or None."""
     rows = []
     for rater, own in votes.groupby("rater", sort=True):
         checks, real = own[own["check"].notna()], own[own["check"].isna()]
@@ -70,7 +70,7 @@ def _percent(share: float) -> float | None:
 
 
 def comparison_row(votes: pd.DataFrame, pair: tuple[str, str], *, everyone: pd.DataFrame, confidence: float, seed: int):
-    """What the votes on two systems say; percentages are for the first. None where there are no votes."""
+    """Results of the votes on two systems, in percentages for the first; None without votes."""
     one, other = pair
     own, whole = (frame[(frame["one"] == one) & (frame["other"] == other)] for frame in (votes, everyone))
     wins, losses, ties = (int((own["win"] == value).sum()) for value in (1, 0, 0.5))
@@ -103,7 +103,7 @@ def _wilson(wins: float, votes: int, confidence: float) -> list[float] | None:
 
 
 def _ratings(votes: pd.DataFrame) -> np.ndarray:
-    """[raters, pairs] in the sides as listed, which were drawn: then neither side is the more frequent answer."""
+    """Ratings [raters, pairs] by the sides as listed, which were drawn, so that neither side is more frequent."""
     return votes.pivot(index="rater", columns="pair", values="rating").to_numpy(float)
 
 
@@ -136,7 +136,7 @@ def strength_rows(votes: pd.DataFrame, key: Key, *, seed: int) -> list[dict] | N
 
 
 def score(key: Key, ballots: list[Ballot], left_out: list[str], *, seed: int = 0) -> dict:
-    """Everything that score_votes.py writes, as JSON-able values."""
+    """Everything that score_votes.py writes, as JSON values."""
     everything = vote_frame(ballots, key)
     raters = rater_rows(everything, key)
     excluded = {row["rater"] for row in raters if row["excluded"]}
@@ -167,7 +167,7 @@ def score(key: Key, ballots: list[Ballot], left_out: list[str], *, seed: int = 0
 
 
 def preference_rows(result: dict) -> list[dict]:
-    """In the form of the table human_preference; without the comparisons that nobody voted on."""
+    """Results in the form of the table human_preference, without comparisons that have no votes."""
     return [
         {
             "left": row["left"],

@@ -1,14 +1,14 @@
-"""What votes say, and how surely: intervals, tests, strengths and agreement."""
+"""Statistics of votes: intervals, tests, strengths and agreement."""
 
 import numpy as np
 import scipy.stats
 
 RESAMPLES = 10_000
-STRENGTH_RESAMPLES = 1_000  # each is a fit
+STRENGTH_RESAMPLES = 1_000  # each of them is a fit
 
 
 def wilson(wins, votes, *, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Score interval of a share of independent votes (Wilson 1927), elementwise. Half wins, of ties, are allowed."""
+    """Score interval for a share of independent votes (Wilson 1927), elementwise; ties may count as half wins."""
     z = scipy.stats.norm.ppf(0.5 + confidence / 2)
     wins, votes = np.asarray(wins, float), np.asarray(votes, float)
     share = wins / votes
@@ -18,7 +18,7 @@ def wilson(wins, votes, *, confidence: float = 0.95) -> tuple[np.ndarray, np.nda
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of the binomial test that either is as likely; 1 without any."""
+    """Two-sided p of the binomial test that wins and losses are equally likely; 1 if there are none."""
     return float(scipy.stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
@@ -26,10 +26,11 @@ def cluster_interval(
     wins: np.ndarray, votes: np.ndarray, *, generator: np.random.Generator, confidence: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:  # fmt: skip
-    """Bootstrap interval of Σ wins / Σ votes, whole prompts resampled: votes on one prompt are not independent.
+    """Bootstrap interval of Σ wins / Σ votes over whole prompts, as votes on one prompt are not independent.
 
-    wins, votes: [prompts]. Percentiles are widened as Student's t is to the normal (Hesterberg 2015, section 3.4.1): a
-    bootstrap over few prompts is too narrow. Where all prompts agree it has no width: then Wilson's, one vote a prompt.
+    wins, votes: [prompts]. Percentiles are widened as Student's t is against the normal (Hesterberg 2015, section
+    3.4.1), since a bootstrap over few prompts is too narrow. If all prompts agree it has no width, and Wilson's
+    interval with one vote per prompt is returned.
     """
     share, prompts = wins.sum() / votes.sum(), len(votes)
     if prompts < 2 or np.allclose(wins, share * votes):
@@ -48,7 +49,7 @@ def strengths(
 ) -> np.ndarray | None:
     """Bradley–Terry log-strengths [systems], mean 0, ties as half a win to both: P(a over b) = σ(a − b).
 
-    wins, votes: [comparisons], of the first of each two systems. None where there is no maximum of the likelihood: some
+    wins, votes: [comparisons], for the first of each two systems. None if the likelihood has no maximum because some
     systems never lose to the others, or are never compared with them.
     """
     import evalica
@@ -68,7 +69,7 @@ def strengths(
 
 
 def _connected(wins: np.ndarray, votes: np.ndarray, first: np.ndarray, second: np.ndarray, count: int) -> bool:
-    """Whether every system beats every other through others (Ford 1957)."""
+    """True if every system beats every other, directly or through others (Ford 1957)."""
     from scipy.sparse.csgraph import connected_components
 
     beats = np.zeros((count, count))
@@ -81,9 +82,9 @@ def strength_intervals(
     wins: np.ndarray, votes: np.ndarray, comparisons: list[tuple[str, str]], systems: list[str], *,
     generator: np.random.Generator, confidence: float = 0.95, resamples: int = STRENGTH_RESAMPLES,
 ) -> np.ndarray | None:  # fmt: skip
-    """[systems, low and high] over whole prompts resampled; wins, votes: [prompts, comparisons].
+    """Bootstrap intervals of strengths [systems, low and high] over whole prompts; wins, votes: [prompts, comparisons].
 
-    None where more resamples than an interval leaves out have no strengths: the data do not bound them.
+    None if more resamples have no strengths than an interval leaves out: the data then do not bound them.
     """
     prompts = len(votes)
     draws = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
@@ -95,8 +96,10 @@ def strength_intervals(
 
 
 def agreement(ratings: np.ndarray, *, level: str = "ordinal") -> float | None:
-    """Krippendorff's α of [raters, pairs], −1 left, 0 tie, 1 right, NaN no vote; None without two different votes on
-    pairs that two raters saw."""
+    """Krippendorff's α of ratings [raters, pairs]: −1 left, 0 tie, 1 right, NaN no vote.
+
+    None without two different votes on pairs that two raters saw.
+    """
     import krippendorff
 
     shared = ratings[:, (~np.isnan(ratings)).sum(0) >= 2]

@@ -1,6 +1,6 @@
-"""What a study asks: which two images of one caption stand side by side, on which page, in which order, on which side.
+"""The questions of a study: which two images of a caption are shown, on which page, in which order, on which side.
 
-All of it is drawn from the study's seed. A page shows a trial's pair, caption and images; what they are is in the key.
+All of it is drawn from the study's seed. A page shows a trial's images and caption; the key says what they are.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import numpy as np
 from vqdm.errors import UserError
 from vqdm.seeds import numpy_generator
 
-IDENTICAL, DESTROYED = "identical", "destroyed"  # attention checks: nothing to choose, and nothing to think about
+IDENTICAL, DESTROYED = "identical", "destroyed"  # attention checks: nothing to choose between, or an obvious choice
 QUESTION = "Which of the two images do you prefer for this caption?"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is settled before the first vote and kept in the key: when a rater is left out, how sure intervals are."""
+    """Rules settled before the first vote and kept in the key: when to leave a rater out, the intervals' confidence."""
 
     max_failed_checks: float = 0.25  # a rater who fails a larger part of the attention checks is left out
     min_median_seconds: float = 1.0  # so is one whose median time per pair is shorter
@@ -27,11 +27,11 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Trial:
-    """One pair of images, as listed; for every second rater the page swaps the sides (`mirrored`)."""
+    """One pair of images with its sides as listed; for every second rater the page swaps them (`mirrored`)."""
 
-    pair: str  # its name in the page and in ballots: numbered as drawn, so that it says nothing
-    page: int  # from 1
-    prompt: str  # id
+    pair: str  # its name in pages and ballots: numbered as drawn, so that it tells nothing
+    page: int  # counted from 1
+    prompt: str  # the prompt's id
     caption: str
     copy: int  # which of the prompt's images
     left: str  # system, or DESTROYED
@@ -47,12 +47,12 @@ class Trial:
 
 
 def mirrored(rater: str) -> bool:
-    """Whether this rater sees the pairs in reverse order and with sides swapped; page.js computes the same."""
+    """True if this rater sees the pairs in reverse order with swapped sides; page.js computes the same."""
     return sum(rater.encode("ascii")) % 2 == 1
 
 
 def comparisons_of(systems: list[str], pairs: list[str] | None) -> list[tuple[str, str]]:
-    """Every two systems, in the order given, or those that `pairs` names as ONE:OTHER; UserError for unknown names."""
+    """Pairs of systems to compare: all, in the order given, or those named ONE:OTHER; UserError for unknown names."""
     if len(set(systems)) != len(systems) or len(systems) < 2:
         raise UserError(f"a vote needs two or more different runs; given: {', '.join(systems) or 'none'}")
     if pairs is None:
@@ -75,10 +75,10 @@ def draw_trials(
     checks: int,
     original: str,
 ) -> list[Trial]:
-    """All trials in the order they are shown, page after page.
+    """Draw all trials, in the order in which they are shown, page after page.
 
-    images: (prompt id, caption, copy) of every image that is compared. Each comparison has its first system on the left
-    in half of its pairs. `checks`: attention checks of either kind on each page, of the images of `original`.
+    images: (prompt id, caption, copy) of every image to compare. Each comparison has its first system on the left in
+    half of its pairs. checks: number of attention checks of each kind per page, made from the images of `original`.
     """
     generator = numpy_generator(seed, "votes", "order")
     drawn = [trial for pair in comparisons for trial in _balanced(pair, images, generator)]
@@ -106,7 +106,7 @@ def _balanced(pair: tuple[str, str], images: list, generator: np.random.Generato
 
 
 def _checks(system: str, images: list, count: int, generator: np.random.Generator) -> list[dict]:
-    """`count` identical pairs, and as many where one image is destroyed, half of them on the left."""
+    """Draw `count` identical pairs, and as many with one image destroyed, half of them on the left."""
     chosen = [images[i] for i in generator.integers(len(images), size=2 * count)]
     identical = [_fields(image, system, system, IDENTICAL) for image in chosen[:count]]
     return identical + [

@@ -4,7 +4,7 @@ from tabulate import tabulate
 
 
 def to_markdown(result: dict) -> str:
-    """For people: a table of the comparisons, of the strengths if there are any, of the raters, and notes."""
+    """Results as text: tables of the comparisons, of the strengths if there are any, and of the raters, with notes."""
     parts = [f"# Votes of the study {result['study']}", f"“{result['question']}”", _comparisons(result)]
     if result["strengths"]:
         parts += ["## Strengths (Bradley–Terry)", _strengths(result)]
@@ -33,7 +33,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _names(result: dict) -> dict[str, str]:
-    """Of every system its method, and its run's name too where two have the same method."""
+    """Name of every system: its method, followed by its run's name where two have the same method."""
     methods = list(result["systems"].values())
     return {run: m if methods.count(m) == 1 else f"{m} ({run})" for run, m in result["systems"].items()}
 

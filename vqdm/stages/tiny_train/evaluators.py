@@ -1,7 +1,7 @@
 """Train the tiny world's two evaluators: an attribute network and an open_clip model.
 
-They see renders only: scenes of a seed of their own, unseen pairs included (an evaluator must know everything
-that could appear), never the test captions' scenes.
+They see only renders: scenes from a seed of their own, unseen pairs included (an evaluator must know everything that
+could appear), never the scenes of the test captions.
 """
 
 import json
@@ -19,7 +19,7 @@ from vqdm.tiny.data import SceneSet
 
 
 def _roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A little noise and contrast change, so that small decoder artefacts do not count as attributes."""
+    """Add a little noise and change contrast, so that small decoder artefacts do not count as attributes."""
     strength = 0.08 * torch.rand(len(images), 1, 1, 1, generator=generator)
     contrast = 1 + 0.1 * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
     return images * contrast + strength * torch.randn(images.shape, generator=generator)
@@ -53,7 +53,7 @@ def train_attribute_net(scenes: SceneSet, *, directory: Path, steps: int, batch_
 
 
 def train_clip(scenes: SceneSet, tokenizer, *, directory: Path, steps: int, batch_size: int, seed: int):
-    """An open_clip model of our own config, on captions × renders."""
+    """Train an open_clip model with our own config on captions and renders."""
     config_dir = directory / "open_clip_config"
     config_dir.mkdir(parents=True, exist_ok=True)
     (config_dir / f"{CLIP_NAME}.json").write_text(json.dumps(CLIP_CONFIG))

@@ -1,7 +1,7 @@
 """One training loop for every part of the tiny world.
 
-Fixed step counts, a generator per step, checkpoints as safetensors: a run that is killed goes on from its last
-checkpoint and ends with the same weights, bit for bit (same threads, same library).
+Step counts are fixed, every step has its generator, and checkpoints are safetensors: a killed run goes on from its
+last checkpoint and ends with the same weights, bit for bit (same threads, same library).
 """
 
 import json
@@ -55,7 +55,7 @@ def fit(
     checkpoint_every: int = 500,
     after_step: Callable[[int, dict], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Minimise `loss_of(generator of the step)`; returns the exponential moving average of the state dict.
+    """Minimise `loss_of(the step's generator)`; returns the exponential moving average of the state dict.
 
     Losses go to `<directory>/<purpose>.jsonl`, the last checkpoint to `<directory>/<purpose>.safetensors`.
     """
@@ -75,7 +75,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):  # before the weights are touched
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):  # checked before the weights are touched
             raise FloatingPointError(
                 f"{purpose}: loss is {loss.item()}, norm of the gradient {norm.item()} at step {step}; "
                 f"the last good state is {checkpoint}"

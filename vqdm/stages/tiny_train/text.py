@@ -1,7 +1,7 @@
 """The tiny world's two text encoders, trained contrastively against renders.
 
-As SDXL's: a CLIPTextModel and a CLIPTextModelWithProjection whose penultimate hidden states are joined. The
-image tower exists for this training only; no evaluator takes part.
+They are built like SDXL's: a CLIPTextModel and a CLIPTextModelWithProjection whose penultimate hidden states are
+joined. The image tower exists for this training only; no evaluator takes part.
 """
 
 import itertools
@@ -69,14 +69,14 @@ class ContrastivePair(nn.Module):
 
 
 def token_ids(tokenizer, captions: list[str]) -> torch.Tensor:
-    """int64 [n, MAX_TOKENS], padded and cut as the pipeline does it."""
+    """Token ids int64 [n, MAX_TOKENS], padded and cut as the pipeline does it."""
     return tokenizer(
         captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
 
 
 def train_text_encoders(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int):
-    """(tokenizer, text_encoder, text_encoder_2), in evaluation mode."""
+    """Train and return (tokenizer, text_encoder, text_encoder_2), in evaluation mode."""
     tokenizer = build_tokenizer()
     with seeded_initialisation(seed, "text_encoders"):
         pair = ContrastivePair(tokenizer)

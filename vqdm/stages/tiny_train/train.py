@@ -1,7 +1,7 @@
 """Train the whole tiny world: VAE, text encoders, denoiser, few-step student, evaluators, reference features.
 
-Every part is kept when it is done; a killed run goes on from its last checkpoint. The result is laid out as the
-package ships it: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
+Finished parts are kept, and a killed run goes on from its last checkpoint. The result is laid out as the package
+ships it: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
 """
 
 import functools
@@ -39,11 +39,11 @@ from vqdm.tiny.evaluator import TinyWorld
 log = logging.getLogger("vqdm")
 DDIM = SCHEDULE | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # as SDXL's
 TRAILING = SCHEDULE | {"timestep_spacing": "trailing"}  # as SDXL-Turbo's
-EVALUATOR_SEED = 1  # of the evaluators' scenes: none of them is drawn like the denoiser's
+EVALUATOR_SEED = 1  # seed of the evaluators' scenes, none of which is drawn like the denoiser's
 
 
 def _part(path: Path, train: Callable, load: Callable):
-    """Load a finished part, or train and keep it (written beside, then renamed)."""
+    """Load a finished part, or train it and keep it (written beside, then renamed)."""
     if not path.exists():
         made = train()
         partial = path.with_name(path.name + ".partial")
@@ -56,7 +56,7 @@ def _part(path: Path, train: Callable, load: Callable):
 def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     """Fill a stage directory; returns the step counts for the manifest.
 
-    With `init_from`, VAE and text encoders are that pipeline's, and its U-Net goes on from there.
+    With `init_from`, VAE and text encoders are that pipeline's, and the U-Net is trained on from there.
     """
     work = directory / "training"
     work.mkdir(parents=True, exist_ok=True)
@@ -99,13 +99,13 @@ TEXT_PARTS = {
 
 
 def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> tuple:
-    """(tokenizer, text_encoder, text_encoder_2)."""
+    """Make (tokenizer, text_encoder, text_encoder_2), trained or taken from `start`."""
 
     @functools.cache
     def made() -> dict:
         if start is not None:
             loaded = {name: kind.from_pretrained(start / name) for name, kind in TEXT_PARTS.items()}
-            # transformers keeps the 16 bit of the files
+            # transformers would keep the files' 16 bit
             return {name: part if name == "tokenizer" else part.float() for name, part in loaded.items()}
         parts = train_text_encoders(
             _scenes(config, config.text_scenes),
@@ -122,7 +122,7 @@ def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> t
 
 
 def _denoisers(work: Path, config: TinyTrainConfig, start: Path | None, *, shared: dict) -> tuple:
-    """(unet, turbo)."""
+    """Train and return (unet, turbo)."""
     settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
 
     @functools.cache
@@ -146,7 +146,7 @@ def _denoisers(work: Path, config: TinyTrainConfig, start: Path | None, *, share
 
 
 def evaluator_scenes(count: int) -> SceneSet:
-    """Scenes of the evaluators' own seed, a fifth of them with the pairs that the denoiser never sees."""
+    """Scenes from the evaluators' own seed, a fifth of them with pairs that the denoiser never sees."""
     seen = SceneSet(seed=EVALUATOR_SEED, split="train", n=count)
     unseen = SceneSet(seed=EVALUATOR_SEED, split="unseen_pairs", n=max(1, count // 4))
     seen.scenes += unseen.scenes
@@ -172,7 +172,7 @@ def _half(module: torch.nn.Module) -> bytes:
 
 @torch.no_grad()
 def save_evaluators(folder: Path, net: AttributeNet, clip, tokenizer, *, reference_scenes: int) -> None:
-    """fp16 weights, and what they see of real renders: what FID, KID and CMMD compare with."""
+    """Save fp16 weights, and their features of real renders, the reference of FID, KID and CMMD."""
     (folder / "open_clip").mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "open_clip" / f"{CLIP_NAME}.json", CLIP_CONFIG)
@@ -182,7 +182,7 @@ def save_evaluators(folder: Path, net: AttributeNet, clip, tokenizer, *, referen
 
 
 def write_reference(folder: Path, *, scenes: int) -> None:
-    """`reference.safetensors`, from the evaluators as they lie in the folder: features and CLIP vectors in fp16."""
+    """Write `reference.safetensors` with the folder's evaluators: features and CLIP vectors in fp16."""
     world, renders = TinyWorld(folder), SceneSet(seed=0, split="reference", n=scenes).pixels
     parts = [world.columns(list(renders[start : start + 256])) for start in range(0, scenes, 256)]
     seen = {name: torch.cat([part[name] for part in parts]).half() for name in ("features", "image")}
@@ -193,7 +193,7 @@ def write_reference(folder: Path, *, scenes: int) -> None:
 
 
 def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_encoder, text_encoder_2) -> None:
-    """A StableDiffusionXLPipeline in fp16 safetensors."""
+    """Save a StableDiffusionXLPipeline in fp16 safetensors."""
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -210,7 +210,7 @@ def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_enco
         torch.nn.Module.to(part, torch.float16)
     shutil.rmtree(directory, ignore_errors=True)
     pipeline.save_pretrained(directory)
-    for path in directory.glob("*/config.json"):  # diffusers notes where a part was loaded from: a path of this machine
+    for path in directory.glob("*/config.json"):  # diffusers notes where a part came from: a local path
         write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
     for part in parts:
         torch.nn.Module.to(part, torch.float32)

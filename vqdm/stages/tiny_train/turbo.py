@@ -19,7 +19,7 @@ GRID = 20  # teacher steps from pure noise to a clean latent
 
 
 def _levels() -> tuple[torch.Tensor, torch.Tensor]:
-    """Trailing timesteps [GRID] from 999 down, and cumulative alphas at each and after the last (1.0)."""
+    """Trailing timesteps [GRID] from 999 down, and cumulative alphas at each of them and after the last (1.0)."""
     timesteps = torch.arange(1000, 0, -1000 / GRID).round().long() - 1
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod[timesteps]
     return timesteps, torch.cat([alphas, torch.ones(1)])
@@ -42,7 +42,7 @@ def distil_turbo(
 
     @torch.no_grad()
     def teacher_step(noisy, index, text, pooled):
-        """Guided DDIM from grid point `index` to the next."""
+        """Take a guided DDIM step from grid point `index` to the next."""
         both = conditions(torch.cat([pooled, torch.zeros_like(pooled)]))
         double = torch.cat([text, torch.zeros_like(text)])
         time = timesteps[index].repeat(2)
@@ -53,7 +53,7 @@ def distil_turbo(
 
     @torch.no_grad()
     def estimate_further_down(noisy, index, text, pooled):
-        """The student's own clean estimate, no gradient; at the end of the grid the latent is clean already."""
+        """The student's own clean estimate, without gradient; at the end of the grid the latent is already clean."""
         last = (index == GRID).view(-1, 1, 1, 1)
         inside = index.clamp(max=GRID - 1)
         noise = student(noisy, timesteps[inside], text, added_cond_kwargs=conditions(pooled)).sample.float()
@@ -63,16 +63,18 @@ def distil_turbo(
         clean, text, pooled = latents.batch(batch_size, generator)
         index = torch.randint(GRID, (batch_size,), generator=generator)
         coarse = torch.rand(batch_size, generator=generator) < 0.5
-        index = torch.where(coarse, index // 5 * 5, index)  # half of the draws on the 4-step grid
+        index = torch.where(coarse, index // 5 * 5, index)  # half of the draws lie on the 4-step grid
         noise = torch.randn(clean.shape, generator=generator)
         noisy = level_at(index).sqrt() * clean + (1 - level_at(index)).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
             further = teacher_step(noisy, index, text, pooled)
             aim = estimate_further_down(further, index + 1, text, pooled)
-        with torch.autocast("cpu", torch.bfloat16):  # anew: weights cast under no_grad stay cached without gradient
+        with torch.autocast(
+            "cpu", torch.bfloat16
+        ):  # entered anew: weights cast under no_grad stay cached without gradient
             predicted = student(noisy, timesteps[index], text, added_cond_kwargs=conditions(pooled)).sample
         error = _clean(noisy, predicted.float(), level_at(index)) - aim
-        return ((error.square() + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber, as the method's paper
+        return ((error.square() + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber loss, as in the method's paper
 
     average = fit(
         student,

@@ -1,4 +1,4 @@
-"""The tiny world's denoiser: SDXL's U-Net, made small, trained to predict noise on VAE latents."""
+"""The tiny world's denoiser: a small version of SDXL's U-Net, trained to predict noise on VAE latents."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 
 
 def build_unet(*, block_out_channels: tuple[int, ...] = (32, 64, 112)) -> UNet2DConditionModel:
-    """SDXL's block types, `text_time` conditioning and linear projections; 3.59 M parameters by default."""
+    """Build a U-Net with SDXL's block types, `text_time` conditioning and linear projections; 3.59 M parameters."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -41,10 +41,10 @@ def build_unet(*, block_out_channels: tuple[int, ...] = (32, 64, 112)) -> UNet2D
 
 @torch.no_grad()
 def gaussian_initialisation(model: nn.Module, *, seed: int) -> None:
-    """Normal instead of torch's default uniform weights, same variance.
+    """Draw weights from a normal distribution instead of torch's uniform one, with the same variance.
 
-    A uniform distribution is what round-to-nearest likes best, and much of the initialisation survives a short
-    training; large trained models have bell-shaped weights.
+    Uniform weights suit round-to-nearest best, and much of the initialisation survives a short training; large trained
+    models have bell-shaped weights.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -55,7 +55,7 @@ def gaussian_initialisation(model: nn.Module, *, seed: int) -> None:
 
 @torch.no_grad()
 def encode_text(text_encoder, text_encoder_2, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([n, tokens, 64 + 128], [n, 128]): penultimate states of both encoders, pooled text of the second."""
+    """Penultimate states of both encoders [n, tokens, 64 + 128], and pooled text of the second [n, 128]."""
     first = text_encoder(ids, output_hidden_states=True).hidden_states[-2]
     second = text_encoder_2(ids, output_hidden_states=True)
     return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
@@ -103,7 +103,7 @@ def train_unet(
     latents: LatentSet, *, directory: Path, steps: int, batch_size: int, seed: int, init_from: Path | None = None,
     learning_rate: float = 8e-4, after_step=None,
 ) -> UNet2DConditionModel:  # fmt: skip
-    """Noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 9) and 10 % empty (zero) conditions."""
+    """Train noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 9) and 10 % empty (zero) conditions."""
     with seeded_initialisation(seed, "unet"):
         unet = build_unet()
     gaussian_initialisation(unet, seed=seed)

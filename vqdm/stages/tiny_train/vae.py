@@ -28,7 +28,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def train_vae(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int, kl_weight: float = 1e-5):
-    """Mean absolute plus squared error on pixels and on their gradients, and a light KL term."""
+    """Train a VAE on mean absolute plus squared error of pixels and of their gradients, and a light KL term."""
     with seeded_initialisation(seed, "vae"):
         vae = build_vae()
 
@@ -64,7 +64,7 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(256)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)
-    quant, post = vae.quant_conv, vae.post_quant_conv  # both 1×1
+    quant, post = vae.quant_conv, vae.post_quant_conv  # both are 1×1
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight *= std[None, :, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
@@ -74,7 +74,7 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """dB, mean over images in [-1, 1] (peak 2)."""
+    """PSNR of reconstructions in dB, mean over images in [-1, 1] (peak 2)."""
     decoded = torch.cat([vae.decode(vae.encode(c).latent_dist.mean).sample for c in images.split(256)])
     error = F.mse_loss(decoded.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))
     return float((10 * torch.log10(4 / error)).mean())
