@@ -58,6 +58,18 @@ def test_a_model_with_one_nan_is_not_loaded(part, file, name, tmp_path):
     assert str(model) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_weight_beyond_half_precision_names_the_dtype(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(builtin_directory("tiny"), model)
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    config = ModelConfig(path=str(model), dtype="float16")
+    with pytest.raises(UserError, match=r"conv_in\.bias of the unet .* beyond 65504; give model\.dtype=bfloat16"):
+        load_pipeline(config, device="cpu")
+
+
 def test_a_rescaling_that_overflows_the_dtype_is_said():
     config = ModelConfig(builtin="tiny", dtype="float16", rescale=RescaleConfig(sigma=5))
     with pytest.raises(UserError, match=r"model\.rescale\.sigma=5 in float16: the weight .* of the unet has infinite"):

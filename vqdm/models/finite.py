@@ -32,10 +32,10 @@ def check_finite(pipeline, place: Path | str) -> None:
     for part, module in pipeline.components.items():
         for name, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
             if (fault := fault_of(tensor)) is not None:
-                raise UserError(
-                    f"{place}: the weight {name} of the {part} has {fault} numbers: the file is damaged or was saved "
-                    "from a training that diverged; get it again"
-                )
+                why = "the file is damaged or was saved from a training that diverged; get it again"
+                if fault == "infinite" and tensor.dtype == torch.float16:
+                    why = f"in float16, which holds none beyond {LARGEST_STORED:.0f}; give model.dtype=bfloat16"
+                raise UserError(f"{place}: the weight {name} of the {part} has {fault} numbers: {why}")
 
 
 def check_storable(denoiser: nn.Module, specs: list[LayerSpec]) -> None:
