@@ -26,7 +26,7 @@ def needs_hessians(config: QuantizeConfig) -> bool:
 
 
 def trains_blocks(config: QuantizeConfig) -> bool:
-    """Whether a codec learns the layers of a block together, in place of encoding each by itself."""
+    """True if a codec learns the layers of a block together instead of encoding each by itself."""
     return CODECS[config.kind].by_blocks is not None
 
 
