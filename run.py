@@ -34,7 +34,9 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
 from vqdm.config.compose import NamedSweep, one_line, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
+from vqdm.runs.threads import bound_spinning
 
+bound_spinning()  # nothing has imported torch so far
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
 register_schemas()
 CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # USR2 is submitit's before a job's time is up

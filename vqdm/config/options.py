@@ -227,7 +227,7 @@ class Config:
     plan: bool = False  # True: only say what is done and what would run
     plan_for: str | None = None  # plan=true: for a GPU that need not be here: PLAN_CARDS; None = this machine
     device: str = "auto"  # auto | cpu | cuda
-    threads: int | None = number(None, least=1, most=1024)  # torch's threads on the CPU; None = all cores
+    threads: int | None = number(None, least=1, most=1024)  # torch's threads on the CPU; None = the free cores
     results_dir: str = "results"
     show_layers: bool = False  # True: print a line for every layer quantized
     output: str | None = None  # for task=compress, the directory to write; None = below results_dir

@@ -23,9 +23,9 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
     import torch
 
     from vqdm.runs import processes
+    from vqdm.runs.threads import set_threads
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise UserError(

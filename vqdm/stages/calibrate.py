@@ -15,6 +15,7 @@ from vqdm.config.options import CalibrationConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList, one_line, token_report
 from vqdm.runs.store import atomic_write, read_item, write_item
+from vqdm.runs.threads import threads_that_are_free
 
 log = logging.getLogger("vqdm")
 
@@ -26,10 +27,12 @@ def calibrate(
     atomic_write(directory / "prompts.jsonl", prompts.to_jsonl())
     tokens = token_report(prompts, pipeline.tokenizer, token_limit(pipeline))
     log.info("calibration: %s; %s", prompts.origin, one_line(tokens))
-    for name, batch, run in tqdm(
-        sample_batches(pipeline, prompts, config=config, sampler=sampler), desc="calibrate", unit="batch"
-    ):
-        if read_item(directory, name) is None:
+    batches = sample_batches(pipeline, prompts, config=config, sampler=sampler)
+    with threads_that_are_free() as adjust_threads:
+        for name, batch, run in tqdm(batches, desc="calibrate", unit="batch"):
+            if read_item(directory, name) is not None:
+                continue
+            adjust_threads()
             with Recorder(denoiser_of(pipeline), steps=recorded_positions(config, sampler.steps, name)) as recorder:
                 run()
             files = {f"calls/{name}-{i:02d}.safetensors": to_bytes(call) for i, call in enumerate(recorder.calls)}

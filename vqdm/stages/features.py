@@ -14,6 +14,7 @@ from tqdm import tqdm
 from vqdm.runs import processes
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import read_item, write_item
+from vqdm.runs.threads import threads_that_are_free
 from vqdm.stages.generate import load_images
 from vqdm.stages.layout import captions_in, image_path
 
@@ -38,14 +39,16 @@ def extract(
     from safetensors.torch import save as to_bytes
 
     extractor = make_extractor()
-    for name, rows, identity in tqdm(pending, desc=f"features {directory.name}", unit="batch"):
-        own = load_images(images, rows)
-        if originals is None:
-            columns = extractor.columns(own, captions_in(images, name)[: len(rows)])
-        else:
-            columns = extractor.columns(np.stack(own), np.stack(load_images(originals, rows)))
-        files = {_file(name): to_bytes({key: column.contiguous() for key, column in columns.items()})}
-        write_item(directory, name, files, {"images": identity, "rows": len(rows), "environment": environment})
+    with threads_that_are_free() as adjust_threads:
+        for name, rows, identity in tqdm(pending, desc=f"features {directory.name}", unit="batch"):
+            adjust_threads()
+            own = load_images(images, rows)
+            if originals is None:
+                columns = extractor.columns(own, captions_in(images, name)[: len(rows)])
+            else:
+                columns = extractor.columns(np.stack(own), np.stack(load_images(originals, rows)))
+            files = {_file(name): to_bytes({key: column.contiguous() for key, column in columns.items()})}
+            write_item(directory, name, files, {"images": identity, "rows": len(rows), "environment": environment})
 
 
 def load_columns(directory: Path, count: int, batch_size: int) -> dict:

@@ -11,6 +11,7 @@ from vqdm.prompts import ImageList, Prompt
 from vqdm.runs import processes
 from vqdm.runs.items import batches
 from vqdm.runs.store import read_item, write_item
+from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.layout import image_path, png_bytes, readable
 
@@ -42,14 +43,16 @@ def generate(
     from vqdm.models.loader import sample
 
     pipeline = make_pipeline()
-    for name, batch, rows in tqdm(pending, desc=f"generate {directory.name}", unit="batch"):
-        filled = batch + batch[-1:] * (batch_size - len(batch))
-        generators = [torch_generator(seed, "image", noise_of(*image)) for image in filled]
-        made = sample(pipeline, [p.text for p, _ in filled], sampler=sampler, generators=generators)[: len(batch)]
-        paths = (image_path(Path(), index).as_posix() for index in rows)
-        files = {path: png_bytes(image) for path, image in zip(paths, made, strict=True)}
-        record = {"prompts": _texts(batch), "seed": seed, "environment": environment}
-        write_item(directory, name, files, record)
+    with threads_that_are_free() as adjust_threads:
+        for name, batch, rows in tqdm(pending, desc=f"generate {directory.name}", unit="batch"):
+            adjust_threads()
+            filled = batch + batch[-1:] * (batch_size - len(batch))
+            generators = [torch_generator(seed, "image", noise_of(*image)) for image in filled]
+            made = sample(pipeline, [p.text for p, _ in filled], sampler=sampler, generators=generators)[: len(batch)]
+            paths = (image_path(Path(), index).as_posix() for index in rows)
+            files = {path: png_bytes(image) for path, image in zip(paths, made, strict=True)}
+            record = {"prompts": _texts(batch), "seed": seed, "environment": environment}
+            write_item(directory, name, files, record)
 
 
 def _texts(batch: list[tuple[Prompt, int]]) -> list[list[str]]:

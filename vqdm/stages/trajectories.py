@@ -21,6 +21,7 @@ from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import Prompt, PromptList
 from vqdm.runs.store import read_item, write_item
+from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.caption_images import caption_image
 
@@ -55,15 +56,17 @@ def trajectories_in(directory: Path, part: str) -> Trajectories:
 
 def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config, sampler, noised=False) -> None:
     batches = list(recorded_batches(pipeline, prompts, config=config, sampler=sampler))
-    for name, captions, sampled in tqdm(batches, desc=f"trajectories, {part}", unit="batch"):
-        item = f"{part}-{name}"
-        if read_item(directory, item) is not None:
-            continue
-        calls = sampled()
-        if noised:
-            calls = noised_calls(pipeline, calls, captions, config=config)
-        record = {"prompts": [p.id for p in captions], "calls": len(calls)}
-        write_item(directory, item, {f"{part}/{name}.safetensors": pack(calls, captions=len(captions))}, record)
+    with threads_that_are_free() as adjust_threads:
+        for name, captions, sampled in tqdm(batches, desc=f"trajectories, {part}", unit="batch"):
+            item = f"{part}-{name}"
+            if read_item(directory, item) is not None:
+                continue
+            adjust_threads()
+            calls = sampled()
+            if noised:
+                calls = noised_calls(pipeline, calls, captions, config=config)
+            record = {"prompts": [p.id for p in captions], "calls": len(calls)}
+            write_item(directory, item, {f"{part}/{name}.safetensors": pack(calls, captions=len(captions))}, record)
 
 
 def recorded_batches(

@@ -1,0 +1,125 @@
+"""CPU threads for a machine that others use too: how long idle ones spin, and how many are worth having now.
+
+torch's OpenMP threads wait for each other by spinning. Where another process holds the core that is waited for, that
+burns whole time slices: with libgomp's 300,000 rounds a small model takes 10 to 20 times the CPU time. A bound on the
+rounds keeps the worst case at 4 times and costs a quiet machine nothing; so few that it would cost a busy one nothing
+make a quiet one slower by a quarter. Hence both: this bound, and no more threads than there are free cores.
+
+Imports no torch: the bound must be in the environment before OpenMP is loaded.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+SPIN_ROUNDS = "10000"  # measured, see docs/lab-notes.md; about half a millisecond
+SHORTEST = 0.3  # seconds between two looks: the kernel counts in hundredths
+WORTH_A_THREAD = 0.6  # of a core that is free; a little work of others shall not take the thread away
+
+
+def bound_spinning() -> None:
+    """Before torch is imported, unless the user has said how OpenMP's threads wait."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity, or its container's share of time where that is less."""
+    allowed = len(_affinity()) or os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, _quota())))
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def _quota() -> float:
+    """Cores' worth of time that a control group grants; infinite without a limit."""
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = (root / "cpu.max").read_text().split()
+        return float(limit) / float(period)
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = (float((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return limit / period if limit > 0 else math.inf
+    return math.inf
+
+
+class FreeCores:
+    """How many cores this process has or could have: those that it uses and those that idle, since the last look."""
+
+    def __init__(self):
+        self._last, self._found = self._look(), None
+
+    def count(self) -> float | None:
+        """The mean since the last look; that of the last one if it is not long ago. None: the system does not say."""
+        now = self._look()
+        seconds = now[0] - self._last[0]
+        if seconds >= SHORTEST:
+            known = None not in (now[1], self._last[1])
+            self._found = sum(new - old for new, old in zip(now[1:], self._last[1:], strict=True)) if known else None
+            self._found = self._found / seconds if known else None
+            self._last = now
+        return self._found
+
+    @staticmethod
+    def _look() -> tuple[float, float | None, float]:
+        """(clock, seconds that our cores have idled, seconds of CPU that this process has used)"""
+        spent = os.times()
+        return time.monotonic(), _idle_seconds(), spent.user + spent.system
+
+
+def _idle_seconds() -> float | None:
+    """Summed over the cores that this process may run on; None where the kernel does not tell (not Linux)."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        cores = {f"cpu{number}" for number in _affinity()}
+        ticks = sum(
+            sum(map(int, line.split()[4:6])) for line in lines if line.split(" ", 1)[0] in cores
+        )  # idle, iowait
+        return ticks / os.sysconf("SC_CLK_TCK") if cores else None
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+_since_start, _chosen = FreeCores(), False  # of this process, as torch's own number of threads is
+
+
+def set_threads(wanted: int | None) -> int:
+    """Set torch's CPU threads for this process and return them: `wanted`, or at most the cores that it may use."""
+    global _chosen
+    import torch
+
+    _chosen = wanted is not None or "OMP_NUM_THREADS" in os.environ
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    elif not _chosen and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
+    return torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def threads_that_are_free() -> Iterator[Callable[[], None]]:
+    """Each call of what it yields sets torch's CPU threads to the cores that are free now; afterwards as before.
+
+    For inference only: its results are the same, bit for bit, from any number of threads; gradients are not. Threads
+    that the user has chosen stay.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+
+    def adjust() -> None:
+        free = None if _chosen or before == 1 else _since_start.count()
+        threads = before if free is None else max(1, min(before, math.floor(free + 1 - WORTH_A_THREAD)))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+    try:
+        yield adjust
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
