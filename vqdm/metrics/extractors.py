@@ -15,7 +15,7 @@ def make_extractor(family: str, weights: list[Path], *, device: str):
     if family in ("paired", "lpips"):
         from vqdm.metrics.paired import Lpips, Pairs
 
-        return Lpips(*weights, device=device) if family == "lpips" else Pairs()
+        return Lpips(*weights, device=device) if family == "lpips" else Pairs(device=device)
     if family in ("fid_paper", "fid_standard"):
         from vqdm.metrics.inception import Inception
 

@@ -91,8 +91,8 @@ FAMILIES = {
         against_originals=_TINY_TO_FP,
     ),
     "paired": Family(
-        1, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},
-        library="torchmetrics", computed_in="float64", pairs=True, against_originals=("psnr_to_fp", "ssim_to_fp"),
+        2, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},
+        pairs=True, against_originals=("psnr_to_fp", "ssim_to_fp"),
     ),
     "lpips": Family(
         1, ("lpips_to_fp",), {"network": "LPIPS 0.1, AlexNet, images in [-1, 1] at their own size"},

@@ -18,7 +18,7 @@ from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
 log = logging.getLogger("vqdm")
-ON_CPU = ("tiny", "paired")  # families that always run on the CPU
+ON_CPU = ("tiny",)  # families that always run on the CPU
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
