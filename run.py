@@ -34,9 +34,9 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
 from vqdm.config.compose import NamedSweep, one_line, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
-from vqdm.runs.threads import bound_spinning
+from vqdm.runs.entry import STOPPED, leave_at_once, prepare
 
-bound_spinning()  # nothing has imported torch so far
+prepare()  # nothing has imported torch so far
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
 register_schemas()
 CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # USR2 is submitit's before a job's time is up
@@ -82,12 +82,16 @@ def main(composed: DictConfig) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stop(*_) -> None:
-    """The tracker finishes; only a second Ctrl-C can keep it from that."""
+class Stopped(KeyboardInterrupt):
+    """A signal came; its number is the argument."""
+
+
+def _stop(number: int, _) -> None:
+    """Let the tracker finish; only a second Ctrl-C can keep it from that."""
     for number in CLUSTER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    raise KeyboardInterrupt
+    raise Stopped(number)
 
 
 def _say_launcher_failed(error: Exception) -> None:
@@ -104,8 +108,9 @@ if __name__ == "__main__":
         processes.leave()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    except KeyboardInterrupt as stopped:
+        print(STOPPED, file=sys.stderr)
+        leave_at_once(stopped.args[0] if stopped.args else signal.SIGINT)
     except Exception as error:
         if NamedSweep.directory is None or processes.launched():
             raise

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from vqdm.runs.command_line import run_script
+
 MOST_CPU, MOST_WALL = 1.5, 1.05
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,4 +71,4 @@ def _run(images: int, *, busy: int, plain: bool, cores: int) -> tuple[float, flo
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

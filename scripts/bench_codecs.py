@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import codec_layers
 import pandas as pd
 import torch
@@ -399,4 +401,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,4 +52,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from vqdm.runs.command_line import run_script
+
 import pandas as pd
 import torch
 from torch import Generator, Tensor, nn
@@ -155,4 +157,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
@@ -64,4 +66,4 @@ def _write(count: int, size: int, *folders: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

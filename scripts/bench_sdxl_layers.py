@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import pandas as pd
 import torch
 from bench_codecs import Settings, encode, warm_trellis
@@ -153,4 +155,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 import pandas as pd
 
@@ -215,4 +217,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from vqdm.runs.command_line import run_script
+
 from downloads import RemoteFile, check_room, fetch, part_of, size_of
 from tqdm import tqdm
 
@@ -209,4 +211,4 @@ def main(arguments: list[str] | None = None, *, say: Callable[[str], None] = pri
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -7,6 +7,8 @@ import argparse
 import textwrap
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 from PIL import Image, ImageDraw, ImageFont
 
 from vqdm.stages.layout import captions_of, image_path
@@ -34,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

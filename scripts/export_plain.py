@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import torch
 
 from vqdm.errors import UserError
@@ -50,4 +52,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

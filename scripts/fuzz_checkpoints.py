@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -174,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import torch
 from torch import Tensor, nn
 
@@ -126,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

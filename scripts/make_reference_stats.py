@@ -14,6 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
@@ -187,4 +189,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 from vqdm.errors import UserError
 from vqdm.report.experiments import read_table
 from vqdm.report.formats import table_content, write_table
@@ -47,4 +49,4 @@ def _make(table, options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

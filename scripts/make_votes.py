@@ -7,15 +7,17 @@ Writes results/votes/<study>/votes-<id>.html for raters and key.json, which they
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
+
+from vqdm.runs.command_line import run_script
 
 from vqdm.errors import UserError
 from vqdm.report.votes.images import chosen_images, image_set
 from vqdm.report.votes.page import KEY, write_study
 from vqdm.report.votes.study import Protocol, comparisons_of, draw_trials
 from vqdm.runs.provenance import git_state
+from vqdm.runs.texts import check_file_name, file_name_of
 
 
 def parse() -> argparse.Namespace:
@@ -47,8 +49,8 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     if options.quality is not None and options.quality > 100:
         raise UserError(f"--quality {options.quality} must be 1 to 100")
-    if options.study is not None and not re.fullmatch(r"\w[\w.+=,-]*", options.study):
-        raise UserError(f"--study {options.study!r} cannot be a folder's name; give letters, digits and . + = , -")
+    if options.study is not None:
+        check_file_name("--study", options.study)
 
 
 def make(options: argparse.Namespace) -> list[Path]:
@@ -59,7 +61,7 @@ def make(options: argparse.Namespace) -> list[Path]:
     trials = draw_trials(
         comparisons, images, seed=options.seed, pages=options.pages, checks=options.checks, original=options.runs[0]
     )
-    directory = options.results / "votes" / (options.study or "-".join([*options.runs, options.model]))
+    directory = options.results / "votes" / (options.study or file_name_of("-".join([*options.runs, options.model])))
     return write_study(
         directory,
         trials,
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

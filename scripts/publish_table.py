@@ -10,9 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 from vqdm.errors import UserError
 from vqdm.runs.provenance import git_state, versions
 from vqdm.runs.store import write_json
+from vqdm.runs.texts import check_file_name
 
 TABLE, FIGURES = (".md", ".tex", ".csv"), (".svg", ".png")
 
@@ -38,6 +41,7 @@ def publish(name: str, results: Path, *, command: str, figures: str = "*") -> Pa
 
     figures: a pattern of the names of figures' files to keep; "" for none.
     """
+    check_file_name("name", name)
     published = results / "published"
     about = {"command": command, **git_state(), "versions": versions(), "machine": platform.machine()}
     files = [f for f in files_of(name, results) if f.suffix in TABLE or fnmatch.fnmatch(f.name, figures)]
@@ -63,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 PACKAGE = Path(__file__).resolve().parent.parent / "vqdm" / "models"
 FOLDERS = ("tiny", "tiny_turbo", "tiny_evaluators")
 LIMIT = 25 * 2**20  # bytes of everything shipped
@@ -33,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

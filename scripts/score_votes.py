@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import pandas as pd
 
 from vqdm.errors import UserError
@@ -48,4 +50,4 @@ def write(folder: Path, result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 from vqdm.errors import UserError
 from vqdm.runs.store import StageEntry, Store
 
@@ -82,4 +84,4 @@ def in_time(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

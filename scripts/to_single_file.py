@@ -11,6 +11,8 @@ import secrets
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import torch
 from safetensors.torch import save_file
 
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

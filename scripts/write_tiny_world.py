@@ -6,6 +6,8 @@ python scripts/write_tiny_world.py DIRECTORY [--split test] [--n 2000] [--seed 0
 import argparse
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 from vqdm.tiny.data import write_coco
 from vqdm.tiny.scenes import SPLITS
 
@@ -21,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,7 @@ from vqdm.config.options import Config
 from vqdm.errors import UserError
 from vqdm.report.experiments import Table
 from vqdm.runs import processes
+from vqdm.runs.files import canonical_json, is_writable
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Graph, Quantization, build_stages, samplers, tiny_train_stage
 from vqdm.stages.plan.command import print_plan, say_before_work
@@ -35,7 +36,7 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     row: name of the one row to run; the other rows are shown if the same configurations were run before, so that each
     row can be a job of its own. mixed: runs of different protocols may share a column.
     """
-    from vqdm.report.formats import table_content, write_table
+    from vqdm.report.formats import markdown_of, table_content, write_table
     from vqdm.report.report import write_report
 
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
@@ -53,22 +54,26 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
             made[i].append(_run(config, store, graphs[i, config.name]))
         content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
+        if not is_writable(store.root):
+            print(markdown_of(content), f"{store.root} cannot be written, so the table is only shown", sep="\n")
+            return
         text, files = write_table(content, made, results=store.root)
+    print(text)  # before what only decorates it
     if processes.is_main():
         files += write_report(content, made, commands=[table.command(config.model.name)], results=store.root)
-        _track_table(content.name, config, files, store)
-    print(text)
+        _track_table(content.name, config, files, store, made)
     print("wrote " + ", ".join(str(file) for file in files))
 
 
-def _track_table(name: str, config: Config, files: list[Path], store: Store) -> None:
-    """Track the table as a run of its own beside its rows', with its figures."""
+def _track_table(name: str, config: Config, files: list[Path], store: Store, made: list[list[dict]]) -> None:
+    """Track the table as a run of its own beside its rows', with its figures; the same one for the same runs."""
     from vqdm.runs.tracker import start_tracker
 
+    found = [record["fingerprint"] for records in made for record in records]
     tracker = start_tracker(
         **asdict(config.tracker),
         name=name,
-        run_id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        run_id=hashlib.sha256(canonical_json([name, found])).hexdigest()[:16],
         settings={"table": name, "model": config.model.name},
         directory=store.root / "tracker",
     )
@@ -176,6 +181,8 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     log.info("%s", device)
     record, last = _record(config, store, stages), stages.stages()[-1]
     processes.check_agreement(last.fingerprint)
+    if not is_writable(store.root):
+        return _shown(config, store, last)
     store.record_run(config.name, record)  # before any work: a concurrent prune spares what a run refers to
     tracker = start_tracker(
         **asdict(config.tracker),
@@ -195,6 +202,17 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
         finally:
             tracker.finish(failed=failed)
     log.info("%s: finished in %.1f s", config.name, time.monotonic() - began)
+    return record
+
+
+def _shown(config: Config, store: Store, last) -> dict:
+    """The record of a finished run whose place is read-only now; UserError if there is anything to do."""
+    from vqdm.report.records import is_finished, read_record
+
+    record = read_record(store, config.name, last)
+    if record is None or not is_finished(record, store.root):
+        raise UserError(f"cannot write in {store.root}, and {config.name} is not finished there; give results_dir=…")
+    log.info("%s: finished before; %s cannot be written, so nothing is", config.name, store.root)
     return record
 
 

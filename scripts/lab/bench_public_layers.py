@@ -31,6 +31,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -314,4 +316,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

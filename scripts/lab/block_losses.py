@@ -11,6 +11,8 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
@@ -101,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 import pandas as pd
 import torch
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

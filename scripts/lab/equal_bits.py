@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 import pandas as pd
 
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 import pandas as pd
 import scipy.stats
@@ -132,4 +134,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,6 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 import torch
 
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

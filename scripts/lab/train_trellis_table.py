@@ -6,6 +6,8 @@ python scripts/lab/train_trellis_table.py [--output vqdm/weights/trellis_table.s
 import argparse
 from pathlib import Path
 
+from vqdm.runs.command_line import run_script
+
 import numpy as np
 from safetensors.torch import save
 from tqdm import tqdm
@@ -51,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -196,12 +196,60 @@ def test_no_tracker_takes_everything_and_writes_nothing(tmp_path):
     ],
 )
 def test_key_decides_mode_unless_told(wanted, key, variable, mode, monkeypatch):
+    monkeypatch.setenv("NETRC", os.devnull)
     for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", variable)):
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
     assert _mode(wanted) == mode
+
+
+@pytest.mark.parametrize(("machine", "mode"), [("api.wandb.ai", "online"), ("elsewhere.example", "offline")])
+def test_wandb_login_is_a_key_too(machine, mode, monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert _mode("auto") == "offline"
+    (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password 0123456789abcdef\n")
+    assert _mode("auto") == mode
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://elsewhere.example\n")
+    assert _mode("auto") == ("online" if mode == "offline" else "offline")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert _mode("auto") == "offline"
+
+
+def test_the_same_run_again_logs_nothing_twice(no_network, tmp_path):
+    """A second offline run of one id would take the place of the first, and of its curve, when both are uploaded."""
+    tracker = start(tmp_path)
+    tracker.log({"finetune/loss": 1.0})
+    tracker.finish(failed=False)
+    again = start(tmp_path)
+    again.log({"metrics/fid": 1.0})
+    again.finish(failed=False)
+    assert again.id == tracker.id
+    _, rows, _ = read_run(tmp_path)  # which is the only one
+    assert [row["finetune/loss"] for row in rows if "finetune/loss" in row] == [1.0]
+    assert not any("metrics/fid" in row for row in rows)
+
+
+def test_a_run_that_failed_goes_on_in_a_second_part(no_network, tmp_path):
+    start(tmp_path).finish(failed=True)
+    time.sleep(1.1)  # parts are named by the second
+    start(tmp_path).finish(failed=False)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*-0123abcd"))) == 2
+
+
+def test_extras_that_fail_cost_a_line(no_network, tmp_path, caplog):
+    tracker = start(tmp_path)
+    (tmp_path / "no picture.png").write_bytes(b"no picture")
+    tracker.figures([tmp_path / "no picture.png"])
+    tracker.images("samples", [tmp_path / "missing.png"], ["caption"])
+    tracker.finish(failed=False)
+    assert "images left out" in caplog.text
 
 
 def _config(results):
@@ -270,7 +318,7 @@ def test_an_experiment_that_is_interrupted_finishes_its_run(stop, no_network, tm
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said = process.communicate(timeout=600)[1]
-    assert process.returncode == 1
+    assert process.returncode == (143 if stop == "SIGTERM" else 130)
     assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
     _, rows, codes = read_run(tmp_path / "tracker")
     assert codes == [1]

@@ -13,6 +13,7 @@ from vqdm.config.options import (
 )
 from vqdm.config.ranges import check_fields
 from vqdm.errors import UserError
+from vqdm.runs.texts import check_file_name
 
 CHOICES = {
     "task": ("experiment", "compress", "tiny_train"),
@@ -43,9 +44,19 @@ def _value(config: Config, key: str):
     return value
 
 
+def _check_names(config: Config) -> None:
+    """What names files below the results may not lead out of them."""
+    check_file_name("name", config.name, folders=True)
+    check_file_name("model.name", config.model.name)
+    for key in ("table", "row"):
+        if getattr(config, key) is not None:
+            check_file_name(key, getattr(config, key))
+
+
 def check(config: Config) -> None:
     """Refuse values that make no sense, before any work; one line that names the key."""
     config.quantize.check()
+    _check_names(config)
     check_fields(config, "")
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:

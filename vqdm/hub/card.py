@@ -1,5 +1,6 @@
 """The model card beside every saved denoiser: what it is, how many bits it takes, how to load it."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from torch import nn
 
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.location import DENOISERS
+from vqdm.runs.texts import in_markdown, in_one_line
 from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import quantized_layers
 
 CARD_FILE = "README.md"
+log = logging.getLogger("vqdm")
 LICENCES = {  # licences of models whose own card is rarely beside their weights
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sdxl-turbo": "sai-nc-community",
@@ -54,7 +57,8 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
     if base is not None and Path(base).exists():  # a path on this machine is nobody's business
         folder = Path(base).parent if Path(base).name in DENOISERS else Path(base)
         card = card_data(base)
-        base = card.get("base_model") if "vqdm" in (card.get("tags") or []) else None
+        known = card.get("base_model") if "vqdm" in (card.get("tags") or []) else None
+        base = known if isinstance(known, str) else None
         name = base or folder.name
     small = denoiser.dtype in (torch.float16, torch.bfloat16)  # the text encoders are too, and diffusers has to know
     counts, layers = count_bits(denoiser), quantized_layers(denoiser)
@@ -70,13 +74,13 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
     )
     return _TEXT.format(
         front=front.to_yaml().strip(),
-        title=f"{base or type(denoiser).__name__}, {', '.join(schemes)}",
+        title=in_markdown(f"{base or type(denoiser).__name__}, {', '.join(schemes)}"),
         denoiser=type(denoiser).__name__,
-        base=name,
+        base=in_markdown(name),
         imports="import torch\nimport vqdm" if small else "import vqdm",
         dtype=f", dtype={denoiser.dtype}" if small else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        licence=f"that of the base model, {licence}."
+        licence=f"that of the base model, {in_markdown(licence)}."
         if licence
         else "that of the base model, which is not known here.",
     )
@@ -89,10 +93,20 @@ def _family(scheme) -> str:
 
 def licence_of(base: str | None) -> str | None:
     """The licence of a base model: from its own card if it is a directory, else from `LICENCES`."""
-    return card_data(base).get("license") or LICENCES.get(base or "")
+    licence = card_data(base).get("license")
+    return licence if licence and isinstance(licence, str) else LICENCES.get(base or "")
 
 
 def card_data(base: str | None) -> dict:
-    """The front matter of a directory's card; empty without one."""
+    """The front matter of the card in a directory; empty without one, or, said in a line, with a damaged one.
+
+    It only decorates: what took hours to compress is saved without it too.
+    """
     card = Path(base or "") / CARD_FILE
-    return ModelCard.load(card).data.to_dict() if base and card.is_file() else {}
+    if not base or not card.is_file():
+        return {}
+    try:
+        return ModelCard.load(card).data.to_dict()
+    except Exception as error:  # of YAML, of text in another encoding, of what the hub's package makes of its values
+        log.warning("%s cannot be read (%s); the new card goes without it", card, in_one_line(str(error))[:200])
+        return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from vqdm.errors import UserError
 
+LOOK = 2**20  # bytes, before the rest is read
 MAX_FILE_BYTES = 512 * 2**20  # five times the captions of COCO train
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates that UTF-8 cannot hold
 
@@ -51,9 +52,20 @@ def read_bytes(path: Path) -> bytes:
             raise fault(path, "is no ordinary file", "give a file of prompts")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise fault(path, f"is larger than {MAX_FILE_BYTES // 2**20} MiB", "keep the rows that are needed")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(LOOK)
+            if b"\0" not in data:
+                data += file.read()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a ~name that is no user
         raise fault(path, f"cannot be read ({error})", "correct the path or its permissions") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise fault(f"{path.name} line 1", "is not UTF-8 but UTF-16", "save the file as UTF-8 text")
+    if (place := data.find(b"\0")) >= 0:  # before it is made text, which takes four times as much memory
+        line = data.count(b"\n", 0, place) + 1
+        raise fault(
+            f"{path.name} line {line}", "a character that is no text (NUL)", "take it out, or give another file"
+        )
+    return data
 
 
 def decode(data: bytes, name: str) -> str:

@@ -9,6 +9,7 @@ from vqdm.report.numbers import DELTA, PUBLISHED, REPRODUCED, frame
 from vqdm.report.preference import preference_cells, preference_frame, preference_sentences
 from vqdm.report.records import check_protocols
 from vqdm.runs.files import atomic_write
+from vqdm.runs.texts import in_csv, in_markdown, in_one_line
 
 SIZE_COLUMNS = ("bits_per_weight", "bits_quantized", "bits_as_in_paper", "bits_published", "mib")
 DIGITS = {
@@ -59,17 +60,20 @@ def table_content(
 
 def write_table(content: TableContent, rows: list[list[dict]], *, results: Path) -> tuple[str, list[Path]]:
     """Write tables/<name>.md, .tex and .csv, and figures/<name>.png; returns the Markdown and the files."""
-    parts = (content.title, content.cells, content.below, content.notes)
-    markdown = to_markdown(*parts)
+    markdown = markdown_of(content)
     texts = {
         "md": markdown,
-        "tex": to_latex(*parts, label=content.name),
-        "csv": content.data.to_csv(index=False, float_format="%.6g"),
+        "tex": to_latex(content.title, content.cells, content.below, content.notes, label=content.name),
+        "csv": content.data.map(in_csv).to_csv(index=False, float_format="%.6g"),
     }
     files = [results / "tables" / f"{content.name}.{end}" for end in texts]
     for file, text in zip(files, texts.values(), strict=True):
         atomic_write(file, text.encode())
     return markdown, files + _picture(results / "figures" / f"{content.name}.png", rows, results)
+
+
+def markdown_of(content: TableContent) -> str:
+    return to_markdown(content.title, content.cells, content.below, content.notes)
 
 
 def _unpublished(table: Table) -> Table:
@@ -150,24 +154,26 @@ def to_markdown(title: str, cells, below: list[str], lines: list[str]) -> str:
     """The table as Markdown. below: sentences about it; lines: the protocol, one bullet each."""
     from tabulate import tabulate
 
-    body = tabulate(cells.values.tolist(), headers=list(cells.columns), tablefmt="github", disable_numparse=True)
-    bullets = "\n".join(f"- {line}" for line in lines)
-    return f"# {title}\n\n{body}\n\n" + "\n".join(below) + f"\n\n{bullets}\n"
+    rows = [[in_markdown(cell, cell=True) for cell in row] for row in cells.values.tolist()]
+    body = tabulate(rows, headers=list(cells.columns), tablefmt="github", disable_numparse=True)
+    bullets = "\n".join(f"- {in_markdown(line)}" for line in lines)
+    return f"# {in_markdown(title)}\n\n{body}\n\n" + "\n".join(map(in_markdown, below)) + f"\n\n{bullets}\n"
 
 
 def to_latex(title: str, cells, below: list[str], lines: list[str], *, label: str) -> str:
     r"""A table environment for \usepackage{booktabs,amssymb}; notes become comments, as papers have their own words."""
-    escaped = cells.map(escape_latex).rename(columns=escape_latex)
+    escaped = cells.map(in_one_line).map(escape_latex).rename(columns=escape_latex)
     columns = "".join("l" if name in TEXT_COLUMNS else "r" for name in cells.columns)
+    caption = escape_latex(in_one_line(title))
     table = escaped.style.hide(axis="index").to_latex(
         hrules=True,
         column_format=columns,
-        caption=escape_latex(title),
+        caption=caption,
         label=f"tab:{label}",
         position="tb",
         position_float="centering",
     )
-    comments = "".join(f"% {line}\n" for line in [*below, *lines])
+    comments = "".join(f"% {in_one_line(line)}\n" for line in [*below, *lines])
     return f"% needs \\usepackage{{booktabs,amssymb}}\n{table}{comments}"
 
 

@@ -5,14 +5,32 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vqdm.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_NO_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+@contextmanager
+def unwritable_is_mendable(path: Path) -> Iterator[None]:
+    """`full_disk_is_mendable`, and a UserError too where nothing can be written there at all. Only around writing."""
+    try:
+        with full_disk_is_mendable(path):
+            yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        reason = os.strerror(error.errno)
+        raise UserError(f"cannot write in {path} ({reason}); mend that, or set results_dir=…") from error
 
 
 @contextmanager
@@ -40,13 +58,24 @@ def atomic_write(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with full_disk_is_mendable(path):
+        with unwritable_is_mendable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
             temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in a directory, or in the nearest that there is above it; finds out by making one."""
+    there = next(place for place in (directory, *directory.absolute().parents) if os.path.lexists(place))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        return error.errno in _NO_SPACE  # which is said where it matters
+    return True
 
 
 def write_json(path: Path, obj) -> None:

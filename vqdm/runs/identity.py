@@ -1,5 +1,6 @@
 """The identity of a model without a hub revision: the hash of its files."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -21,7 +22,7 @@ def files_identity(directory_or_file: Path, cache: Path) -> str:
     known = _read_cache(cache)
     fresh = {str(path.resolve()): _hashed(path, known) for path in files.values()}
     if any(known.get(key) != value for key, value in fresh.items()):
-        write_json(cache, _read_cache(cache) | fresh)  # read again: another process may have added its own
+        _keep(cache, _read_cache(cache) | fresh)  # read again: another process may have added its own
     pairs = [[relative, fresh[str(path.resolve())]["sha256"]] for relative, path in sorted(files.items())]
     return hashlib.sha256(canonical_json(pairs)).hexdigest()
 
@@ -31,7 +32,7 @@ def file_identity(path: Path, cache: Path) -> str:
     known, key = _read_cache(cache), str(path.resolve())
     fresh = _hashed(path, known)
     if known.get(key) != fresh:
-        write_json(cache, _read_cache(cache) | {key: fresh})
+        _keep(cache, _read_cache(cache) | {key: fresh})
     return fresh["sha256"]
 
 
@@ -60,10 +61,16 @@ def _hashed(path: Path, known: dict) -> dict:
     return now | {"sha256": sha256_file(path)}
 
 
+def _keep(cache: Path, content: dict) -> None:
+    """Where it cannot be written, hashes are taken again: finished results on a read-only disk can still be shown."""
+    with contextlib.suppress(UserError):
+        write_json(cache, content)
+
+
 def _read_cache(cache: Path) -> dict[str, dict]:
     """Empty when missing or damaged: a cache can be made again."""
     try:
         content = json.loads(cache.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vqdm.errors import UserError
-from vqdm.runs.files import full_disk_is_mendable
+from vqdm.runs.files import unwritable_is_mendable
 
 LOCK = ".lock"
 PRUNED_AT_MOST = 100  # times in a row that a directory may go between its making and its lock
@@ -50,9 +50,7 @@ def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
     """
     for _ in range(PRUNED_AT_MOST):
         try:
-            with _unwritable_is_mendable(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=timeout, poll_interval=0.2)
+            _make_and_acquire(lock, directory, timeout=timeout)
         except Timeout:
             return False
         except FileNotFoundError:
@@ -63,10 +61,13 @@ def _acquire(lock: FileLock, directory: Path, *, timeout: float) -> bool:
     raise UserError(f"cannot make {directory}: no such place; give another one (results_dir=…)")
 
 
-@contextmanager
-def _unwritable_is_mendable(directory: Path) -> Iterator[None]:
+def _make_and_acquire(lock: FileLock, directory: Path, *, timeout: float) -> None:
+    """FileNotFoundError where the directory went meanwhile, or where none can ever be (/proc, a dead link)."""
     try:
-        with full_disk_is_mendable(directory):
-            yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"cannot write in {directory} ({error.strerror}); mend that, or set results_dir=…") from error
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=timeout, poll_interval=0.2)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with unwritable_is_mendable(directory):
+            raise

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from vqdm.runs.files import (
 from vqdm.runs.items import read_item, write_item
 from vqdm.runs.locks import LOCK, lock_if_free, locked
 from vqdm.runs.provenance import git_state, versions
+from vqdm.runs.texts import check_file_name, is_file_name
 
 __all__ = ["Stage", "StageEntry", "Store", "atomic_write", "read_item", "sha256_file", "write_item", "write_json"]
 
@@ -62,7 +62,7 @@ class Stage:
 
     def __post_init__(self):
         for part in (self.name, self.label):
-            if not re.fullmatch(r"\w[\w.+=,-]*", part):
+            if not is_file_name(part):
                 raise ValueError(f"stage {self.name!r}, label {self.label!r}: {part!r} cannot be a directory's name")
 
     @cached_property
@@ -188,6 +188,7 @@ class Store:
 
         payload["stages"] names *all* stage directories of the run, upstream ones included: `prune` keeps nothing else.
         """
+        check_file_name("name", experiment, folders=True)
         stages = [self._relative(directory) for directory in payload["stages"]]
         path = self.root / "runs" / experiment / f"{payload['fingerprint'][:8]}.json"
         write_json(path, payload | {"experiment": experiment, "stages": stages})
@@ -393,6 +394,5 @@ def _state(directory: Path) -> Literal["done", "partial", "open"]:
     "open" is a stage of `Store.open`, which is never done.
     """
     config = _stored_config(directory) or {}
-    if config.get("extendable"):
-        return "open"
-    return "partial" if _faults(directory, config.get("fingerprint", ""), hashed=False) else "done"
+    done = not _faults(directory, config.get("fingerprint", ""), hashed=False)
+    return "open" if config.get("extendable") else "done" if done else "partial"

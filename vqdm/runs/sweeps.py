@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from vqdm.runs.files import canonical_json, write_json
+from vqdm.runs.texts import file_name_of
 
 SWEEP, JOB, LOG = "sweep.json", "job.json", "log.txt"
 RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: the file in which the job names its own run record
@@ -38,7 +39,7 @@ def sweep_name(overrides: list[str], swept: list[str]) -> str:
     values = {_key(o): o.partition("=")[2] for o in overrides}
     first = values.get("name") or values.get("experiment") or values.get("table") or "sweep"
     varying = [o.lstrip("+") for o in counting if _key(o) in swept and values[_key(o)] != first]
-    label = re.sub(r"[^\w.+=,-]+", "-", "_".join([first, *varying]))[:90].strip("-.")
+    label = file_name_of("_".join([first, *varying]), longest=90)
     return f"{label}-{hashlib.sha256(canonical_json(counting)).hexdigest()[:8]}"
 
 

@@ -1,13 +1,20 @@
 """Experiment tracking. The only file that imports wandb; with tracking off, a tracker that does nothing."""
 
+import configparser
+import contextlib
+import functools
 import json
 import logging
+import netrc
 import os
-import re
+import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 from vqdm.errors import UserError
 from vqdm.runs import processes
+from vqdm.runs.files import unwritable_is_mendable, write_json
+from vqdm.runs.texts import file_name_of, in_one_line
 
 log = logging.getLogger("vqdm")
 MAX_IMAGES = 32
@@ -36,13 +43,36 @@ class NullTracker:
         """End the run; always called, also when it fails."""
 
 
+class FinishedTracker(NullTracker):
+    """Takes everything and logs nothing: of a run that was logged whole before, whose id it has."""
+
+    def __init__(self, run_id: str):
+        self.id = run_id
+
+
+def _softly(method: Callable) -> Callable:
+    """An extra that only decorates: where it fails, a line says so, and hours of work go on."""
+
+    @functools.wraps(method)
+    def called(self, *arguments) -> None:
+        try:
+            method(self, *arguments)
+        except Exception as error:
+            log.warning("tracker: %s left out (%s)", method.__name__, in_one_line(f"{type(error).__name__}: {error}"))
+
+    return called
+
+
 class WandbTracker(NullTracker):
-    def __init__(self, run):
-        self.run, self.id = run, run.id
+    """A W&B run. logged: the file that says it was finished, so that a repeat logs nothing twice."""
+
+    def __init__(self, run, *, logged: Path):
+        self.run, self.id, self.logged = run, run.id, logged
 
     def log(self, values: dict) -> None:
         self.run.log(values)
 
+    @_softly
     def table(self, name: str, rows: list[dict]) -> None:
         import wandb
 
@@ -51,12 +81,14 @@ class WandbTracker(NullTracker):
             cells = [[_cell(row.get(column)) for column in columns] for row in rows]
             self.run.log({name: wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
 
+    @_softly
     def images(self, name: str, paths: list[Path], captions: list[str]) -> None:
         import wandb
 
         shown = zip(paths[:MAX_IMAGES], captions, strict=False)
         self.run.log({name: [wandb.Image(str(path), caption=caption) for path, caption in shown]})
 
+    @_softly
     def figures(self, paths: list[Path]) -> None:
         import wandb
 
@@ -64,6 +96,7 @@ class WandbTracker(NullTracker):
         if there:
             self.run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in there})
 
+    @_softly
     def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
         """Log the reference by path, without hashing bytes: the path names what went into it.
 
@@ -71,13 +104,20 @@ class WandbTracker(NullTracker):
         """
         import wandb
 
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", name)[-MAX_NAME:], type="denoiser", metadata=metadata)
+        artifact = wandb.Artifact(
+            "".join(c if c.isalnum() or c in "_.-" else "_" for c in name)[-MAX_NAME:],
+            type="denoiser",
+            metadata=metadata,
+        )
         artifact.add_reference((directory / "denoiser").resolve().as_uri(), name="denoiser", checksum=False)
         artifact.add_reference((directory / "manifest.json").resolve().as_uri(), checksum=False)
         self.run.log_artifact(artifact)
 
     def finish(self, *, failed: bool) -> None:
+        place = str(Path(self.run.dir).parent)
         self.run.finish(exit_code=1 if failed else 0)
+        if not failed:
+            write_json(self.logged, {"run": place})
 
 
 def _cell(value):
@@ -92,7 +132,32 @@ def _mode(mode: str) -> str:
     asked = os.environ.get("WANDB_MODE")
     if asked in ("offline", "disabled"):
         return asked
-    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if asked != "online" and _setting("mode") in ("offline", "disabled"):  # `wandb offline` in this folder
+        return "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _logged_in() else "offline"
+
+
+def _setting(name: str) -> str | None:
+    """A value of W&B's own settings files: this folder's, or the user's."""
+    home = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    files = (home / "settings", Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings")
+    found = configparser.ConfigParser(interpolation=None, default_section="default")
+    with contextlib.suppress(configparser.Error, OSError, UnicodeError):
+        found.read(files, encoding="utf-8")
+    return found.defaults().get(name)
+
+
+def _logged_in() -> bool:
+    """Whether `wandb login` has left a key for the server: in the user's netrc, as wandb itself looks there."""
+    server = os.environ.get("WANDB_BASE_URL") or _setting("base_url") or "https://api.wandb.ai"
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    host = urllib.parse.urlsplit(server).hostname or ""
+    for file in files:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeError):
+            if (known := netrc.netrc(file).hosts.get(host)) and known[2]:
+                return True
+    return False
 
 
 def start_tracker(
@@ -107,7 +172,13 @@ def start_tracker(
     import wandb
 
     mode = _mode(mode)
-    directory.mkdir(parents=True, exist_ok=True)
+    logged = directory / "logged" / f"{file_name_of(f'{project}-{run_id}')}-{mode}.json"
+    if _is_logged(logged, mode):
+        log.info("tracker: this run was logged before; remove %s to log it again", logged)
+        return FinishedTracker(run_id)
+    with unwritable_is_mendable(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    earlier = sorted((directory / "wandb").glob(f"offline-run-*-{run_id}")) if mode == "offline" else []
     try:
         run = wandb.init(
             project=project,
@@ -125,5 +196,15 @@ def start_tracker(
             f"Weights & Biases does not start ({error}); use tracker.mode=offline or tracker=none"
         ) from error
     if mode == "offline":
-        log.info("tracker: offline; upload with `wandb sync %s`", Path(run.dir).parent)
-    return WandbTracker(run)
+        parts = [*earlier, Path(run.dir).parent]  # of a run that was stopped, each with its own part of the curves
+        log.info("tracker: offline; upload with `wandb sync %s`", " ".join(map(str, parts)))
+    return WandbTracker(run, logged=logged)
+
+
+def _is_logged(logged: Path, mode: str) -> bool:
+    """Whether a run was logged to its end in this mode, and, offline, is still there to upload."""
+    try:
+        place = json.loads(logged.read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return mode != "offline" or Path(place).is_dir()

@@ -15,6 +15,7 @@ from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
 from vqdm.prompts import ImageList, PromptList
 from vqdm.runs.store import atomic_write, write_json
+from vqdm.runs.texts import in_csv
 from vqdm.stages.features import environments, load_columns
 from vqdm.stages.layout import IMAGES_FILE, MADE_BY, SCORES_FILE
 
@@ -88,7 +89,7 @@ def _csv(scores: dict[str, np.ndarray], listed: ImageList) -> bytes:
 
     places = {"prompt": [prompt.id for prompt, _ in listed], "copy": [copy for _, copy in listed]}
     frame = pd.DataFrame(places | scores)
-    return frame.to_csv(index=False, float_format="%.7g").encode()
+    return frame.map(in_csv).to_csv(index=False, float_format="%.7g").encode()
 
 
 def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: SamplerConfig, images: list[dict]) -> dict:

@@ -106,15 +106,19 @@ class Encoder:
             with gate.holding(self.codec.encoder_bytes(problem[0].shape, self.config)):
                 return self.encode(problem, hessians.get(problem[0].name))
 
-        with one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with one_thread_each():
+            pool = concurrent.futures.ThreadPoolExecutor(workers)
             largest_first = sorted(problems, key=lambda problem: -problem[0].size)
             futures = [pool.submit(encode, problem) for problem in largest_first]
+            stopped = False
             try:
                 for future in concurrent.futures.as_completed(futures):
                     progress.show(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:  # the layers at work, a minute each, go down with the process
+                stopped = True
                 raise
+            finally:
+                pool.shutdown(wait=not stopped, cancel_futures=True)
 
 
 class LayerProgress(tqdm):

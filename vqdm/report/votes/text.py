@@ -2,19 +2,24 @@
 
 from tabulate import tabulate
 
+from vqdm.runs.texts import in_markdown, in_one_line
+
 
 def to_markdown(result: dict) -> str:
     """Results as text: tables of the comparisons, of the strengths if there are any, and of the raters, with notes."""
-    parts = [f"# Votes of the study {result['study']}", f"“{result['question']}”", _comparisons(result)]
+    study, question = (in_markdown(result[key]) for key in ("study", "question"))
+    parts = [f"# Votes of the study {study}", f"“{question}”", _comparisons(result)]
     if result["strengths"]:
         parts += ["## Strengths (Bradley–Terry)", _strengths(result)]
     parts += ["## Raters", _raters(result), _agreement(result)]
     if result["left_out"]:
-        parts += ["## Files left out", "\n".join(f"- `{line.replace('`', '')}`" for line in result["left_out"])]
+        lines = (in_one_line(line).replace("`", "") for line in result["left_out"])
+        parts += ["## Files left out", "\n".join(f"- `{line}`" for line in lines)]
     return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: list[list], headers: list[str]) -> str:
+    rows = [[in_markdown(cell, cell=True) for cell in row] for row in rows]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 

@@ -1,0 +1,50 @@
+"""What every command begins and ends with: text for any terminal, one line for what the user can mend, exit codes."""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from vqdm.errors import UserError
+from vqdm.runs.threads import bound_spinning
+
+STOPPED = "stopped; the same command goes on from here"
+
+
+def prepare() -> None:
+    """Before torch is imported: output that any encoding takes (×, —, ± may be escaped), and how idle threads wait."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # of a stream that is not a file's
+            stream.reconfigure(errors="backslashreplace")
+    bound_spinning()
+
+
+def leave_at_once(number: int) -> None:
+    """End the process that a signal has stopped, with the shell's exit code for it: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Threads at work are not waited for: a layer takes a minute, and what it would have written is whole or absent. What
+    libraries do at the end is done: W&B's own process would stay.
+    """
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(128 + number)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """`main` to its end; UserError and OSError end in one line, Ctrl-C in exit code 130."""
+    try:
+        code = main()
+    except BrokenPipeError:  # of `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(code)

@@ -1,0 +1,50 @@
+"""Texts from outside (options, captions, models' names) as names of files, in CSV and in Markdown.
+
+A leaf: the standard library only.
+"""
+
+import re
+
+from vqdm.errors import UserError
+
+LONGEST_NAME = 120  # bytes; file systems take 255, and suffixes are added
+_NAME = re.compile(r"\w[\w .+=,@()-]*")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text can name one file or folder as it is, anywhere: no separators, no dots in front, not too long."""
+    return bool(_NAME.fullmatch(text)) and text == text.strip() and len(text.encode()) <= LONGEST_NAME
+
+
+def check_file_name(option: str, text: str, *, folders: bool = False) -> None:
+    """UserError unless `text` can be a file's name. folders: slashes may make folders of it."""
+    if not all(map(is_file_name, text.split("/") if folders else [text])):
+        slash = ", folders between slashes" if folders else ""
+        raise UserError(
+            f"{option}={text[:100]!r} cannot be a file's name: give letters, digits, blanks, . + = , @ ( ) -{slash}, "
+            f"beginning with a letter or digit, at most {LONGEST_NAME} bytes"
+        )
+
+
+def file_name_of(text: str, *, longest: int = LONGEST_NAME) -> str:
+    """A file's name that is like the text; other texts may have the same."""
+    plain = re.sub(r"[^\w.+=,-]+", "-", text).encode()[:longest].decode(errors="ignore").strip("-.")
+    return plain or "unnamed"
+
+
+def in_one_line(text: str) -> str:
+    """The text with every line break, and all white space, made one blank: it cannot end a comment."""
+    return " ".join(str(text).split())
+
+
+def in_csv(value):
+    """A cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe. Numbers stay."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def in_markdown(text: str, *, cell: bool = False) -> str:
+    """The text in one line that opens no HTML tag. cell: of a table, which it does not break."""
+    line = _TAG.sub("&lt;", in_one_line(text))
+    return line.replace("|", r"\|") if cell else line
