@@ -14,7 +14,7 @@ AT_ONCE = 2**21  # pixels that are looked at together: 600 MB at their worst mom
 
 
 def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """PSNR of each image in dB, uint8 [n, 3, h, w] against the same, peak 1: float64 [n] of exact sums, at most 58.9."""
+    """PSNR of each image in dB, uint8 [n, 3, h, w] against the same, peak 1: float64 [n], at most 58.9."""
     difference = images.int() - originals.int()
     squares = difference.square_().sum((1, 2, 3)).cpu().double() / (difference[0].numel() * 255**2)
     return -10 * squares.clamp_(min=SMALLEST_ERROR).log10()
