@@ -2,6 +2,7 @@
 
 import copyreg
 import functools
+import inspect
 import sys
 from pathlib import Path
 
@@ -40,20 +41,8 @@ class _SameKind(type):
 copyreg.pickle(_SameKind, lambda kind: (_quantized_class, (kind.__mro__[1],)))
 
 
-@functools.cache
-def _quantized_class(kind: type) -> type:
-    """A subclass of a diffusers model class, with its name, that also saves a card and refuses what codes cannot bear.
-
-    Attributes of the instance would tie it into a reference cycle that holds its memory until the next collection.
-    """
-
-    @functools.wraps(kind.save_pretrained)
-    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        kind.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            metrics = self.hf_quantizer.quantization_config.metrics
-            base = self.config.get("_name_or_path") or None
-            atomic_write(Path(save_directory) / CARD_FILE, model_card(self, metrics=metrics, base=base).encode())
+def _lora_methods(kind: type) -> list:
+    """The methods by which adapters come and go: a LoRA beside the codes is welcome, what changes weights is not."""
 
     def fuse_lora(self, *args, **kwargs):
         """Raise UserError before anything is fused or scaled; a LoRA on other layers only can be fused."""
@@ -76,20 +65,11 @@ def _quantized_class(kind: type) -> type:
                 raise UserError(NO_DORA) from error
             raise
 
-    def enable_layerwise_casting(self, *args, **kwargs):
-        """Raise UserError: codes cannot be cast, and scales in 8 bits would change."""
-        raise UserError(NOT_CAST)
+    return [fuse_lora, add_adapter, load_lora_adapter]
 
-    def to(self, *args, **kwargs):
-        """Move the model.
 
-        Takes a dtype too, which diffusers refuses for quantized models but `from_pipe` always gives.
-        """
-        dtype = next((value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)), None)
-        if dtype is not None and dtype.itemsize < 2:
-            raise UserError(NOT_CAST)
-        cast = "dtype" in kwargs or dtype is not None
-        return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
+def _watched_members(kind: type) -> dict:
+    """Members by which a mistake shows early: `config`, and `forward` of U-Nets (transformers cast what they get)."""
 
     @functools.wraps(kind.forward)
     def forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs):
@@ -113,8 +93,40 @@ def _quantized_class(kind: type) -> type:
             )
         return self._internal_dict
 
-    methods = (save_pretrained, fuse_lora, add_adapter, load_lora_adapter, enable_layerwise_casting, to)
-    own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)} | {"config": config}
-    if "UNet" in kind.__name__:  # transformers cast what they are given
-        own["forward"] = forward
+    reads_captions = "encoder_hidden_states" in inspect.signature(kind.forward).parameters
+    return {"config": config} | ({"forward": forward} if "UNet" in kind.__name__ and reads_captions else {})
+
+
+@functools.cache
+def _quantized_class(kind: type) -> type:
+    """A subclass of a diffusers model class, with its name, that also saves a card and refuses what codes cannot bear.
+
+    Attributes of the instance would tie it into a reference cycle that holds its memory until the next collection.
+    """
+
+    @functools.wraps(kind.save_pretrained)
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        kind.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            metrics = self.hf_quantizer.quantization_config.metrics
+            base = self.config.get("_name_or_path") or None
+            atomic_write(Path(save_directory) / CARD_FILE, model_card(self, metrics=metrics, base=base).encode())
+
+    def enable_layerwise_casting(self, *args, **kwargs):
+        """Raise UserError: codes cannot be cast, and scales in 8 bits would change."""
+        raise UserError(NOT_CAST)
+
+    def to(self, *args, **kwargs):
+        """Move the model.
+
+        Takes a dtype too, which diffusers refuses for quantized models but `from_pipe` always gives.
+        """
+        dtype = next((value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)), None)
+        if dtype is not None and dtype.itemsize < 2:
+            raise UserError(NOT_CAST)
+        cast = "dtype" in kwargs or dtype is not None
+        return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
+
+    methods = (save_pretrained, enable_layerwise_casting, to, *_lora_methods(kind))
+    own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)} | _watched_members(kind)
     return _SameKind(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__} | own)
