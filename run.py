@@ -88,8 +88,8 @@ class Stopped(KeyboardInterrupt):
 
 def _stop(number: int, _) -> None:
     """Let the tracker finish; only a second Ctrl-C can keep it from that."""
-    for number in CLUSTER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for other in CLUSTER_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     raise Stopped(number)
 
