@@ -189,7 +189,7 @@ def test_the_scripts_from_runs_to_the_tables_rows(runs, monkeypatch, capsys):
         (["fp", "gone"], "no finished run gone"),
         (["fp", "vq3", "--n", "0"], "--n 0 must be at least 1"),
         (["fp", "vq3", "--quality", "101"], "must be 1 to 100"),
-        (["fp", "vq3", "--study", "../x"], "cannot be a folder's name"),
+        (["fp", "vq3", "--study", "../x"], "cannot be a file's name"),
         (["fp", "vq3", "--pages", "99"], "cannot be split into 99 pages"),
     ],
 )

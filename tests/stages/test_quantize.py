@@ -1,6 +1,8 @@
 """The quantize and sensitivity stages on a few layers of the shipped tiny model."""
 
 import json
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.prompts import load_prompts
 from vqdm.stages.calibrate import calibrate
 from vqdm.stages.finished import output_error
-from vqdm.stages.quantize import quantize
+from vqdm.stages.quantize import Encoder, quantize
 from vqdm.stages.sensitivity import sensitivity
 
 # one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution
@@ -194,3 +196,28 @@ def test_normal_timesteps_are_those_of_ptq4dm():
     several = CalibrationConfig(timesteps="normal", recorded_steps=4)
     assert len(recorded_positions(several, 20, "x")) == 4
     assert recorded_positions(several, 3, "x") == {0, 1, 2}
+
+
+def test_a_stop_does_not_wait_for_the_layers_at_work(tmp_path):
+    """Each takes up to a minute; what is at work then goes down with the process."""
+    started, release = threading.Event(), threading.Event()
+
+    class Slow(Encoder):
+        def __init__(self):
+            self.config, self.codec = None, SimpleNamespace(encoder_bytes=lambda shape, config: 1)
+
+        def encode(self, problem, hessian):
+            started.set()
+            release.wait(60)
+            return {}
+
+    def stop(*_, **__):
+        assert started.wait(20)
+        raise KeyboardInterrupt
+
+    problems = [(SimpleNamespace(name=str(i), shape=(1, 1), size=1), None) for i in range(3)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("vqdm.stages.quantize.concurrent.futures.as_completed", stop)
+        Slow().encode_all(problems, {}, workers=1, progress=None)
+    assert not release.is_set(), "it came back while a layer was at work"
+    release.set()
