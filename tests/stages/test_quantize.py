@@ -203,8 +203,10 @@ def test_a_stop_does_not_wait_for_the_layers_at_work(tmp_path):
     started, release = threading.Event(), threading.Event()
 
     class Slow(Encoder):
+        config, codec = None, SimpleNamespace(encoder_bytes=lambda shape, config: 1)
+
         def __init__(self):
-            self.config, self.codec = None, SimpleNamespace(encoder_bytes=lambda shape, config: 1)
+            """Nothing to encode with."""
 
         def encode(self, problem, hessian):
             started.set()
