@@ -6,7 +6,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("vqdm", "torch", "diffusers", "transformers", "numpy")
 
 
@@ -26,7 +26,7 @@ def _git(*arguments: str) -> str | None:
     """A git command's output, or None where git is absent, slow or has nothing to say (no commit yet)."""
     command = ["git", "-C", str(CHECKOUT), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
