@@ -19,7 +19,6 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -300,35 +299,6 @@ def parse_bits(given: list[str], codecs: list[str], settings: Settings) -> list[
     return bits
 
 
-def find_layers(options: argparse.Namespace) -> tuple[int, Iterator[Layer]]:
-    """How many layers are asked for, and the layers, each made when its turn comes. UserError for unknown names."""
-    names = words(options.layers)
-    if options.layers_from is not None:
-        make = codec_layers.make_layer_of(options.layers_from, names)
-        return len(names), (codec_layers.from_dict(name, make(name, options.seed)) for name in names)
-    config = None
-    if options.model is not None:
-        config = codec_layers.MODELS.get(options.model)
-        if config is None:
-            raise UserError(f"--model {options.model}: it is one of {', '.join(codec_layers.MODELS)}")
-    specs = [] if config is None else codec_layers.model_specs(config, all_layers=options.all or bool(names))
-    known = [*codec_layers.SYNTHETIC, *(spec.name for spec in specs)]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        shown = ", ".join(codec_layers.SYNTHETIC) + (", or a layer of the model" if specs else "")
-        raise UserError(f"--layers: there is no {unknown[0]!r}; there are {shown}")
-    synthetic = [name for name in codec_layers.SYNTHETIC if name in (names or known)]
-    specs = [spec for spec in specs if spec.name in (names or known)]
-
-    def layers() -> Iterator[Layer]:
-        for name in synthetic:
-            yield codec_layers.synthetic(name, options.seed)
-        if specs:
-            yield from codec_layers.model_layers(config, specs)
-
-    return len(synthetic) + len(specs), layers()
-
-
 def run(options: argparse.Namespace, command: str) -> None:
     codecs = words(options.codec) or list(DEFAULT_CODECS)
     unknown = [codec for codec in codecs if codec not in CODECS]
@@ -336,7 +306,9 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise UserError(f"--codec: there is no {unknown[0]!r}; there are {', '.join(CODECS)}")
     settings = Settings(options.beam, options.damping, options.code_bits, options.seed)
     bits = parse_bits(words(options.bits), codecs, settings)
-    count, layers = find_layers(options)
+    count, layers = codec_layers.find_layers(
+        words(options.layers), file=options.layers_from, model=options.model, all_layers=options.all, seed=options.seed
+    )
     reference = None
     if options.reference is not None:
         reference = Reference.read(options.reference, options.reference_method, options.reference_gflops)

@@ -258,3 +258,34 @@ def recorded_hessians(pipeline, specs: list[LayerSpec], config: ModelConfig, *, 
                 play_back(denoiser, call, device="cpu")
             hessians.enabled = False
     return hessians.hessians()
+
+
+def find_layers(
+    names: list[str], *, file: Path | None, model: str | None, all_layers: bool, seed: int
+) -> tuple[int, Iterator[Layer]]:
+    """How many layers are asked for, and the layers, each made when its turn comes. UserError for unknown names.
+
+    names: none for all. file: a Python file that makes them. model: one of MODELS, whose layers come after the
+    synthetic ones.
+    """
+    if file is not None:
+        make = make_layer_of(file, names)
+        return len(names), (from_dict(name, make(name, seed)) for name in names)
+    if model is not None and model not in MODELS:
+        raise UserError(f"--model {model}: it is one of {', '.join(MODELS)}")
+    specs = [] if model is None else model_specs(MODELS[model], all_layers=all_layers or bool(names))
+    known = [*SYNTHETIC, *(spec.name for spec in specs)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        shown = ", ".join(SYNTHETIC) + (", or a layer of the model" if specs else "")
+        raise UserError(f"--layers: there is no {unknown[0]!r}; there are {shown}")
+    drawn = [name for name in SYNTHETIC if name in (names or known)]
+    specs = [spec for spec in specs if spec.name in (names or known)]
+
+    def layers() -> Iterator[Layer]:
+        for name in drawn:
+            yield synthetic(name, seed)
+        if specs:
+            yield from model_layers(MODELS[model], specs)
+
+    return len(drawn) + len(specs), layers()

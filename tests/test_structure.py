@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,12 @@ NEEDED = {  # what a user has to say
     "local": ["model.path=model.safetensors"],
     "compress": ["model.path=model.safetensors"],
 }
+LARGEST_FILE, LONGEST_FUNCTION, MOST_ENTRIES = 400, 60, 20  # lines, lines, entries of vqdm/
+INNER_LOOPS = {  # nested loops that numba compiles as one: each works on buffers that the next reads
+    "vqdm.codecs.additive_kernels.search_groups",
+    "vqdm.codecs.additive_kernels.search_rows",
+}
+CODEC_NAMES = re.compile(r'"(rtn|gptq|adaround|additive|trellis)"')
 TABLES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 
 
@@ -65,6 +72,38 @@ def _own_imports() -> dict[str, set[str]]:
         _module(path): {name for name in _imports(path) if name.startswith("vqdm.") and _is_module(name)}
         for path in SOURCES
     }
+
+
+def _checked_files() -> list[Path]:
+    return [*SOURCES, *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "run.py"]
+
+
+def _functions(path: Path) -> dict[str, int]:
+    """{name with its module: lines from def to the end}"""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {f"{_module(path)}.{node.name}": node.end_lineno - node.lineno + 1 for node in functions}
+
+
+def test_files_are_short():
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in _checked_files()}
+    assert {path: length for path, length in lengths.items() if length > LARGEST_FILE} == {}
+
+
+def test_functions_are_short():
+    lengths = {name: length for path in _checked_files() for name, length in _functions(path).items()}
+    assert {name for name, length in lengths.items() if length > LONGEST_FUNCTION} == INNER_LOOPS
+
+
+def test_the_library_has_few_entries():
+    entries = [path for path in (ROOT / "vqdm").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES
+
+
+def test_codecs_are_named_in_their_rooms_only():
+    """Other rooms ask a codec's card (`vqdm.codecs.codec.Codec`); `weights` has the kinds of the file format."""
+    naming = {_room(_module(path)) for path in SOURCES if CODEC_NAMES.search(path.read_text())}
+    assert naming == {"codecs", "config", "weights"}
 
 
 def test_imports_run_one_way_through_the_rooms():

@@ -58,14 +58,8 @@ def compress(
     config.check()
     if config.kind == "none" or config.sensitivity() is not None:
         raise UserError("vqdm.compress quantizes with uniform bits; allocation=sensitivity is for run.py")
-    denoiser_of(pipeline)
+    _check_pipeline(pipeline, config, layers=layers)
     parameters = call_parameters(pipeline)
-    _take_out_of_compile(pipeline)
-    _check_denoiser(denoiser_of(pipeline), config, layers=layers)
-    check_on_device(pipeline)
-    _check_dtypes(pipeline)
-    check_finite(pipeline, type(pipeline).__name__)
-    check_storable(denoiser_of(pipeline), layer_specs(denoiser_of(pipeline), pattern=layers))
     chosen = load_prompts(source="builtin", n=64) if prompts is None else prompt_list(prompts)
     sampler = SamplerConfig(
         scheduler=NATIVE,
@@ -96,6 +90,18 @@ def compress(
         )
     set_decode(denoiser_of(pipeline), "per_call")
     return pipeline
+
+
+def _check_pipeline(pipeline, config: QuantizeConfig, *, layers: str | None) -> None:
+    """UserError for what cannot be quantized; a denoiser inside torch.compile's wrapper is taken out of it."""
+    denoiser_of(pipeline)
+    call_parameters(pipeline)
+    _take_out_of_compile(pipeline)
+    _check_denoiser(denoiser_of(pipeline), config, layers=layers)
+    check_on_device(pipeline)
+    _check_dtypes(pipeline)
+    check_finite(pipeline, type(pipeline).__name__)
+    check_storable(denoiser_of(pipeline), layer_specs(denoiser_of(pipeline), pattern=layers))
 
 
 def _check_sampler(pipeline, sampler: SamplerConfig) -> None:

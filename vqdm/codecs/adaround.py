@@ -139,16 +139,7 @@ def reconstruct_block(
     soft = {name: SoftRounding(matrices[name], grid) for name, grid in nearest.items()}
     for spec in specs:
         swap(part, spec, soft[spec.name])
-    start = int(warmup * iterations)
     count = sum(spec.size for spec in specs)
-
-    def regulariser(step: int) -> Tensor | float:
-        if step < start:
-            return 0.0
-        done = (step - start) / max(1, iterations - start)
-        beta = LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 - done)
-        return strength * losses["nearest"] / count * sum(weight.undecided(beta) for weight in soft.values())
-
     reconstruct(
         part.block,
         inputs,
@@ -157,7 +148,9 @@ def reconstruct_block(
         steps=iterations,
         batch_size=batch_size,
         generator=generator,
-        regulariser=regulariser,
+        regulariser=_regulariser(
+            soft, strength * losses["nearest"] / count, start=int(warmup * iterations), end=iterations
+        ),
         progress=progress,
         name=block.name,
     )
@@ -168,6 +161,21 @@ def reconstruct_block(
     weights = learned if kept == "learned" else nearest
     named = {spec.name: weights[local.name] for local, spec in zip(specs, block.specs, strict=True)}
     return named, BlockReport(**losses, kept=kept, moved=moved, seconds=round(time.monotonic() - began, 3))
+
+
+def _regulariser(
+    soft: dict[str, SoftRounding], strength: float, *, start: int, end: int
+) -> Callable[[int], Tensor | float]:
+    """λ Σ (1 − |2h − 1|^β) by step, with λ = strength: 0 before the step `start`, from which β falls linearly."""
+
+    def at(step: int) -> Tensor | float:
+        if step < start:
+            return 0.0
+        done = (step - start) / max(1, end - start)
+        beta = LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 - done)
+        return strength * sum(weight.undecided(beta) for weight in soft.values())
+
+    return at
 
 
 def _nearest(matrix: Tensor, **options) -> ScalarWeight:

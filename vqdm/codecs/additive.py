@@ -26,10 +26,7 @@ from vqdm.weights.base import LARGEST, STORED
 RECIPES = ("fast", "paper")
 # Relative to the Hessian's mean diagonal: inputs that calibration never saw still get weights near the original ones.
 DAMPING = 1e-5
-REFINEMENT_BEAM, REFINEMENT_STEPS = (
-    4,
-    8,
-)  # in rounds of learning shared codebooks: beam size, gradient steps
+REFINEMENT_BEAM, REFINEMENT_STEPS = 4, 8  # in rounds of learning shared codebooks: beam size, gradient steps
 
 
 def encode(
@@ -56,14 +53,7 @@ def encode(
     CPU one. layer: the name for messages. UserError for non-finite weights and Hessians, a group size that does not
     divide, an unknown recipe, and what a recipe cannot do.
     """
-    if recipe not in RECIPES:
-        raise UserError(f"additive: recipe must be {' or '.join(RECIPES)}, not {recipe!r}")
-    if recipe == "paper" and shared is not None:
-        raise UserError("additive: recipe paper learns every layer's own codebooks: use recipe fast with shared ones")
-    if out_group_size != 1:
-        raise UserError(f"additive: groups of {out_group_size} outputs cannot be encoded: set out_group_size to 1")
-    if beam_size < 1:
-        raise UserError(f"additive: beam_size must be at least 1, not {beam_size}")
+    _check_options(recipe, beam_size, out_group_size, shares=shared is not None)
     scheme = AdditiveScheme(
         num_codebooks=num_codebooks,
         codebook_bits=codebook_bits,
@@ -96,6 +86,17 @@ def encode(
         scales=parts.scales,
         input_scales=columns if input_scales else None,
     )
+
+
+def _check_options(recipe: str, beam_size: int, out_group_size: int, *, shares: bool) -> None:
+    if recipe not in RECIPES:
+        raise UserError(f"additive: recipe must be {' or '.join(RECIPES)}, not {recipe!r}")
+    if recipe == "paper" and shares:
+        raise UserError("additive: recipe paper learns every layer's own codebooks: use recipe fast with shared ones")
+    if out_group_size != 1:
+        raise UserError(f"additive: groups of {out_group_size} outputs cannot be encoded: set out_group_size to 1")
+    if beam_size < 1:
+        raise UserError(f"additive: beam_size must be at least 1, not {beam_size}")
 
 
 def _conditioned(hessian: Tensor) -> Tensor:
