@@ -4,8 +4,8 @@ diffusers, transformers: the quantization method `vqdm` is added to their tables
 
 torchvision: a build for CUDA may be installed beside a CPU torch. Its compiled operators then fail to load, and
 `import torchvision` dies because the schemas of two of them are missing ("operator torchvision::nms does not exist"),
-and diffusers, transformers, open_clip and torchmetrics with it. So these schemas are defined just before. If its
-operators load, nothing is done.
+and diffusers, transformers, open_clip and torchmetrics with it. So these schemas are defined first. If the operators
+load, nothing is done.
 """
 
 import importlib
@@ -85,7 +85,7 @@ def _define_missing_schemas(package: Path) -> None:
 
 
 def wait_for_imports() -> None:
-    """Watch for these modules; tables that are already imported are entered at once."""
+    """Watch for the import of these modules; tables that are already imported get their entry at once."""
     for module, ours in _TABLES.items():
         if module in sys.modules:
             importlib.import_module(ours)

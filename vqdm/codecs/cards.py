@@ -1,4 +1,4 @@
-"""The cards of all codecs, by the names of their options in `vqdm/config/codecs.py`."""
+"""Cards of all codecs, by the names that their options have in `vqdm/config/codecs.py`."""
 
 from vqdm.codecs.adaround import ADAROUND
 from vqdm.codecs.additive import ADDITIVE

@@ -1,6 +1,6 @@
 """Refuse NaN, infinite and too large numbers where they enter, by the name of the tensor that has them.
 
-Once computed with they are found nowhere: an image of NaN is cast to black, and a black image has a score.
+After a computation nobody can tell them any more: an image of NaN is cast to black, and a black image has a score.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def fault_of(tensor: Tensor) -> str | None:
     """The word for what no number of a model may be, NaN or infinite; None for a finite tensor, integers included."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return None
-    if tensor.dtype.itemsize == 1:  # of eight bits few operations are there
+    if tensor.dtype.itemsize == 1:  # floats of eight bits have few operations
         tensor = tensor.to(torch.float32)
     low, high = torch.aminmax(tensor.detach())  # one pass, without a mask as large as the tensor; NaN comes through
     if bool(torch.isnan(low)):

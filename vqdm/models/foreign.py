@@ -1,4 +1,4 @@
-"""What others' files say and how their reading fails: JSON, safetensors headers, one line for a library's error.
+"""Reading of others' files: JSON objects, safetensors headers, and one line for whatever a library's error says.
 
 Imports no torch, so that a plan has it too.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from vqdm.errors import UserError
 
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # nobody's file is to blame for these
+_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # not the fault of any file
 
 
 def first_line(error: BaseException) -> str:
@@ -22,7 +22,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def loading(place: Path | str, what: str = "a diffusers pipeline") -> Iterator[None]:
-    """UserError, naming the place, for whatever a library raises while it reads others' files inside."""
+    """Context that turns what a library raises while reading others' files into a UserError that names the place."""
     try:
         yield
     except UserError:
@@ -49,7 +49,7 @@ def json_object(file: Path) -> dict:
 
 
 def safetensors_header(file: Path) -> dict[str, dict]:
-    """{tensor: {dtype, shape, data_offsets}} and `__metadata__`. UserError for a file that is cut off or none."""
+    """{tensor: {dtype, shape, data_offsets}}, and `__metadata__`. UserError for a file that is cut off or damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:

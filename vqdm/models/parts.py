@@ -1,6 +1,7 @@
 """Check a pipeline directory's parts against its model_index.json, by names, configs and headers, before any work.
 
-Diffusers only warns of much of this, or ends in errors that name no file. Imports no torch: a plan says the same.
+Diffusers only warns of much of this, or fails with errors that name no file. Imports no torch, so that a plan checks
+it too.
 """
 
 import re
@@ -12,7 +13,7 @@ from vqdm.models.foreign import json_object, safetensors_header
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
-# parts of the names of pipelines that take more than text, and what they are for
+# words in the names of pipelines that take more than text, and the tasks they are for
 OTHER_TASKS = {
     "Inpaint": "inpainting",
     "Img2Img": "image to image (a refiner is one)",
@@ -51,7 +52,7 @@ def parts_of(directory: Path) -> dict[str, tuple[str, str]]:
 
 
 def check_parts(directory: Path, *, variant: str | None = None) -> Path:
-    """UserError, naming what is missing or damaged, unless every part that is named is there, whole, and to be used."""
+    """UserError, naming what is missing or damaged, unless every part in the index is there, whole and usable."""
     stats = ((path, path.lstat()) for path in sorted(directory.glob("**/*")))
     state = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats)
     if _known.get((directory, variant)) == state:  # a run asks a dozen times, and vocabularies take a while to read
@@ -75,7 +76,7 @@ def check_parts(directory: Path, *, variant: str | None = None) -> Path:
 
 
 def _check_named(directory: Path) -> None:
-    """Every text encoder has its tokenizer; a VAE and a scheduler are not left empty."""
+    """UserError unless every text encoder has its tokenizer, and neither VAE nor scheduler is left empty."""
     parts = parts_of(directory)
     index = json_object(directory / INDEX)
     absent = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
@@ -85,7 +86,7 @@ def _check_named(directory: Path) -> None:
 
 
 def _check_task(directory: Path) -> None:
-    """Text is all that the pipeline takes, by its name and its denoiser's channels."""
+    """UserError for a pipeline that takes more than text, by its name or its denoiser's channels."""
     index = json_object(directory / INDEX)
     name = index.get("_class_name")
     if not isinstance(name, str) or not name:
@@ -112,7 +113,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _check_vocabulary(folder: Path) -> None:
-    """A tokenizer without words gives every caption the same tokens."""
+    """UserError for a tokenizer without words, which gives every caption the same tokens."""
     found = [folder / name for name in VOCABULARIES if (folder / name).is_file() and (folder / name).stat().st_size]
     if not found:
         raise UserError(
@@ -175,7 +176,7 @@ def _indices(folder: Path, variant: str | None) -> Iterator[Path]:
 
 
 def _check_shards(index: Path, files: list[Path]) -> None:
-    """All shards that an index of weights names."""
+    """UserError unless all shards that an index of weights names are there."""
     weights = json_object(index).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise UserError(f"{index} has no weight_map of tensors and files; get the model again")

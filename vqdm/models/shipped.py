@@ -16,7 +16,7 @@ def builtin_directory(name: str) -> Path:
 
 
 def shipped_configs(name: str) -> Path:
-    """A directory with a pipeline's configs and no weights: what a single-file checkpoint lacks."""
+    """Directory with a pipeline's configs and no weights, which is what a single-file checkpoint lacks."""
     shipped = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
     if name not in shipped:
         raise UserError(f"model.configs={name!r} is not shipped; there are {', '.join(shipped) or 'none'}")

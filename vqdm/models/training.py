@@ -1,4 +1,4 @@
-"""What a single file says of its training: keys without weights, and the writer's metadata.
+"""Signs of how a single-file model was trained: keys without weights, and the writer's metadata.
 
 Sources: ComfyUI (v_pred, ztsnr, edm_…), Stability's modelspec (github.com/Stability-AI/ModelSpec), kohya's sd-scripts.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger("vqdm")
 
 
 def trainings(keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """{training: what says it} of all that a file says; empty where it says nothing."""
+    """{training: the sign of it} for all that a file says; empty if it says nothing."""
     found: dict[str, str] = {}
     for key in keys:
         name = key.rpartition(".")[2] if key.endswith((".v_pred", ".ztsnr")) else key
@@ -44,7 +44,7 @@ def trainings(keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str
 
 
 def differs(scheduler: Mapping, keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """The training that a file says and the settings of a `scheduler` are not for, in words; None if they agree.
+    """Words for how the training that a file names differs from a scheduler's settings; None if they agree.
 
     scheduler: the content of its config; empty for one of SDXL's, which predicts noise.
     """
@@ -58,7 +58,7 @@ def differs(scheduler: Mapping, keys: Iterable[str], metadata: Mapping[str, str]
 
 
 def few_step_kind(path: Path, metadata: Mapping[str, str]) -> tuple[str, str | None]:
-    """(shipped configs, what speaks for them) of a file with SDXL's keys: those of SDXL, or of SDXL-Turbo."""
+    """(shipped configs, the sign for them) for a file with SDXL's keys: those of SDXL, or of SDXL-Turbo."""
     for key in ("modelspec.architecture", "modelspec.title", "modelspec.description", "modelspec.implementation"):
         if _FEW_STEPS.search(metadata.get(key, "")):
             return "sdxl_turbo", f"its {key}"
@@ -71,7 +71,7 @@ def few_step_kind(path: Path, metadata: Mapping[str, str]) -> tuple[str, str | N
 
 @functools.cache
 def say_assumption(path: Path, chosen: str, reason: str | None) -> None:
-    """One line, once a file: which configs are taken, and the option that changes it."""
+    """Log, once for each file, which configs are taken and the option that changes it."""
     if reason is None:
         log.warning(
             "%s does not say how it was trained: taken for %s, predicting noise; model.configs=sdxl_turbo (or sdxl, "

@@ -1,4 +1,4 @@
-"""Images of a list of prompts: prompt after prompt, and of each its copies. Nothing else knows this order."""
+"""Order of the images of some prompts: prompt after prompt, each with its copies. Nothing else knows this order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

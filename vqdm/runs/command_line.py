@@ -1,4 +1,4 @@
-"""Imported by every script before torch, which prepares its process: see vqdm/runs/entry.py."""
+"""Prepares the process of a script that imports it before torch: see vqdm/runs/entry.py."""
 
 from vqdm.runs.entry import prepare, run_script
 

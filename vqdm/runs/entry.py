@@ -1,4 +1,4 @@
-"""What every command begins and ends with: text for any terminal, one line for what the user can mend, exit codes."""
+"""Beginning and end of every command: text for any terminal, one line for what the user can mend, exit codes."""
 
 import atexit
 import contextlib
@@ -14,9 +14,9 @@ STOPPED = "stopped; the same command goes on from here"
 
 
 def prepare() -> None:
-    """Before torch is imported: output that any encoding takes (×, —, ± may be escaped), and how idle threads wait."""
+    """Prepare the process before torch is imported: output in any encoding (×, —, ± may be escaped) and threads."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # of a stream that is not a file's
+        with contextlib.suppress(AttributeError):  # a stream that is no file has none
             stream.reconfigure(errors="backslashreplace")
     bound_spinning()
 
@@ -25,7 +25,7 @@ def leave_at_once(number: int) -> None:
     """End the process that a signal has stopped, with the shell's exit code for it: 130 for Ctrl-C, 143 for SIGTERM.
 
     Threads at work are not waited for: a layer takes a minute, and what it would have written is whole or absent. What
-    libraries do at the end is done: W&B's own process would stay.
+    libraries do at the end is done: otherwise W&B's own process would stay.
     """
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
@@ -36,7 +36,7 @@ def leave_at_once(number: int) -> None:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """`main` to its end; UserError and OSError end in one line, Ctrl-C in exit code 130."""
+    """Run `main` to its end; UserError and OSError end in one line, Ctrl-C in exit code 130."""
     try:
         code = main()
     except BrokenPipeError:  # of `… | head`

@@ -69,7 +69,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def is_writable(directory: Path) -> bool:
-    """Whether files can be made in a directory, or in the nearest that there is above it; finds out by making one."""
+    """True if a file can be made in a directory, or in the nearest one above that exists; finds out by making one."""
     there = next(place for place in (directory, *directory.absolute().parents) if os.path.lexists(place))
     try:
         tempfile.TemporaryFile(dir=there).close()

@@ -62,7 +62,7 @@ def _hashed(path: Path, known: dict) -> dict:
 
 
 def _keep(cache: Path, content: dict) -> None:
-    """Where it cannot be written, hashes are taken again: finished results on a read-only disk can still be shown."""
+    """Write the cache if possible; else files are hashed again: results on a read-only disk can still be shown."""
     with contextlib.suppress(UserError):
         write_json(cache, content)
 

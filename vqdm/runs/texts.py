@@ -1,6 +1,6 @@
-"""Texts from outside (options, captions, models' names) as names of files, in CSV and in Markdown.
+"""Texts from outside (options, captions, models' names) made safe for names of files, CSV and Markdown.
 
-A leaf: the standard library only.
+Imports the standard library only.
 """
 
 import re
@@ -14,7 +14,7 @@ _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text can name one file or folder as it is, anywhere: no separators, no dots in front, not too long."""
+    """True if a text can name a file or folder on any system: no separators, no leading dots, not too long."""
     return bool(_NAME.fullmatch(text)) and text == text.strip() and len(text.encode()) <= LONGEST_NAME
 
 
@@ -29,13 +29,13 @@ def check_file_name(option: str, text: str, *, folders: bool = False) -> None:
 
 
 def file_name_of(text: str, *, longest: int = LONGEST_NAME) -> str:
-    """A file's name that is like the text; other texts may have the same."""
+    """Name for a file, similar to the text; other texts may get the same."""
     plain = re.sub(r"[^\w.+=,-]+", "-", text).encode()[:longest].decode(errors="ignore").strip("-.")
     return plain or "unnamed"
 
 
 def in_one_line(text: str) -> str:
-    """The text with every line break, and all white space, made one blank: it cannot end a comment."""
+    """The text with every run of white space, line breaks included, as one blank: it cannot end a comment."""
     return " ".join(str(text).split())
 
 

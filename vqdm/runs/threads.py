@@ -17,11 +17,11 @@ from pathlib import Path
 
 SPIN_ROUNDS = "10000"  # measured, see docs/lab-notes.md; about half a millisecond
 SHORTEST = 0.3  # seconds between two looks: the kernel counts in hundredths
-WORTH_A_THREAD = 0.6  # of a core that is free; a little work of others shall not take the thread away
+WORTH_A_THREAD = 0.6  # part of a core that must be free, so that a little work of others costs no thread
 
 
 def bound_spinning() -> None:
-    """Before torch is imported, unless the user has said how OpenMP's threads wait."""
+    """Bound the spinning before torch is imported, unless the user has said how OpenMP's threads wait."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
 
@@ -49,13 +49,13 @@ def _quota() -> float:
 
 
 class FreeCores:
-    """How many cores this process has or could have: those that it uses and those that idle, since the last look."""
+    """Number of cores that this process could have: those it has used and those idle since the last look."""
 
     def __init__(self):
         self._last, self._found = self._look(), None
 
     def count(self) -> float | None:
-        """The mean since the last look; that of the last one if it is not long ago. None: the system does not say."""
+        """Mean number of free cores since the last look, or the last result if that was just now; None: unknown."""
         now = self._look()
         seconds = now[0] - self._last[0]
         if seconds >= SHORTEST:
@@ -73,7 +73,7 @@ class FreeCores:
 
 
 def _idle_seconds() -> float | None:
-    """Summed over the cores that this process may run on; None where the kernel does not tell (not Linux)."""
+    """Idle seconds of all cores that this process may run on; None where the kernel does not tell (not Linux)."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         cores = {f"cpu{number}" for number in _affinity()}
@@ -103,7 +103,7 @@ def set_threads(wanted: int | None) -> int:
 
 @contextlib.contextmanager
 def threads_that_are_free() -> Iterator[Callable[[], None]]:
-    """Each call of what it yields sets torch's CPU threads to the cores that are free now; afterwards as before.
+    """Context with a function that sets torch's CPU threads to the cores that are free now; undone at the end.
 
     For inference only: its results are the same, bit for bit, from any number of threads; gradients are not. Threads
     that the user has chosen stay.

@@ -148,7 +148,7 @@ def _setting(name: str) -> str | None:
 
 
 def _logged_in() -> bool:
-    """Whether `wandb login` has left a key for the server: in the user's netrc, as wandb itself looks there."""
+    """True if `wandb login` has left a key for the server in the user's netrc, where wandb itself looks."""
     server = os.environ.get("WANDB_BASE_URL") or _setting("base_url") or "https://api.wandb.ai"
     named = os.environ.get("NETRC")
     files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
@@ -202,7 +202,7 @@ def start_tracker(
 
 
 def _is_logged(logged: Path, mode: str) -> bool:
-    """Whether a run was logged to its end in this mode, and, offline, is still there to upload."""
+    """True if a run was logged to its end in this mode and, offline, is still there to upload."""
     try:
         place = json.loads(logged.read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):

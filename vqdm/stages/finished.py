@@ -1,4 +1,4 @@
-"""Results of every stage that makes a denoiser: its file, its bits, its error by timestep."""
+"""Results that every stage which makes a denoiser writes: its file, its bits, its error by timestep."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +21,7 @@ def output_error(denoiser: nn.Module, calls: Iterable[Call], device: str) -> flo
 
 
 def squared_errors(denoiser: nn.Module, calls: Iterable[Call], device: str) -> dict[float, tuple[float, float]]:
-    """timestep -> squared error of the output, and the squares of the teacher's, over its recorded calls."""
+    """{timestep: (squared error of the output, squares of the teacher's)}, over the recorded calls."""
     sums: dict[float, tuple[float, float]] = {}
     for call in calls:
         output, target = play_back(denoiser, call, device=device).double(), call[OUTPUT].double()

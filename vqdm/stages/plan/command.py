@@ -17,11 +17,11 @@ LARGE, LONG = 100_000_000, 12 * 3600  # parameters and seconds from which a CPU 
 
 
 def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
-    """Also as JSON in plans/<experiment>.json of the results. Nothing is loaded, downloaded or made.
+    """Print what a run will do and take; write it to plans/<experiment>.json. Nothing is loaded, downloaded or made.
 
     What keeps the stages from being known (a caption file that is missing) is said; the rest is planned all the same.
     """
-    if config.model.hub_id is None:  # one of the hub may be downloaded only when it runs
+    if config.model.hub_id is None:  # a model from the hub may not be downloaded yet
         for sampler in samplers(config):
             check_sampler(local_directory(config.model), sampler)
     try:
@@ -55,7 +55,7 @@ def _plan(config: Config, store: Store, stages: Graph | Quantization | None, tod
 
 
 def say_before_work(config: Config, store: Store, stages: Graph | Quantization) -> None:
-    """What training a large model's blocks will take, in the log, before any work.
+    """Log what training a large model's blocks will take, before any work.
 
     UserError where a large model would run for long, from nothing, on a CPU that nobody asked for.
     """
@@ -97,7 +97,7 @@ def _trains_blocks(config: Config) -> bool:
 
 
 def _machine(config: Config):
-    """The machine to plan for: this one, or one with the named card, which need not be here."""
+    """The machine to plan for: this one, or one with the card that plan_for names, which need not be here."""
     from vqdm.runs.device import resolve_device
     from vqdm.stages.plan.rates import machine_of
 
@@ -121,8 +121,8 @@ def _harm(store: Store, stages: Graph | Quantization | None, todo: set[str] | No
 
 
 def _counts(config: Config, stages: Graph | Quantization | None) -> dict[str, int]:
-    """Images to score, prompts of the calibration and of the trajectories: of the lists, or, while these are not there,
-    as configured.
+    """Numbers of images to score and of prompts to calibrate and train on: from the lists, or, as long as these are
+    missing, as configured.
     """
     own = config.finetune.trajectories
     counts = {
@@ -141,7 +141,7 @@ def _counts(config: Config, stages: Graph | Quantization | None) -> dict[str, in
 
 
 def _print_stages(config: Config, store: Store, stages: Graph | Quantization) -> set[str]:
-    """One line each; returns the names, as fields of Graph, of those that are not done."""
+    """Print a line for each stage; returns the names, as fields of Graph, of those that are not done."""
     todo = set()
     for name, stage in stages.named().items():
         state = store.status(stage)
@@ -163,12 +163,12 @@ def _image_count(config: Config, graph: Graph) -> int:
 
 
 def _images_made(directory: Path, count: int, *, batch_size: int) -> int:
-    """Of the first `count`, those that are there or were looked at; a shorter list's last batch was not full."""
+    """How many of the first `count` images are there or were looked at; a shorter list's last batch was not full."""
     return sum(min(len(rows), _batch_length(directory, name)) for name, rows in batches(count, batch_size))
 
 
 def _batch_length(directory: Path, name: str) -> int:
-    """0 for one that is not there, or that is damaged and will be made again."""
+    """Images in a batch: 0 if it is missing, or damaged and will be made again."""
     try:
         record = peek(directory, name).record
     except UserError:

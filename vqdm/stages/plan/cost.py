@@ -61,7 +61,7 @@ def stage_costs(
     student: nn.Module | None = None,
     finetune_prompts: int = 0,
 ) -> list[StageCost]:
-    """Every stage that `config` needs, in the order of `Graph.stages`.
+    """Costs of every stage that `config` needs, in the order of `Graph.stages`.
 
     denoiser, vae: on meta, and cast to the model's dtype; vae None: decoding is left out. specs: the layers that are
     quantized. parts: parameters by part of the pipeline. images: to be scored. student: the quantized denoiser on meta,
@@ -91,7 +91,7 @@ def stage_costs(
 
 
 def stage_names(config: Config) -> list[str]:
-    """Of the stages that `config` needs, as fields of `Graph` and in its order."""
+    """Names of the stages that `config` needs, as fields of `Graph` and in its order."""
     if config.quantize.kind == "none":
         return ["images", "evaluate"]
     sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
@@ -101,7 +101,7 @@ def stage_names(config: Config) -> list[str]:
 
 
 def guidance_factor(denoiser: nn.Module, guidance: float) -> int:
-    """Samples of the denoiser's batch for one image, as the pipelines of diffusers decide."""
+    """Samples that the denoiser's batch has for one image, as in diffusers' pipelines: two under guidance."""
     inside = type(denoiser).__name__ in GUIDED_INSIDE or getattr(denoiser.config, "time_cond_proj_dim", None)
     return 2 if guidance > 1 and not inside else 1
 
@@ -123,7 +123,7 @@ def _model(
 
 @dataclass(frozen=True)
 class _Experiment:
-    """All that the stages' costs follow from; each stage is a method."""
+    """What the stages' costs follow from; each stage is a method."""
 
     config: Config
     denoiser: nn.Module
@@ -144,7 +144,7 @@ class _Experiment:
         return self._stage("calibrate", used, *self._sampling(self.calibration_prompts, self.config.model.sampler))
 
     def sensitivity(self) -> StageCost:
-        """Hessians as for quantizing; every layer encoded and judged by some calls, for every number of bits."""
+        """Cost of the Hessians, as for quantizing, and of encoding and judging every layer at every number of bits."""
         config = dataclasses.replace(self.config.quantize, hessian_from="teacher")
         used = self._quantize_memory(self._groups(config), workers=1)
         rates = self._rates()
@@ -175,7 +175,7 @@ class _Experiment:
         return self._stage("quantize", used, hessians + encode + error, rates.origin, note)
 
     def _by_blocks(self) -> StageCost:
-        """Every block: rows of both denoisers up to it, half of one on average; its steps; judging it twice.
+        """Cost of running both denoisers up to every block, half of one on average, its steps, and two judgements.
 
         Host: a batch to judge by, and the targets' variance; inputs and outputs of the student and outputs of the
         teacher lie on disk if they are large, twice while calls become one tensor.
@@ -216,7 +216,7 @@ class _Experiment:
         return self._stage("images", used, seconds, origin)
 
     def evaluate(self) -> StageCost:
-        """Of comparing with the originals, image by image; what takes a network is left out."""
+        """Cost of comparing with the originals image by image; metrics that take a network are left out."""
         paired = "paired" in self.config.evaluate.metrics and self.config.quantize.kind != "none"
         at_once = min(self.scored, self.config.evaluate.batch_size)
         used = memory.evaluate_memory(self.model.image_numbers, at_once)
@@ -232,7 +232,7 @@ class _Experiment:
         return self.machine.rates(self.config.model.dtype)
 
     def _sampling(self, images: int, sampler: SamplerConfig) -> tuple[float | None, str]:
-        """Seconds without decoding, and where they come from."""
+        """Seconds of sampling without decoding, and where they come from."""
         rates, here = self._rates(), self.recorded.sampling()
         if rates is None:
             return None, ""
@@ -241,7 +241,7 @@ class _Experiment:
         return images * sampler.steps * self.guided * rates.seconds(self.cost.sample), rates.origin
 
     def _encoding(self, specs: list[LayerSpec], *, workers: int) -> tuple[float, str]:
-        """Seconds of so many workers, but no less than the largest layer takes one of them; where they come from."""
+        """Seconds of encoding with so many workers, at least those of the largest layer; and where they come from."""
         here, host = self.recorded.encoding(), cpu_rates(1)
         each = [least_encoding_flops(spec.shape, self.config.quantize) / host.flops for spec in specs]
         origin = "estimate, at least: products with Hessians alone"
@@ -253,12 +253,12 @@ class _Experiment:
         return self.guided * max(1, min(self.config.calibration.batch_size, self.calibration_prompts))
 
     def _recorded_samples(self) -> int:
-        """Samples of all recorded calls."""
+        """Number of samples in all recorded calls."""
         steps = min(self.config.calibration.recorded_steps, self.config.model.sampler.steps)
         return self.calibration_prompts * self.guided * steps
 
     def _groups(self, config) -> list[list[LayerSpec]]:
-        """As in vqdm/calibration/collect.py, by the order of execution; a student's groups are not merged."""
+        """Groups of layers as vqdm/calibration/collect.py forms them, in order; a student's are not merged."""
         by_name = {spec.name: spec for spec in self.specs}
         found = in_groups(by_name[name] for name in self.cost.inputs)
         return found if needs_hessians(config) and config.hessian_from == "student" else teacher_groups(found)
@@ -271,7 +271,7 @@ class _Experiment:
         )  # fmt: skip
 
     def _hessian_seconds(self, groups: list[list[LayerSpec]]) -> float:
-        """Every group: the calls, of the teacher or of a student that samples all steps, and the sums of their inputs.
+        """Seconds of every group's calls (the recorded ones, or all of a sampling student) and of summing their inputs.
 
         On the CPU one thread does it, so that the sums have one order.
         """
@@ -294,19 +294,19 @@ class _Experiment:
 
 
 def _readers(groups: list[list[LayerSpec]], inputs: dict[str, LayerInput]) -> list[LayerSpec]:
-    """One layer for every Hessian that is summed: layers of a group that read one tensor in one geometry share it."""
+    """One layer for every Hessian: layers of a group that read the same tensor in the same geometry share it."""
     found = {(i, inputs[spec.name].tensor, spec.conv): spec for i, group in enumerate(groups) for spec in group}
     return list(found.values())
 
 
 def least_encoding_flops(shape: tuple[int, int], config: QuantizeConfig) -> float:
-    """Of a codec that needs a Hessian: its factor, and the output error through it; a codec's own search not."""
+    """FLOPs of the output error and, where the codec needs a Hessian, of its factor; the codec's search is left out."""
     out, size = shape
     return 2 * out * size**2 + size**3 / 3 if needs_hessians(config) else 2 * out * size
 
 
 def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int, limit: int | None) -> ForwardCost:
-    """Of adding one call's tokens to a layer's Hessian, as `hessian` does it; copies of its inputs only roughly.
+    """Cost of adding one call's tokens to a layer's Hessian, as `hessian` does it; copies of its inputs only roughly.
 
     shape: of what the layer reads in a batch of BATCH; samples: of the call's batch; limit: tokens_per_call.
     """

@@ -11,17 +11,17 @@ BACKWARD = 2  # forwards that a backward pass costs
 
 @dataclass(frozen=True)
 class TrajectoryCounts:
-    """prompts: sampled, the validation's included. rows: of all forwards. samples: kept for training and validation."""
+    """Work of recording trajectories."""
 
-    prompts: int
-    rows: int
-    samples: int
-    captions: int  # rows of text embeddings are kept for, once for every number of steps
+    prompts: int  # that are sampled, the validation's included
+    rows: int  # of all forwards
+    samples: int  # kept for training and validation
+    captions: int  # whose text embeddings are kept, once for every number of steps
     encoded: int  # images that the VAE encodes
 
 
 def trajectory_counts(config: Config, *, prompts: int, guided: int) -> TrajectoryCounts:
-    """prompts: those to train on and the validation's. guided: rows of an image, two under guidance."""
+    """Count the work. prompts: those to train on and the validation's. guided: rows of an image, two under guidance."""
     own = config.finetune.trajectories
     steps, kept = sampled_steps(config.finetune.trajectories, config.model.sampler)
     validation = min(own.validation, prompts)
@@ -35,9 +35,7 @@ def trajectory_counts(config: Config, *, prompts: int, guided: int) -> Trajector
 
 @dataclass(frozen=True)
 class TrainingCounts:
-    """rows: forward and backward passes. The others are forwards: of validations, of the images they show, of the
-    student's own sampling (along=student), and of the teacher.
-    """
+    """Work of fine-tuning: `rows` pass forward and backward, all other rows only forward."""
 
     steps: int
     samples: int
@@ -45,20 +43,20 @@ class TrainingCounts:
     parts: int  # micro-batches
     validations: int
     validation_rows: int
-    shown_rows: int
+    shown_rows: int  # of the images that validations show
     shown_images: int
-    own_rows: int
+    own_rows: int  # of the student's own sampling (along=student)
     teacher_rows: int
 
     def forwards(self, *, checkpointing: bool) -> int:
-        """All as forwards of a row."""
+        """All the work, in forwards of one row."""
         passes = 1 + BACKWARD + checkpointing
         others = self.validation_rows + self.shown_rows + self.own_rows + self.teacher_rows
         return passes * self.rows + others
 
 
 def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCounts:
-    """As `trajectory_counts`."""
+    """Count the work; arguments as in `trajectory_counts`."""
     own = config.finetune
     steps, kept = sampled_steps(config.finetune.trajectories, config.model.sampler)
     validation = min(own.trajectories.validation, prompts)

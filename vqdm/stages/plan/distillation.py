@@ -1,7 +1,7 @@
 """Memory and time of the stages that distil: counts in closed form, the rest from a step on the meta device.
 
-Left out: searches for nearer codes, the optimizer's time, checkpoints, reading samples, and what kernels scratch. Of
-tuning blocks only the rough size.
+Left out: searches for nearer codes, the optimizer's time, checkpoints, reading samples, and the kernels' scratch. The
+cost of tuning blocks is rough.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class DistillationPlan:
     prompts: int
 
     def costs(self) -> list[StageCost]:
-        """In the order in which the stages run."""
+        """Costs of the stages that are asked for, in the order in which they run."""
         own, found = self.config.finetune, []
         student = prepare_student(self.student, own)
         if own.block_steps:
@@ -73,7 +73,7 @@ class DistillationPlan:
         )  # fmt: skip
 
     def _tune_blocks(self, student: Student) -> StageCost:
-        """Every block: both denoisers up to it, half of one on average, for every row; its steps."""
+        """Cost of running both denoisers up to every block, half of one on average, for every row, and of its steps."""
         own = self.config.finetune
         batch = min(own.block_batch_size, own.block_samples)
         names = [spec.name for spec in self.specs]
@@ -123,14 +123,14 @@ class DistillationPlan:
         return StageCost("trajectories", used, known[0], note, known[1], detail)
 
     def _bytes_on_disk(self, counts: TrajectoryCounts, output: int) -> int:
-        """Latents and predictions of every sample, all else once for every caption; rows as the denoiser has them."""
+        """Bytes of the latents and predictions of every sample, and, once for every caption, of all other arguments."""
         first, *others = denoiser_inputs(self.teacher, batch=1, size=self.config.model.sampler.size).values()
         once = sum(leaf.nbytes for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor) and leaf.ndim > 1)
         each = first.nbytes + self.model.item_size * output
         return self.guided * (counts.samples * each + counts.captions * once)
 
     def _encoding(self) -> ForwardCost:
-        """Of one image, by the VAE."""
+        """Cost of encoding one image with the VAE."""
         if self.vae is None:
             return ForwardCost()
         height, width = latent_size(self.teacher, self.config.model.sampler.size)
@@ -170,7 +170,7 @@ class DistillationPlan:
         }
 
     def _seconds(self, counts: TrainingCounts, student: Student, rates: Rates) -> float:
-        """Forwards and backwards by FLOPs, and decoding as fast as its steps are written."""
+        """Seconds of forwards and backwards, by their FLOPs, and of decoding, by the bytes that it writes."""
         own, decode = self.config.finetune, student.decode
         decodings = counts.parts * (1 + own.checkpointing)
         decodings += counts.validation_rows / (self.guided * micro_batch(self.config))
@@ -180,7 +180,7 @@ class DistillationPlan:
         return found + written / rates.writing + counts.shown_images * rates.seconds(self.decoding)
 
     def _parts(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, int]:
-        """Bytes on the device, by what takes them: what is always there, then what comes on top at the worst moment."""
+        """Bytes on the device by what takes them: what is always there, then what the worst moment adds."""
         teacher = self.model.item_size * sum(parameter.numel() for parameter in self.teacher.parameters())
         moments = self._moments(student, step, resident=resident)
         worst = max(moments, key=moments.get)
@@ -197,7 +197,7 @@ class DistillationPlan:
         return {name: int(size) for name, size in found.items()}
 
     def _moments(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, float]:
-        """What comes and goes, in bytes. On a GPU Adam goes through all parameters at once, with one more copy."""
+        """Bytes held for a while, by what holds them; Adam on a GPU takes all parameters at once, and a copy."""
         own, model = self.config.finetune, self.model
         gradients, on_gpu = 4 * student.trained, self.machine.on_gpu
         row = step.forward / (self.guided * micro_batch(self.config))
@@ -214,7 +214,7 @@ class DistillationPlan:
         return found
 
     def _shared(self, student: Student) -> int:
-        """Bytes of the student's that are the teacher's own, as vqdm/stages/finetune.py shares them."""
+        """Bytes of the frozen parameters that student and teacher share, as in vqdm/stages/finetune.py."""
         own, dtype = self.config.finetune, self.config.model.dtype
         if own.precision == "float32" and dtype != "float32":
             return 0
@@ -222,12 +222,12 @@ class DistillationPlan:
         return sum(size for name, size in student.frozen.items() if name in theirs)
 
     def _placed(self, parts: dict[str, int], student: Student) -> Memory:
-        """Host, beside a GPU: a checkpoint, as tensors and as a file."""
+        """Memory of these parts; beside a GPU the host holds a checkpoint, as tensors and as a file."""
         saving = 2 * (1 + MOMENTS) * 4 * student.trained if self.machine.on_gpu else 0
         return memory.placed(sum(parts.values()), saving, device=self.machine.device)
 
     def _on_a_gpu(self, dtype: str) -> Rates:
-        """Rates of the GPU that is planned for, or of one that is assumed."""
+        """Rates of the GPU that is planned for, or of the assumed one."""
         return (self.machine.on_gpu and self.machine.rates(dtype)) or card_rates(ASSUMED, dtype)
 
     def _silence(self) -> str:
@@ -235,5 +235,5 @@ class DistillationPlan:
 
 
 def _known(rate: Rate | None, count: float, seconds: float | None, origin: str) -> tuple[float | None, str]:
-    """What was recorded here, where it was; else the estimate."""
+    """Seconds and their origin: what was recorded here, or else the estimate."""
     return (seconds, origin) if rate is None else (rate.times(count), rate.origin)

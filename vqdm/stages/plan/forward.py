@@ -1,7 +1,7 @@
-"""What one forward of a module costs, from shapes alone: the module and its inputs are on the meta device.
+"""Cost of one forward of a module, from shapes alone: the module and its inputs are on the meta device.
 
-FLOPs are counted by torch's own counter, a multiply-add as two. Memory is what the tensors made in between hold while
-they live: parameters, inputs and the scratch of kernels are not in it.
+FLOPs are counted by torch's own counter, a multiply-add as two. Memory is that of the tensors made in between while
+they live; parameters, inputs and the kernels' scratch are not included.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def _product_flops(_total: torch.Size, one: torch.Size, other: torch.Size, *_, *
     return 2 * one[0] * one[1] * other[1]
 
 
-UNCOUNTED = {torch.ops.aten.addmm_: _product_flops}  # in place, as Hessians are summed: torch's counter leaves it out
+UNCOUNTED = {torch.ops.aten.addmm_: _product_flops}  # torch's counter leaves out this one, by which Hessians are summed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ForwardCost:
         return self.matmul_flops + self.convolution_flops + self.attention_flops
 
     def times(self, factor: float) -> "ForwardCost":
-        """Of a batch so many times as large: every term is linear in the batch."""
+        """Cost of a batch so many times as large: every term is linear in the batch."""
         return ForwardCost(*(factor * value for value in dataclasses.astuple(self)))
 
 
@@ -72,7 +72,7 @@ def measure(module_call: Callable[[], object]) -> ForwardCost:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Context: attention is one kernel that keeps no [tokens, tokens] matrix; its output is left empty.
+    """Context in which attention is one kernel that keeps no [tokens, tokens] matrix; its output is left empty.
 
     flops: 4 · batch · heads · queries · keys · size, the two products.
     """
@@ -89,7 +89,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context: follows the storages that operations make, until they are freed; views share a storage.
+    """Context that follows the storages that operations make until they are freed; views share a storage.
 
     live, peak: bytes now and at most. written: bytes that operations other than products and convolutions wrote.
     """
@@ -124,7 +124,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(nested) -> Iterator[Tensor]:
-    """Of what operations take and give: torch's own way to flatten takes a third of a plan's time."""
+    """All tensors in an operation's arguments or results: torch's tree_leaves would take a third of a plan's time."""
     if isinstance(nested, Tensor):
         yield nested
     elif isinstance(nested, (tuple, list)):
@@ -144,7 +144,7 @@ class LayerInput:
 
 @contextmanager
 def inputs_of(denoiser: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[dict[str, LayerInput]]:
-    """Fills a dict, by layer in the order of their first execution, while somebody calls the denoiser."""
+    """Context that fills a dict by layer, in the order of first execution, while somebody calls the denoiser."""
     found: dict[str, LayerInput] = {}
     numbers = WeakIdKeyDictionary()
 
@@ -188,7 +188,7 @@ def measure_denoiser(
 
 
 def measure_decoder(vae: nn.Module, latents: tuple[int, int], *, dtype: torch.dtype) -> ForwardCost:
-    """Of one image: an AutoencoderKL on meta decodes latents of (height, width); `dtype` is what it computes in."""
+    """Cost of decoding latents (height, width) of one image; vae: AutoencoderKL on meta, which computes in `dtype`."""
     nn.Module.to(vae, dtype=dtype)  # its own method warns of parts that would have to stay in fp32
     sample = torch.empty(1, vae.config.latent_channels, *latents, dtype=dtype, device=vae.device)
     return measure(lambda: vae.decode(sample, return_dict=False))
@@ -203,7 +203,7 @@ def latent_size(denoiser: nn.Module, size: int | None, *, vae_scale: int = 8) ->
 
 
 def denoiser_inputs(denoiser: nn.Module, *, batch: int, size: int | None = None) -> dict | None:
-    """Zeros as the pipeline would call this denoiser with, on its device; None for a class that is not known here.
+    """Zeros for all arguments that the pipeline calls this denoiser with, on its device; None for an unknown class.
 
     batch: samples of the denoiser, two for an image under guidance. size: pixels.
     """

@@ -16,7 +16,8 @@ from vqdm.weights.layers import swap_empty
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """bytes: of the weight, with scales and codebooks of its own; bits: the same per weight. reason: of staying."""
+    """One layer. bytes: weight, scales and codebooks of its own; bits: the same per weight. reason: why it is not
+    quantized."""
 
     name: str
     shape: tuple[int, ...]  # of the weight
@@ -40,7 +41,7 @@ class DenoiserPlan:
 
     @property
     def bytes(self) -> int:
-        """Of the denoiser's safetensors file."""
+        """Size of the denoiser's safetensors file."""
         return sum(layer.bytes for layer in self.layers) + sum(self.rest.values())
 
     @property
@@ -58,7 +59,7 @@ class DenoiserPlan:
 def assignment_of(
     denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None, min_size: int, harm: Harm | None = None
 ) -> Assignment:
-    """As `assign_schemes`; full precision quantizes nothing and says so."""
+    """Schemes from `assign_schemes`; for full precision no layer gets one, and that is the reason given."""
     if config.kind == "none":
         skipped = skipped_specs(denoiser, pattern="^", min_size=1)
         everything = assign_schemes(denoiser, RtnConfig(), pattern="^", min_size=1).specs
@@ -67,7 +68,7 @@ def assignment_of(
 
 
 def plan_denoiser(denoiser: nn.Module, assignment: Assignment) -> DenoiserPlan:
-    """denoiser: on the meta device; its layers are replaced."""
+    """Sizes of all layers and of the file. denoiser: on the meta device; its layers are replaced."""
     shapes = {name: tuple(module.weight.shape) for name, module in _layers(denoiser, assignment).items()}
     swap_empty(denoiser, assignment.quantized)
     modules = _layers(denoiser, assignment)

@@ -1,7 +1,8 @@
 """The most memory that every stage holds, in plain formulas of shapes: estimates, good to a fifth or so.
 
-On the CPU everything is the host's; on a GPU models, activations and Hessians are the device's. Not in it: fragments of
-the allocators, scratch of kernels, what text encoders need beside their weights, and recorded calls, a few megabytes.
+On the CPU everything is the host's; on a GPU models, activations and Hessians are the device's. Left out: the
+allocators' fragments, the kernels' scratch, what text encoders need beside their weights, and recorded calls, a few
+megabytes.
 """
 
 import heapq
@@ -15,22 +16,20 @@ from vqdm.stages.plan.forward import LayerInput
 
 PROCESS = 700 << 20  # bytes of a process that has imported torch and diffusers, with no model
 CONTEXT = 500 << 20  # bytes of a CUDA context and its libraries' workspaces
-HESSIAN_WORKSPACE = (
-    4 * 4 * CHUNK
-)  # bytes: the chunk of rows or patches in fp32, another shifted by a displacement, copies
-PSNR_BYTES = 26  # of a number of an image: two of uint8, two of float64 and their difference
+HESSIAN_WORKSPACE = 4 * 4 * CHUNK  # bytes: a chunk of rows or patches in fp32, another one shifted, copies
+PSNR_BYTES = 26  # per number of an image: two of uint8, two of float64 and their difference
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; device is 0 on the CPU."""
+    """Bytes on the device and on its host; on the CPU all are the host's."""
 
     device: int
     host: int
 
 
 def placed(on_device: float, on_host: float, *, device: str) -> Memory:
-    """The sum of both in the host's memory if the device is the CPU; a process and a CUDA context come on top."""
+    """Memory with a process and a CUDA context on top; if the device is the CPU, everything is the host's."""
     if device == "cpu":
         return Memory(0, int(on_device + on_host + PROCESS))
     return Memory(int(on_device + CONTEXT), int(on_host + PROCESS))
@@ -38,13 +37,13 @@ def placed(on_device: float, on_host: float, *, device: str) -> Memory:
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline as memory sees it."""
+    """Sizes of a pipeline."""
 
     parts: dict[str, int]  # name -> parameters: unet, text_encoder, vae, …
     item_size: int  # bytes of a number in the model's dtype
     activations: float  # bytes of the denoiser's forward, of one sample
     decoder: float  # bytes of the decoder's forward, of one image, in the dtype that it computes in
-    decoder_upcast: bool  # SDXL's decoder computes in fp32 where the model is fp16: `decoder_upcasts`
+    decoder_upcast: bool  # `decoder_upcasts`
     image_numbers: int = 0  # of an image: 3 · height · width
 
     @property
@@ -53,14 +52,14 @@ class Model:
 
 
 def decoder_upcasts(vae_config, dtype: str) -> bool:
-    """As diffusers' SDXL pipeline decides."""
+    """True if the decoder computes in fp32 though the model is fp16, as diffusers' SDXL pipeline decides."""
     return dtype == "float16" and bool(getattr(vae_config, "force_upcast", False))
 
 
 def sampling_bytes(model: Model, samples: int, images: int) -> float:
-    """Of a pipeline: weights, and the larger of the denoiser's forward and the decoder's, if it decodes (images > 0).
+    """Bytes of the weights and of the larger forward, the denoiser's or the decoder's (images=0: no decoding).
 
-    samples: of the denoiser's batch, two for an image under guidance.
+    samples: in the denoiser's batch, two for an image under guidance.
     """
     upcast = (4 - model.item_size) * model.parts.get("vae", 0) if model.decoder_upcast else 0
     decoding = images * (model.decoder + 4 * model.image_numbers) + upcast if images else 0
@@ -68,12 +67,12 @@ def sampling_bytes(model: Model, samples: int, images: int) -> float:
 
 
 def generate_memory(model: Model, samples: int, images: int, *, device: str) -> Memory:
-    """Host: a batch's images as fp32 and as uint8. Loading to a GPU passes through the host and is left out."""
+    """Memory of sampling; the host holds a batch's images as fp32 and as uint8. Loading through it is left out."""
     return placed(sampling_bytes(model, samples, images), 5 * images * model.image_numbers, device=device)
 
 
 def hessian_bytes(group: list[LayerSpec], inputs: dict[str, LayerInput]) -> int:
-    """fp32 [in, in] of every tensor that the layers of a group read; two, past and present, where layers share one."""
+    """Bytes of a group's Hessians: fp32 [in, in] per tensor read; two, past and present, where layers share it."""
     readers: dict[tuple, list[LayerSpec]] = {}
     for spec in group:
         readers.setdefault((inputs[spec.name].tensor, spec.conv), []).append(spec)
@@ -84,7 +83,7 @@ def quantize_memory(
     model: Model, groups: list[list[LayerSpec]], inputs: dict[str, LayerInput], *, config: QuantizeConfig,
     samples: int, workers: int, room: int, device: str, needs_hessians: bool,
 ) -> Memory:  # fmt: skip
-    """The worst group: Hessians, and either the forward that fills them or the workers that encode its layers.
+    """Memory of the worst group: Hessians, and the forward that fills them or the workers that encode its layers.
 
     room: bytes that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian
     to the host. At the end the student: decoded weights in the model's dtype beside its codes, and its file in the
@@ -107,5 +106,5 @@ def quantize_memory(
 
 
 def evaluate_memory(image_numbers: int, images: int) -> Memory:
-    """A batch of images and of the originals, and the error in float64; the metrics' networks are left out."""
+    """Memory of a batch of images, its originals and the error in float64; the metrics' networks are left out."""
     return Memory(0, int(PSNR_BYTES * images * image_numbers + PROCESS))

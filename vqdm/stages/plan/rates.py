@@ -1,6 +1,6 @@
 """Seconds of work that this machine has not recorded: FLOPs and written bytes over the rates of data sheets.
 
-Every second that comes of this table is an estimate, and says so.
+All seconds from this table are labelled as estimates.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ ASSUMED = CARDS["h100"]  # where a plan for a CPU says what a GPU would take
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s and bytes/s of one device in one precision, as far as they are reached."""
+    """FLOP/s and bytes/s that one device reaches in one precision."""
 
     flops: float
     writing: float
@@ -48,7 +48,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is for. device: cpu | cuda. card: of the GPU; None for a CPU, or without a data sheet of it."""
+    """The machine that a plan is for. device: cpu | cuda. card: None for a CPU, and for an unknown GPU."""
 
     device: str
     threads: int
@@ -59,7 +59,7 @@ class Machine:
         return self.device != "cpu"
 
     def rates(self, dtype: str, *, threads: int | None = None) -> Rates | None:
-        """In products of this dtype; None without a data sheet. threads: fewer than there are, of a CPU."""
+        """Rates in this dtype; None without a data sheet. threads: how many of a CPU's to use, if not all."""
         if not self.on_gpu:
             return cpu_rates(threads or self.threads)
         return None if self.card is None else card_rates(self.card, dtype)
@@ -71,13 +71,13 @@ class Machine:
 
     @property
     def silence(self) -> str:
-        """Why there is no time, where there is none."""
+        """Reason why no time is given; empty if one is."""
         known = self.card is not None or not self.on_gpu
         return "" if known else f"no data sheet of this GPU is here: plan_for={'|'.join(CARDS)} takes another's"
 
 
 def machine_of(device: str, *, threads: int, wanted: str | None = None) -> Machine:
-    """wanted: the card to plan for; None: the GPU that is here, known by its name."""
+    """The machine to plan for. wanted: its card; None: the GPU that is here, by its name."""
     if device == "cpu":
         return Machine("cpu", threads)
     if wanted is None:
@@ -90,12 +90,12 @@ def machine_of(device: str, *, threads: int, wanted: str | None = None) -> Machi
 
 
 def card_rates(card: Card, dtype: str) -> Rates:
-    """dtype: of the products, by torch's name."""
+    """Rates of a card for products in this dtype, by torch's name."""
     flops = card.single if dtype == "float32" else card.half
     return Rates(REACHED * flops, card.bandwidth, f"estimate: {REACHED:g} × {card.name}'s data sheet")
 
 
 def cpu_rates(threads: int) -> Rates:
-    """So many cores together; 16-bit floats are no faster there."""
+    """Rates of so many cores together; 16-bit floats are no faster there."""
     origin = f"estimate: {REACHED:g} × {threads} {CORE.name}{'s' if threads > 1 else ''}"
     return Rates(threads * REACHED * CORE.single, threads * CORE.bandwidth, origin)

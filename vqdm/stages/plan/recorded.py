@@ -1,4 +1,4 @@
-"""Seconds that the store recorded of finished stages on this machine, as rates that a plan scales by what is to do."""
+"""Rates from the seconds that the store recorded of finished stages on this machine."""
 
 import json
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What finished stages in the store say of a configuration on a device.
+    """Rates of a configuration on a device, from the store's finished stages.
 
-    A stage that was cut off records only its last part: of several stages the slowest counts.
+    A stage that was interrupted records only its last part; so of several stages the slowest counts.
     """
 
     store: Store | None  # None: plan for another machine, of which nothing is recorded
@@ -35,7 +35,7 @@ class Recorded:
     device: str
 
     def sampling(self) -> Rate | None:
-        """One step of one image of the full-precision model, guidance included; from the stages that only sample."""
+        """Rate of one step of one image by the full-precision model with its guidance, from stages that only sample."""
         found = []
         for name in ("calibrate", "trajectories"):
             for directory, stage, manifest in self._finished(name):
@@ -52,7 +52,7 @@ class Recorded:
         return guided and alike and options.get("along", "teacher") == "teacher"
 
     def training(self, name: str) -> Rate | None:
-        """One sample of one step of `tune_blocks` or `finetune`, for this model at this width and precision."""
+        """Rate of one sample of a step of `tune_blocks` or `finetune`, for this model, scheme and precision."""
         prefix, found = "block_" if name == "tune_blocks" else "", []
         student, precision = f"{self.config.model.name}-{self.config.quantize.name}-", self.config.finetune.precision
         for directory, stage, manifest in self._finished(name):
@@ -63,7 +63,7 @@ class Recorded:
         return _slowest(found)
 
     def encoding(self) -> Rate | None:
-        """One weight on one thread, by layers that this codec encoded here with the same options, of any model."""
+        """Rate of one weight on one thread, from layers of any model that were encoded here with the same options."""
         options = {key: value for key, value in asdict(self.config.quantize).items() if key not in NOT_THE_CODECS}
         found = []
         for directory, stage, _ in self._finished("quantize", any_device=True):

@@ -21,6 +21,8 @@ from vqdm.weights.layers import swap_empty
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """The quantized denoiser, what every stage takes, and the machine that this is for."""
+
     denoiser: DenoiserPlan
     costs: list[StageCost]
     todo: set[str] | None  # names of the stages that are not done; None: not known
@@ -28,7 +30,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages that are still to run; None if one of them cannot be estimated."""
+        """Seconds of all stages that are still to run; None if one of them cannot be estimated."""
         known = [cost.seconds for cost in self.costs if self.todo is None or cost.name in self.todo]
         return None if None in known else sum(known)
 
@@ -43,7 +45,7 @@ def make_plan(
     config: Config, *, harm: Harm | None, images: int, calibration_prompts: int, finetune_prompts: int,
     machine: Machine, recorded: Recorded, todo: set[str] | None,
 ) -> Plan:  # fmt: skip
-    """harm: what the sensitivity stage measured, if it is needed and done.
+    """Plan a configuration. harm: what the sensitivity stage measured, if it is needed and done.
 
     UserError for a model whose configs are not here, and for a scheme that does not fit a layer.
     """
@@ -76,7 +78,7 @@ def _parameters(module) -> int:
 
 
 def layer_table(plan: DenoiserPlan) -> str:
-    """A line for every Linear and Conv2d."""
+    """One line for every Linear and Conv2d."""
     width = max(len(layer.name) for layer in plan.layers)
     return "\n".join(
         f"{layer.name:{width}s} {'×'.join(map(str, layer.shape)):>16s}  {layer.scheme:>12s} {layer.bits:7.3f} bits "
@@ -86,7 +88,7 @@ def layer_table(plan: DenoiserPlan) -> str:
 
 
 def summary(plan: Plan) -> str:
-    """The totals, and what every stage takes."""
+    """Lines with the totals and what every stage takes."""
     denoiser, counts = plan.denoiser, plan.denoiser.counts
     weights = sum(layer.weights for layer in denoiser.quantized)
     original = round(8 * counts.bytes / counts.bits_per_weight)
@@ -109,7 +111,7 @@ def summary(plan: Plan) -> str:
 
 
 def cost_line(cost: StageCost, plan: Plan) -> str:
-    """Memory, time and where it is from, of one stage."""
+    """Line with the memory and time of one stage, and where the time comes from."""
     memory = "memory not estimated"
     if cost.memory is not None:
         on_device = f"{gibibytes(cost.memory.device)} on the device and " if cost.memory.device else ""
@@ -124,7 +126,7 @@ def cost_line(cost: StageCost, plan: Plan) -> str:
 
 
 def write_plan(plan: Plan, file: Path, *, experiment: str, model: str) -> None:
-    """The same as JSON."""
+    """Write the plan as JSON."""
     layers = [
         {"name": n.name, "shape": list(n.shape), "scheme": n.scheme, "bits": n.bits, "bytes": n.bytes}
         | ({"reason": n.reason} if n.reason else {})

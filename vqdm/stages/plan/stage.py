@@ -7,9 +7,9 @@ from vqdm.stages.plan.memory import Memory
 
 @dataclass(frozen=True)
 class StageCost:
-    """name: of the field of `vqdm.stages.graph.Graph`. None: not estimated, and `note` says why.
+    """What a stage takes. name: its field of `vqdm.stages.graph.Graph`. None: not estimated, and `note` says why.
 
-    origin: of the seconds, an estimate or what was recorded. detail: numbers behind the note, for the plan's JSON.
+    origin: how the seconds are known, estimated or recorded. detail: numbers behind the note, for the plan's JSON.
     """
 
     name: str
@@ -21,7 +21,7 @@ class StageCost:
 
 
 def duration(seconds: float) -> str:
-    """Two digits, no more: 40 s, 12 min, 3.5 h, 12 days."""
+    """Time in words, to two digits: 40 s, 12 min, 3.5 h, 12 days."""
     for unit, size, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if seconds < limit * size:
             return f"{two_digits(seconds / size)} {unit}"

@@ -1,7 +1,7 @@
-"""What training a quantized denoiser holds: the step itself runs on the meta device, and its live bytes are followed.
+"""Memory of training a quantized denoiser: the step itself runs on the meta device, and its live bytes are followed.
 
-Parameters, their gradients, buffers and inputs are not in it, nor the scratch of kernels. Decoding is measured on the
-largest weight and stands in by its bytes for all others, so that SDXL takes seconds.
+Parameters, their gradients, buffers, inputs and the kernels' scratch are not included. Decoding is measured on the
+largest weight; its bytes stand in for all others, so that SDXL takes seconds.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ NORMS = {F.group_norm, F.layer_norm, F.rms_norm, F.softmax, torch.softmax, Tenso
 
 
 class Autocast(TorchFunctionMode):
-    """Context: torch's own for tensors on meta, which that passes by. Attention is one kernel, its output left empty.
+    """Context: autocast for tensors on meta, which torch's own ignores. Attention is one kernel with an empty output.
 
     precision: float32 | bfloat16. device: cpu | cuda, whose rules differ for norms.
     """
@@ -61,7 +61,7 @@ def _cast(value, dtype: torch.dtype | None):
 
 
 class _Attention(torch.autograd.Function):
-    """One kernel that keeps no [tokens, tokens] matrix: for its gradients, what goes in and what comes out."""
+    """Attention as one kernel that keeps no [tokens, tokens] matrix: only its inputs and output, for the gradients."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Of decoding, bytes per weight: held for a moment beside the decoded fp32 one, and written; of gradients too."""
+    """Bytes per weight that decoding, and its gradient, hold beside their fp32 result (scratch) and write."""
 
     scratch: float
     written: float
@@ -85,7 +85,7 @@ class DecodeCost:
     has_gradient_kernel: bool  # on a CPU
 
     def on(self, device: str) -> "DecodeCost":
-        """A CPU's kernels hold nothing."""
+        """The same on a device: a CPU's kernels hold nothing."""
         if device != "cpu":
             return self
         return dataclasses.replace(
@@ -94,7 +94,7 @@ class DecodeCost:
 
 
 def measure_decoding(weight: QuantizedWeight) -> DecodeCost:
-    """Of a weight on meta, in fp32, as torch decodes it on a GPU."""
+    """Cost of decoding a weight on meta in fp32, as torch does on a GPU."""
     parameters = [parameter for module in (weight, *weight.shared) for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_()
@@ -112,7 +112,7 @@ def measure_decoding(weight: QuantizedWeight) -> DecodeCost:
 
 
 class _Decoded(torch.autograd.Function):
-    """In the place of decoding: memory alone."""
+    """Stand-in for decoding that only takes its memory."""
 
     @staticmethod
     def forward(ctx, weight: QuantizedWeight, cost: DecodeCost, *parameters: Tensor):
@@ -129,7 +129,7 @@ class _Decoded(torch.autograd.Function):
 
 
 def _hold(size: float) -> None:
-    """For a moment."""
+    """Allocate so many bytes and free them."""
     torch.empty(int(size), dtype=torch.uint8, device="meta")
 
 
@@ -145,7 +145,7 @@ class Student:
     matrices: list[QuantizedWeight]
     decode: DecodeCost
     state: int  # parameters in fp32, and codes; no drift
-    units: int  # what steps are measured in
+    units: int  # the units that step sizes are relative to
     trained: int  # drifts included
     drifting: int
     frozen: dict[str, int]  # of parameters that do not train, by name
@@ -156,7 +156,7 @@ class Student:
         return sum(weight.shape[0] * weight.shape[1] for weight in self.matrices)
 
     def decodes(self, device: str) -> None:
-        """From now on by memory alone, as on this device."""
+        """Let a stand-in take the place of decoding: memory alone, as on this device."""
         cost = self.decode.on(device)
         for weight in self.matrices:
             weight.forward = functools.partial(_decoded, weight, cost)
@@ -167,7 +167,8 @@ class Student:
 
 
 def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
-    """denoiser: quantized, on meta; changed in place: in fp32, and what trains requires gradients."""
+    """Get a student ready to train. denoiser: quantized, on meta; changed in place: in fp32, and what trains requires
+    gradients."""
     nn.Module.to(denoiser, dtype=torch.float32).eval().requires_grad_(False)
     state = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     matrices = [layer.weight for layer in quantized_layers(denoiser).values()]
@@ -189,7 +190,7 @@ def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes. forward: of one without gradients; step: of one with, its backward pass, and the parameters' gradients.
+    """Bytes of a forward without gradients, and of a step: forward, backward and the parameters' gradients.
 
     output: numbers that the denoiser gives for a row.
     """
@@ -203,7 +204,7 @@ def measure_step(
     student: Student, config: FinetuneConfig, *, rows: int, rows_each: int, size: int | None, device: str,
     accumulates: bool, teacher: nn.Module | None = None,
 ) -> StepCost:  # fmt: skip
-    """Of `rows` rows at once. accumulates: gradients of other rows are there already. size: pixels.
+    """Cost of a step on `rows` rows. accumulates: gradients of other rows are there already. size: pixels.
 
     teacher: on meta, where the outputs of its blocks are learned too.
     """
@@ -235,7 +236,7 @@ def measure_step(
 
 
 def _loss(denoiser, teacher, arguments: dict, target: Tensor, *, config, rows_each: int, size: int | None) -> Tensor:
-    """As of `vqdm.distillation.end_to_end`, where a scheduler and real latents are at hand."""
+    """The loss of `vqdm.distillation.end_to_end`, without its scheduler and real latents."""
     watched = [] if teacher is None else [denoiser, teacher]
     with block_outputs(*watched) as outputs:
         errors = squared_errors(play(denoiser, arguments), target, rows_each=rows_each)
@@ -249,19 +250,17 @@ def _loss(denoiser, teacher, arguments: dict, target: Tensor, *, config, rows_ea
 
 @dataclass(frozen=True)
 class BlocksCost:
-    """Of the blocks of a denoiser: how many; bytes of a row's inputs and output, of the largest; bytes of a batch's
-    forward and backward pass, of the largest; numbers that train in one, at most.
-    """
+    """What training a denoiser's blocks one by one takes: their count, and the largest block's numbers."""
 
     count: int
-    recorded: float
-    step: float
-    trained: int
+    recorded: float  # bytes of a row's inputs and output
+    step: float  # bytes of a batch's forward and backward pass
+    trained: int  # parameters
 
 
 def measure_blocks(denoiser: nn.Module, names: Iterable[str], *, rows: int, size: int | None) -> BlocksCost:
-    """Blocks of one kind and shape are measured once. denoiser: in fp32, on meta. names: of the layers that are
-    quantized. rows: of a batch.
+    """Measure the blocks, those of one kind and shape once. denoiser: in fp32, on meta. names: of the quantized layers.
+    rows: of a batch.
     """
     calls = _block_calls(denoiser, names, size=size)
     recorded, steps, trained, seen = [], [], [], set()
@@ -279,7 +278,7 @@ def measure_blocks(denoiser: nn.Module, names: Iterable[str], *, rows: int, size
 
 
 def _block_calls(denoiser: nn.Module, names: Iterable[str], *, size: int | None) -> dict[str, tuple]:
-    """By block: the module, its (positional, keyword) arguments for one row, and its output."""
+    """{block: (module, its (positional, keyword) arguments for one row, its output)}"""
     calls: dict[str, tuple] = {}
 
     def keep(name: str, module, args, kwargs, output):
