@@ -4,6 +4,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
@@ -12,3 +15,13 @@ settings.register_profile("vqdm", deadline=None)  # a busy machine takes longer 
 settings.load_profile("vqdm")
 
 pytest_plugins = ["browser"]  # the fixture browser_page
+
+COMPILING = Path(__file__).parent / "codecs"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Puts the codecs' tests in one worker: two would compile numba's loops at the same time, each for itself."""
+    for item in items:
+        if item.path.is_relative_to(COMPILING):
+            item.add_marker(pytest.mark.xdist_group("codecs"))

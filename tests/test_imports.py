@@ -115,3 +115,15 @@ except ModuleNotFoundError as error:
 """
     done = run(code)
     assert done.stdout.splitlines() == ["None", "torchvision False"], done.stderr
+
+
+def test_open_clip_is_imported_without_wandb_which_can_be_imported_later():
+    code = """
+import sys
+import vqdm, open_clip
+print("wandb" in sys.modules, open_clip.create_model.__name__)
+import wandb
+print(wandb.run)
+"""
+    done = run(code)
+    assert done.stdout.splitlines() == ["False create_model", "None"], done.stderr

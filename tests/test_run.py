@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_world import ROOT, SMALL, command, environment, run, run_process
+from tiny_world import FEW, ROOT, SMALL, command, environment, run, run_process
 
 demo = pytest.mark.xdist_group("demo")  # tests that share one finished demo run in one process
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"  # in the directory of a quantize stage
-FEW = (*SMALL, r"model.layers='(up_blocks\.0\.resnets\.0\.conv1|mid_block.*to_q)$'")  # of the denoiser's 118 layers, 3
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -95,18 +94,17 @@ def _data(content: bytes) -> bytes:
 @demo
 def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
     table = (finished / "tables" / "demo.csv").read_bytes()
-    for pattern in (
-        f"stages/quantize/tiny-rtn4-*/{WEIGHTS}",
-        "stages/generate/tiny-rtn4-*/images/000005.png",
-    ):
-        file = next(finished.glob(pattern))
-        good = file.read_bytes()
-        middle = len(good) // 2
-        file.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
-        done = run("+experiment=demo", *FEW, f"results_dir={finished}")
-        assert done.returncode == 0, done.stderr
+    patterns = (f"stages/quantize/tiny-rtn4-*/{WEIGHTS}", "stages/generate/tiny-gptq4-*/images/000005.png")
+    files = [next(finished.glob(pattern)) for pattern in patterns]
+    good = [file.read_bytes() for file in files]
+    for file, content in zip(files, good, strict=True):
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    done = run("+experiment=demo", *FEW, f"results_dir={finished}")
+    assert done.returncode == 0, done.stderr
+    for file, content in zip(files, good, strict=True):
         assert file.parent.parent.name in done.stderr or file.parent.name in done.stderr
-        assert _data(file.read_bytes()) == _data(good)
+        assert _data(file.read_bytes()) == _data(content)
     assert (finished / "tables" / "demo.csv").read_bytes() == table
 
 
@@ -170,7 +168,7 @@ def test_tiny_train_runs_in_seconds(tmp_path):
     assert done.returncode == 0, done.stderr
     directory = next((tmp_path / "stages" / "tiny_train").iterdir())
     world = (f"model.path={directory}/tiny", f"evaluate.evaluators={directory}/tiny_evaluators", "model.builtin=null")
-    done = run("+experiment=tiny_rtn3", *SMALL, *world, f"results_dir={tmp_path}")
+    done = run("+experiment=tiny_rtn3", *FEW, *world, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
 
 
@@ -193,7 +191,8 @@ def test_training_goes_on_from_a_pipeline(tmp_path):
 def test_real_captions_calibrate(tmp_path, name):
     if not (SHARED / name).is_file():
         pytest.skip(f"{SHARED / name} is not here")
-    done = run("+experiment=tiny_rtn4", *SMALL, f"calibration.path={SHARED / name}", f"results_dir={tmp_path}")
+    quick = ("evaluate.prompts.n=4", "evaluate.metrics=[paired]")
+    done = run("+experiment=tiny_rtn4", *FEW, *quick, f"calibration.path={SHARED / name}", f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "unknown" in done.stderr and "truncated" in done.stderr
     prompts = next((tmp_path / "stages" / "calibrate").glob("*/prompts.jsonl")).read_text().splitlines()
@@ -202,11 +201,11 @@ def test_real_captions_calibrate(tmp_path, name):
 
 def test_any_captions_can_be_compared_with_full_precision(tmp_path):
     own = ("evaluate.prompts.source=builtin", "evaluate.metrics=[paired]", f"results_dir={tmp_path}")
-    done = run("+experiment=tiny_rtn4", *SMALL, *own)
+    done = run("+experiment=tiny_rtn4", *FEW, *own)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(next((tmp_path / "stages" / "evaluate").glob("*/metrics.json")).read_text())["metrics"]
     assert set(metrics) == {"psnr_to_fp", "ssim_to_fp"}
-    done = run("+experiment=tiny_rtn4", *SMALL, own[0], own[2])
+    done = run("+experiment=tiny_rtn4", *FEW, own[0], own[2])
     assert done.returncode != 0
     assert "evaluate.metrics=[paired]" in done.stderr
 

@@ -22,6 +22,7 @@ SMALL = (
     "evaluate.prompts.n=16", "evaluate.batch_size=4", "evaluate.bootstrap=3", "calibration.n=4",
     "calibration.batch_size=2", "model.sampler.steps=4", "threads=1", "tracker=none",
 )  # fmt: skip
+FEW = (*SMALL, r"model.layers='(up_blocks\.0\.resnets\.0\.conv1|mid_block.*to_q)$'")  # of the denoiser's 118 layers, 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # run.py sets their handlers
 
 

@@ -1,4 +1,4 @@
-"""Hooks that `import vqdm` sets on the first import of diffusers' and transformers' tables and of torchvision.
+"""Hooks that `import vqdm` sets on the first import of diffusers' and transformers' tables, torchvision and open_clip.
 
 diffusers, transformers: the quantization method `vqdm` is added to their tables, whichever is imported first.
 
@@ -6,6 +6,9 @@ torchvision: a build for CUDA may be installed beside a CPU torch. Its compiled 
 `import torchvision` dies because the schemas of two of them are missing ("operator torchvision::nms does not exist"),
 and diffusers, transformers, open_clip and torchmetrics with it. So these schemas are defined first. If the operators
 load, nothing is done.
+
+open_clip: it imports timm, which imports wandb wherever that is installed, three seconds that nothing here needs. While
+open_clip is imported, there is no wandb.
 """
 
 import importlib
@@ -84,12 +87,39 @@ def _define_missing_schemas(package: Path) -> None:
         _libraries.append(library)
 
 
+class _OpenClipFinder(_Finder):
+    module = "open_clip"
+
+    def prepare(self, spec) -> None:
+        if spec.loader is not None:
+            spec.loader = _WithoutWandb(spec.loader)
+
+
+class _WithoutWandb(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader):
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__loader__ = module.__spec__.loader = self.loader  # which knows the package's files
+        hidden = "wandb" not in sys.modules
+        if hidden:
+            sys.modules["wandb"] = None  # to import it is an ImportError
+        try:
+            self.loader.exec_module(module)
+        finally:
+            if hidden:
+                del sys.modules["wandb"]
+
+
 def wait_for_imports() -> None:
     """Watch for the import of these modules; tables that are already imported get their entry at once."""
     for module, ours in _TABLES.items():
         if module in sys.modules:
             importlib.import_module(ours)
     watched = {found.module for found in sys.meta_path if isinstance(found, _Finder)}
-    for finder in (*map(_TablesFinder, _TABLES), _TorchvisionFinder()):
+    for finder in (*map(_TablesFinder, _TABLES), _TorchvisionFinder(), _OpenClipFinder()):
         if finder.module not in sys.modules and finder.module not in watched:
             sys.meta_path.insert(0, finder)

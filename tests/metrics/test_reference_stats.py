@@ -130,8 +130,8 @@ def test_what_is_written_is_what_the_networks_see(folder, weights, unpublished, 
 
 def test_an_archive_gives_the_folders_statistics(folder, weights, unpublished, tmp_path):
     archive = archive_of(folder, tmp_path / "val.zip")
-    of_folder = made([folder], tmp_path / "one" / "stats", weights)
-    of_archive = made([archive], tmp_path / "two" / "stats", weights)
+    of_folder = made([folder], tmp_path / "one" / "stats", weights, "--metrics", "cmmd")
+    of_archive = made([archive], tmp_path / "two" / "stats", weights, "--metrics", "cmmd")
     assert of_folder["images_sha256"] == of_archive["images_sha256"]
     one, two = (contents(tmp_path / where / "stats") for where in ("one", "two"))
     assert [name for name in one if one[name] != two[name]] == ["reference.json"]

@@ -5,13 +5,13 @@ import json
 import pandas as pd
 import publish_table
 import pytest
-from tiny_world import SMALL, run
+from tiny_world import FEW, run
 
 from vqdm.errors import UserError
 
 
 def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path):
-    small = (*SMALL, f"results_dir={tmp_path}")
+    small = (*FEW, f"results_dir={tmp_path}")
     done = run("table=bits_sweep_tiny", "row=bits_sweep_tiny_fp", *small)
     assert done.returncode == 0, done.stderr
     data = pd.read_csv(tmp_path / "tables" / "bits_sweep_tiny.csv", index_col="method")

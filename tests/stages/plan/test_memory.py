@@ -37,10 +37,8 @@ def problem(shape):
     return torch.randn(shape, generator=draw), factor @ factor.T + torch.eye(shape[1])
 
 
-@pytest.mark.parametrize("shape", [(640, 640), (160, 1280)])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_an_encoder_holds(name, shape):
-    config = CONFIGS[name]
+def encode_measured(shape, config) -> int:
+    """Peak bytes that encoding a random layer takes beside the matrix."""
     layer = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], bias=False)})
     ((spec, scheme),) = assign_schemes(layer, config, pattern="layer", min_size=1).quantized
     shared = None if scheme.shared_key is None else make_shared(layer, [(spec, scheme)], config=config)
@@ -48,7 +46,16 @@ def test_what_an_encoder_holds(name, shape):
     hessian = hessian if needs_hessians(config) else None
     with torch.no_grad(), LiveBytes() as live:
         encode_layer(matrix, hessian, scheme, config=config, shared=shared, layer="layer")
-    measured = live.peak + 4 * matrix.numel()  # the matrix is the worker's own
+    return live.peak
+
+
+@pytest.mark.parametrize("shape", [(640, 640), (160, 1280)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_an_encoder_holds(name, shape):
+    config = CONFIGS[name]
+    if name == "additive":  # what numba compiles at a first call keeps its arguments until garbage is collected
+        encode_measured((64, 64), config)
+    measured = encode_measured(shape, config) + 4 * shape[0] * shape[1]  # the matrix is the worker's own
     assert encoder_bytes(shape, config) == pytest.approx(measured, rel=0.15)
 
 
