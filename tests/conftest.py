@@ -16,12 +16,13 @@ settings.load_profile("vqdm")
 
 pytest_plugins = ["browser"]  # the fixture browser_page
 
-COMPILING = Path(__file__).parent / "codecs"
+CODECS = Path(__file__).parent / "codecs"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Puts the codecs' tests in one worker: two would compile numba's loops at the same time, each for itself."""
+    """Keeps a file's tests in one worker, as they share fixtures, and the codecs', whose loops numba compiles once."""
     for item in items:
-        if item.path.is_relative_to(COMPILING):
-            item.add_marker(pytest.mark.xdist_group("codecs"))
+        if item.get_closest_marker("xdist_group") is None:
+            together = CODECS if item.path.is_relative_to(CODECS) else item.path
+            item.add_marker(pytest.mark.xdist_group(together.name))
