@@ -113,6 +113,7 @@ def test_what_cannot_be_compared_is_refused(last, said, tmp_path, capsys, scenes
     assert str(error.value).startswith("error: ") and said in str(error.value)
 
 
+@pytest.mark.slow
 def test_peaks_of_memory_are_those_of_whole_processes(capsys):
     arguments = ["+experiment=tiny_fp", "model.sampler.steps=1", "evaluate.bootstrap=2", "evaluate.batch_size=2"]
     bench_evaluation_memory.main(["--n", "2,3", *arguments])
@@ -120,5 +121,8 @@ def test_peaks_of_memory_are_those_of_whole_processes(capsys):
     assert [line.split(":")[0] for line in lines] == ["n = 2", "n = 3"]
     peaks = [float(line.split()[4]) for line in lines]
     assert all(200 < peak < 4000 for peak in peaks) and abs(peaks[1] / peaks[0] - 1) < 0.2, "MiB of torch and diffusers"
+
+
+def test_a_run_that_fails_has_no_peak():
     with pytest.raises(SystemExit, match="the run failed"):
         bench_evaluation_memory.main(["--n", "2", "+experiment=nonsense"])
