@@ -40,9 +40,14 @@ def main() -> None:
         _write(options.images, options.size, own, originals)
         began = time.process_time()
         extract(
-            features, own, originals, count=options.images, batch_size=BATCH, environment={},
+            features,
+            own,
+            originals,
+            count=options.images,
+            batch_size=BATCH,
+            environment={},
             make_extractor=functools.partial(make_extractor, "paired", [], device="cpu"),
-        )  # fmt: skip
+        )
         columns = load_columns(features, options.images, BATCH)
         spent = time.process_time() - began
     means = ", ".join(f"{name} {float(column.mean()):.4f}" for name, column in sorted(columns.items()))

@@ -76,11 +76,14 @@ def say_assumption(path: Path, chosen: str, reason: str | None) -> None:
         log.warning(
             "%s does not say how it was trained: taken for %s, predicting noise; model.configs=sdxl_turbo (or sdxl, "
             "or DIR) says otherwise, a few-step model also needs its own model.sampler",
-            path, chosen,
-        )  # fmt: skip
+            path,
+            chosen,
+        )
     else:
         log.warning(
             "%s is taken for %s, by %s; model.configs=sdxl (or DIR) says otherwise. As model=sdxl_turbo it wants "
             "model.sampler.scheduler=native model.sampler.steps=4 model.sampler.guidance=0",
-            path, chosen, reason,
-        )  # fmt: skip
+            path,
+            chosen,
+            reason,
+        )

@@ -32,10 +32,18 @@ class Columns:
 
 
 def evaluate(
-    directory: Path, families: dict[str, Columns], not_run: dict[str, str], prompts: PromptList, *,
-    config: EvaluateConfig, reference: Reference | None, tiny_reference: dict | None, sampler: SamplerConfig,
-    images: list[dict], images_sha256: str,
-) -> None:  # fmt: skip
+    directory: Path,
+    families: dict[str, Columns],
+    not_run: dict[str, str],
+    prompts: PromptList,
+    *,
+    config: EvaluateConfig,
+    reference: Reference | None,
+    tiny_reference: dict | None,
+    sampler: SamplerConfig,
+    images: list[dict],
+    images_sha256: str,
+) -> None:
     """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}, images_sha256}.
 
     It also writes `images.csv`, the scores of every image, for paired comparisons of runs on the same captions and

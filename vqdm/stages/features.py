@@ -20,9 +20,15 @@ from vqdm.stages.layout import captions_in, image_path
 
 
 def extract(
-    directory: Path, images: Path, originals: Path | None, *, count: int, batch_size: int, make_extractor,
+    directory: Path,
+    images: Path,
+    originals: Path | None,
+    *,
+    count: int,
+    batch_size: int,
+    make_extractor,
     environment: dict,
-) -> None:  # fmt: skip
+) -> None:
     """Make the batches that are missing or whose images have changed.
 
     originals: the full-precision images, for a family of pairs. `make_extractor()` is called only if there is work.

@@ -27,9 +27,18 @@ SHOWN = 4  # number of the validation's captions that are sampled at every valid
 
 
 def finetune(
-    directory: Path, pipeline, teacher: nn.Module | None, trajectories: Path, prompts: PromptList, calibration: Path, *,
-    config: FinetuneConfig, model: ModelConfig, device: str, tracker,
-) -> dict:  # fmt: skip
+    directory: Path,
+    pipeline,
+    teacher: nn.Module | None,
+    trajectories: Path,
+    prompts: PromptList,
+    calibration: Path,
+    *,
+    config: FinetuneConfig,
+    model: ModelConfig,
+    device: str,
+    tracker,
+) -> dict:
     """Fill the stage's directory: `denoiser/`, `history.json`, images. Returns bits, bytes, and losses.
 
     pipeline: its denoiser is the student, in fp32, trained in place. teacher: its denoiser, where predictions were not

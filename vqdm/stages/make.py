@@ -126,9 +126,16 @@ def ensure_denoiser(
 
 
 def ensure_distilled(
-    config: Config, store: Store, stages: Quantization, models: Models, *, quantized: Path, calibration: Path,
-    environment: dict, tracker,
-) -> Path:  # fmt: skip
+    config: Config,
+    store: Store,
+    stages: Quantization,
+    models: Models,
+    *,
+    quantized: Path,
+    calibration: Path,
+    environment: dict,
+    tracker,
+) -> Path:
     """Tune blocks and finetune, as far as `stages` has these; returns the directory of the resulting denoiser."""
 
     def make_tuned(directory: Path) -> dict:

@@ -278,6 +278,9 @@ def _finish(
     found = finished_denoiser(directory, denoiser, calibration, dtype=dtype, device=device)
     log.info(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
-        len(records), len(left), found["bits_per_weight"], found["relative_output_error"],
-    )  # fmt: skip
+        len(records),
+        len(left),
+        found["bits_per_weight"],
+        found["relative_output_error"],
+    )
     return found

@@ -34,9 +34,16 @@ def _digest(own: ImageSet, trials: list[Trial]) -> str:
 
 
 def write_study(
-    directory: Path, trials: list[Trial], sets: dict[str, ImageSet], *, protocol: Protocol, size: int | None,
-    quality: int | None, seed: int, about: dict,
-) -> list[Path]:  # fmt: skip
+    directory: Path,
+    trials: list[Trial],
+    sets: dict[str, ImageSet],
+    *,
+    protocol: Protocol,
+    size: int | None,
+    quality: int | None,
+    seed: int,
+    about: dict,
+) -> list[Path]:
     """Write pages and key.json into `directory`; returns the pages.
 
     The same call writes the same pages again. UserError if another study is there, since its votes need its key.

@@ -23,9 +23,13 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def cluster_interval(
-    wins: np.ndarray, votes: np.ndarray, *, generator: np.random.Generator, confidence: float = 0.95,
+    wins: np.ndarray,
+    votes: np.ndarray,
+    *,
+    generator: np.random.Generator,
+    confidence: float = 0.95,
     resamples: int = RESAMPLES,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """Bootstrap interval of Σ wins / Σ votes over whole prompts, as votes on one prompt are not independent.
 
     wins, votes: [prompts]. Percentiles are widened as Student's t is against the normal (Hesterberg 2015, section
@@ -79,9 +83,15 @@ def _connected(wins: np.ndarray, votes: np.ndarray, first: np.ndarray, second: n
 
 
 def strength_intervals(
-    wins: np.ndarray, votes: np.ndarray, comparisons: list[tuple[str, str]], systems: list[str], *,
-    generator: np.random.Generator, confidence: float = 0.95, resamples: int = STRENGTH_RESAMPLES,
-) -> np.ndarray | None:  # fmt: skip
+    wins: np.ndarray,
+    votes: np.ndarray,
+    comparisons: list[tuple[str, str]],
+    systems: list[str],
+    *,
+    generator: np.random.Generator,
+    confidence: float = 0.95,
+    resamples: int = STRENGTH_RESAMPLES,
+) -> np.ndarray | None:
     """Bootstrap intervals of strengths [systems, low and high] over whole prompts; wins, votes: [prompts, comparisons].
 
     None if more resamples have no strengths than an interval leaves out: the data then do not bound them.

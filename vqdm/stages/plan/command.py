@@ -48,10 +48,8 @@ def _plan(config: Config, store: Store, stages: Graph | Quantization | None, tod
 
     machine = _machine(config)
     recorded = Recorded(store if config.plan_for is None else None, config, machine.device)
-    return make_plan(
-        config, harm=_harm(store, stages, todo), **_counts(config, stages), machine=machine, recorded=recorded,
-        todo=todo,
-    )  # fmt: skip
+    counts, harm = _counts(config, stages), _harm(store, stages, todo)
+    return make_plan(config, counts, machine, recorded=recorded, harm=harm, todo=todo)
 
 
 def say_before_work(config: Config, store: Store, stages: Graph | Quantization) -> None:

@@ -6,20 +6,18 @@ layers share.
 
 import copy
 import dataclasses
-import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from vqdm.calibration.blocks import LARGE
 from vqdm.calibration.collect import teacher_groups
-from vqdm.calibration.hessian import by_displacement, output_size, token_count
+from vqdm.calibration.hessian import add_second_moment, token_count
 from vqdm.codecs.encode import needs_hessians, trains_blocks
 from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.options import Config, SamplerConfig
-from vqdm.models.specs import ConvGeometry, LayerSpec, in_groups
+from vqdm.models.specs import LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
 from vqdm.stages.graph import image_sampler
 from vqdm.stages.plan import memory
@@ -30,13 +28,14 @@ from vqdm.stages.plan.forward import (
     ForwardCost,
     LayerInput,
     latent_size,
+    measure,
     measure_decoder,
     measure_denoiser,
 )
 from vqdm.stages.plan.memory import Memory
 from vqdm.stages.plan.rates import SCORING, Machine, Rates, cpu_rates
 from vqdm.stages.plan.recorded import Recorded
-from vqdm.stages.plan.stage import StageCost, duration, gibibytes
+from vqdm.stages.plan.stage import Experiment, StageCost, duration, gibibytes
 from vqdm.stages.plan.training import measure_blocks
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
@@ -74,19 +73,25 @@ def stage_costs(
         note = f"not estimated: the plan does not know what {type(denoiser).__name__} takes"
         return [StageCost(name, None, None, note) for name in names]
     model, decoding = _model(config, denoiser, vae, parts=parts, cost=cost)
-    guided = guidance_factor(denoiser, config.model.sampler.guidance)
-    executed = [spec for spec in specs if spec.name in cost.inputs]
-    experiment = _Experiment(
-        config, denoiser, cost, executed, model, decoding, machine, recorded, guided=guided, scored=images,
+    stages = _Stages(
+        config,
+        denoiser,
+        student,
+        vae,
+        specs=[spec for spec in specs if spec.name in cost.inputs],
+        cost=cost,
+        model=model,
+        decoding=decoding,
+        machine=machine,
+        recorded=recorded,
+        guided=guidance_factor(denoiser, config.model.sampler.guidance),
+        scored=images,
         calibration_prompts=calibration_prompts,
-    )  # fmt: skip
-    found = {name: getattr(experiment, name)() for name in names if name not in DISTILLATION}
+        finetune_prompts=finetune_prompts,
+    )
+    found = {name: getattr(stages, name)() for name in names if name not in DISTILLATION}
     if any(name in DISTILLATION for name in names):
-        plan = DistillationPlan(
-            config, denoiser, student, vae, executed, cost, model, decoding, machine, recorded, guided=guided,
-            prompts=finetune_prompts,
-        )  # fmt: skip
-        found |= {stage.name: stage for stage in plan.costs()}
+        found |= {stage.name: stage for stage in DistillationPlan(**vars(stages)).costs()}
     return [found[name] for name in names]
 
 
@@ -121,27 +126,14 @@ def _model(
     return model, decoding
 
 
-@dataclass(frozen=True)
-class _Experiment:
-    """What the stages' costs follow from; each stage is a method."""
-
-    config: Config
-    denoiser: nn.Module
-    cost: DenoiserCost
-    specs: list[LayerSpec]
-    model: memory.Model
-    decoding: ForwardCost  # of one image
-    machine: Machine
-    recorded: Recorded
-    guided: int
-    scored: int  # images
-    calibration_prompts: int
+class _Stages(Experiment):
+    """Costs of all stages but those of distillation; each is a method."""
 
     def calibrate(self) -> StageCost:
         config = self.config.calibration
         samples = self.guided * min(config.batch_size, self.calibration_prompts)
         used = memory.generate_memory(self.model, samples, 0, device=self.machine.device)
-        return self._stage("calibrate", used, *self._sampling(self.calibration_prompts, self.config.model.sampler))
+        return self.stage("calibrate", used, self._sampling(self.calibration_prompts, self.config.model.sampler))
 
     def sensitivity(self) -> StageCost:
         """Cost of the Hessians, as for quantizing, and of encoding and judging every layer at every number of bits."""
@@ -149,11 +141,11 @@ class _Experiment:
         used = self._quantize_memory(self._groups(config), workers=1)
         rates = self._rates()
         if rates is None:
-            return self._stage("sensitivity", used, None)
+            return self.stage("sensitivity", used, (None, ""))
         encode, origin = self._encoding(self.specs, workers=1)
         judged = len(self.specs) * CALLS * self._samples_per_call() * rates.seconds(self.cost.sample)
         seconds = self._hessian_seconds(self._groups(config)) + len(CODE_BITS) * (encode + judged)
-        return self._stage("sensitivity", used, seconds, rates.origin, f"encoding: {origin}")
+        return self.stage("sensitivity", used, (seconds, rates.origin), f"encoding: {origin}")
 
     def quantize(self) -> StageCost:
         config = self.config.quantize
@@ -163,7 +155,7 @@ class _Experiment:
         used = self._quantize_memory(groups, workers=self.machine.threads)
         rates = self._rates()
         if rates is None:
-            return self._stage("quantize", used, None)
+            return self.stage("quantize", used, (None, ""))
         found = [self._encoding(group, workers=self.machine.threads) for group in groups]
         encode = sum(seconds for seconds, _ in found)
         hessians, note = 0.0, ""
@@ -172,7 +164,7 @@ class _Experiment:
             note = f"Hessians {duration(hessians)} in {len(groups)} pass{'es' if len(groups) > 1 else ''}, "
         error = self._recorded_samples() * rates.seconds(self.cost.sample)
         note += f"encoding {duration(encode)} ({found[0][1] if found else 'nothing'})"
-        return self._stage("quantize", used, hessians + encode + error, rates.origin, note)
+        return self.stage("quantize", used, (hessians + encode + error, rates.origin), note)
 
     def _by_blocks(self) -> StageCost:
         """Cost of running both denoisers up to every block, half of one on average, its steps, and two judgements.
@@ -198,10 +190,10 @@ class _Experiment:
         )
         half, single = self._rates(), self.machine.rates("float32")
         if half is None:
-            return self._stage("quantize", used, None)
+            return self.stage("quantize", used, (None, ""), note)
         trained = FORWARD_AND_BACKWARD * config.iterations * batch + 2 * rows
         seconds = blocks.count * rows * half.seconds(self.cost.sample) + trained * single.seconds(self.cost.sample)
-        return self._stage("quantize", used, seconds, half.origin, note)
+        return self.stage("quantize", used, (seconds, half.origin), note)
 
     def teacher_images(self) -> StageCost:
         return dataclasses.replace(self.images(), name="teacher_images")
@@ -211,9 +203,9 @@ class _Experiment:
         used = memory.generate_memory(self.model, self.guided * size, size, device=self.machine.device)
         made = size * math.ceil(self.scored / size)  # the last batch is filled up
         seconds, origin = self._sampling(made, image_sampler(self.config))
-        if seconds is not None:
-            seconds += made * self._rates().seconds(self.decoding)
-        return self._stage("images", used, seconds, origin)
+        rates = self._rates()
+        found = (None, "") if rates is None else (seconds + made * rates.seconds(self.decoding), origin)
+        return self.stage("images", used, found)
 
     def evaluate(self) -> StageCost:
         """Cost of comparing with the originals image by image; metrics that take a network are left out."""
@@ -225,20 +217,14 @@ class _Experiment:
         note = f"without the networks of {', '.join(others)}" if others else ""
         return StageCost("evaluate", used, seconds, note, "estimate")
 
-    def _stage(self, name: str, used: Memory, seconds: float | None, origin: str = "", note: str = "") -> StageCost:
-        return StageCost(name, used, seconds, self.machine.silence if seconds is None else note, origin)
-
     def _rates(self) -> Rates | None:
         return self.machine.rates(self.config.model.dtype)
 
     def _sampling(self, images: int, sampler: SamplerConfig) -> tuple[float | None, str]:
         """Seconds of sampling without decoding, and where they come from."""
-        rates, here = self._rates(), self.recorded.sampling()
-        if rates is None:
-            return None, ""
-        if here is not None:
-            return here.times(images * sampler.steps), here.origin
-        return images * sampler.steps * self.guided * rates.seconds(self.cost.sample), rates.origin
+        steps = images * sampler.steps
+        cost = self.cost.sample.times(self.guided * steps)
+        return self.timed(self.recorded.sampling(), steps, [cost], dtype=self.config.model.dtype)
 
     def _encoding(self, specs: list[LayerSpec], *, workers: int) -> tuple[float, str]:
         """Seconds of encoding with so many workers, at least those of the largest layer; and where they come from."""
@@ -265,10 +251,16 @@ class _Experiment:
 
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
         return memory.quantize_memory(
-            self.model, groups, self.cost.inputs, config=self.config.quantize, samples=self._samples_per_call(),
-            workers=workers, room=encoding_room(), device=self.machine.device,
+            self.model,
+            groups,
+            self.cost.inputs,
+            config=self.config.quantize,
+            samples=self._samples_per_call(),
+            workers=workers,
+            room=encoding_room(),
+            device=self.machine.device,
             needs_hessians=needs_hessians(self.config.quantize),
-        )  # fmt: skip
+        )
 
     def _hessian_seconds(self, groups: list[list[LayerSpec]]) -> float:
         """Seconds of every group's calls (the recorded ones, or all of a sampling student) and of summing their inputs.
@@ -306,31 +298,12 @@ def least_encoding_flops(shape: tuple[int, int], config: QuantizeConfig) -> floa
 
 
 def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int, limit: int | None) -> ForwardCost:
-    """Cost of adding one call's tokens to a layer's Hessian, as `hessian` does it; copies of its inputs only roughly.
+    """Cost of adding one call's tokens to a layer's Hessian, measured on meta.
 
     shape: of what the layer reads in a batch of BATCH; samples: of the call's batch; limit: tokens_per_call.
     """
-    inputs = torch.empty(shape, device="meta")
-    tokens, size = token_count(inputs, spec.conv) * samples / BATCH, spec.shape[1]
-    if limit is not None and tokens > limit:
-        return ForwardCost(matmul_flops=2 * limit * size**2, written_bytes=4 * limit * size)
-    if spec.conv is None or not by_displacement(inputs, spec.conv):
-        return ForwardCost(matmul_flops=2 * tokens * size**2, written_bytes=4 * tokens * size)
-    channels, images = inputs.shape[-3], samples / BATCH * math.prod(inputs.shape[:-3])
-    pixels = images * _pixel_products(inputs, spec.conv)
-    return ForwardCost(matmul_flops=2 * pixels * channels**2, written_bytes=4 * 4 * pixels * channels)
-
-
-def _pixel_products(inputs: torch.Tensor, conv: ConvGeometry) -> int:
-    """Pixels whose outer products are summed, per image: for every displacement what all windows see, then strips."""
-    height, width = output_size(inputs.shape[-2:], conv)
-    taps = list(itertools.product(*(range(0, d * k, d) for d, k in zip(conv.dilation, conv.kernel, strict=True))))
-    members: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for a, b in itertools.combinations_with_replacement(taps, 2):
-        members.setdefault((b[0] - a[0], b[1] - a[1]), []).append(a)
-    total = 0
-    for seen in members.values():
-        spread = [max(tap[i] for tap in seen) - min(tap[i] for tap in seen) for i in (0, 1)]
-        common = (height - spread[0]) * (width - spread[1])
-        total += common + len(seen) * (height * width - common)
-    return total
+    inputs, total = (torch.empty(size, device="meta") for size in (shape, (spec.shape[1], spec.shape[1])))
+    if limit is None or limit >= token_count(inputs, spec.conv) * samples / BATCH:
+        return measure(lambda: add_second_moment(total, inputs, spec.conv)).times(samples / BATCH)
+    chosen = torch.empty(limit, dtype=torch.int64, device="meta")
+    return measure(lambda: add_second_moment(total, inputs, spec.conv, chosen=chosen))

@@ -27,10 +27,14 @@ def trajectory_counts(config: Config, *, prompts: int, guided: int) -> Trajector
     validation = min(own.validation, prompts)
     train = 0 if own.along == "student" else prompts - validation
     noised = train if own.along == "data" else 0
+    sampled = train + validation
     return TrajectoryCounts(
-        train + validation, ((train + validation) * sum(steps) + noised * kept) * guided, (train + validation) * kept,
-        (train + validation) * len(steps), noised * len(steps),
-    )  # fmt: skip
+        prompts=sampled,
+        rows=(sampled * sum(steps) + noised * kept) * guided,
+        samples=sampled * kept,
+        captions=sampled * len(steps),
+        encoded=noised * len(steps),
+    )
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,19 @@ def training_counts(config: Config, *, prompts: int, guided: int) -> TrainingCou
     samples = own.steps * own.batch_size
     validations = own.steps // own.check_every + 1 + (own.steps % own.check_every > 0)
     captions = own_captions(config, train=prompts - validation) if own.trajectories.along == "student" else 0
-    relabelled = captions * kept * guided
     shown = validations * min(SHOWN, validation)
     return TrainingCounts(
-        own.steps, samples, samples * guided, own.steps * -(-own.batch_size // micro_batch(config)), validations,
-        validations * min(own.validation_samples, validation * kept) * guided,
-        shown * config.model.sampler.steps * guided, shown, captions * sum(steps) * guided,
-        relabelled + (samples * guided if own.feature_weight > 0 else 0),
-    )  # fmt: skip
+        steps=own.steps,
+        samples=samples,
+        rows=samples * guided,
+        parts=own.steps * -(-own.batch_size // micro_batch(config)),
+        validations=validations,
+        validation_rows=validations * min(own.validation_samples, validation * kept) * guided,
+        shown_rows=shown * config.model.sampler.steps * guided,
+        shown_images=shown,
+        own_rows=captions * sum(steps) * guided,
+        teacher_rows=(captions * kept + samples * (own.feature_weight > 0)) * guided,
+    )
 
 
 def own_captions(config: Config, *, train: int) -> int:

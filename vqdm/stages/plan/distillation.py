@@ -5,14 +5,11 @@ cost of tuning blocks is rough.
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from vqdm.config.options import Config
-from vqdm.models.specs import LayerSpec
 from vqdm.stages.finetune import teacher_runs_along
 from vqdm.stages.plan import memory
 from vqdm.stages.plan.counts import (
@@ -23,35 +20,17 @@ from vqdm.stages.plan.counts import (
     training_counts,
     trajectory_counts,
 )
-from vqdm.stages.plan.forward import DenoiserCost, ForwardCost, denoiser_inputs, latent_size, measure
+from vqdm.stages.plan.forward import ForwardCost, denoiser_inputs, latent_size, measure
 from vqdm.stages.plan.memory import Memory
-from vqdm.stages.plan.rates import ASSUMED, Machine, Rates, card_rates
-from vqdm.stages.plan.recorded import Rate, Recorded
-from vqdm.stages.plan.stage import StageCost, gibibytes, two_digits
+from vqdm.stages.plan.rates import ASSUMED, Rates, card_rates
+from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes, two_digits
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
 MOMENTS = 2  # of Adam, in fp32 as all that trains
 
 
-@dataclass(frozen=True)
-class DistillationPlan:
-    """What the costs of the three stages follow from.
-
-    teacher, student: on meta; the student quantized, and changed here. prompts: of the trajectories.
-    """
-
-    config: Config
-    teacher: nn.Module
-    student: nn.Module
-    vae: nn.Module | None
-    specs: list[LayerSpec]
-    cost: DenoiserCost
-    model: memory.Model
-    decoding: ForwardCost  # of one image
-    machine: Machine
-    recorded: Recorded
-    guided: int
-    prompts: int
+class DistillationPlan(Experiment):
+    """Costs of the three stages that distil; the student is changed."""
 
     def costs(self) -> list[StageCost]:
         """Costs of the stages that are asked for, in the order in which they run."""
@@ -68,9 +47,15 @@ class DistillationPlan:
     def _step(self, student: Student, *, teacher: nn.Module | None = None) -> StepCost:
         own, micro = self.config.finetune, micro_batch(self.config)
         return measure_step(
-            student, own, rows=self.guided * micro, rows_each=self.guided, size=self.config.model.sampler.size,
-            device=self.machine.device, accumulates=micro < own.batch_size, teacher=teacher,
-        )  # fmt: skip
+            student,
+            own,
+            rows=self.guided * micro,
+            rows_each=self.guided,
+            size=self.config.model.sampler.size,
+            device=self.machine.device,
+            accumulates=micro < own.batch_size,
+            teacher=teacher,
+        )
 
     def _tune_blocks(self, student: Student) -> StageCost:
         """Cost of running both denoisers up to every block, half of one on average, for every row, and of its steps."""
@@ -81,50 +66,36 @@ class DistillationPlan:
         blocks = measure_blocks(student.denoiser, names, rows=batch, size=self.config.model.sampler.size)
         recording, training = blocks.count * own.block_samples, own.block_steps * batch
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
-        step = max(blocks.step + state, self._rows_in_a_call() * self.model.activations)
+        step = max(blocks.step + state, self.guided * self.config.calibration.batch_size * self.model.activations)
         rows = 2 * own.block_samples * blocks.recorded
         used = memory.placed(self.model.weights + student.state + step, rows, device=self.machine.device)
-        rates, seconds, origin = self.machine.rates("float32"), None, ""
-        if rates is not None:
-            row, decode, origin = rates.seconds(self.cost.sample), student.decode, rates.origin
-            seconds = (recording + (1 + BACKWARD) * training) * row
-            seconds += own.block_steps * student.weights * (decode.written + decode.gradient_written) / rates.writing
-        seconds, origin = _known(self.recorded.training("tune_blocks"), training, seconds, origin)
-        note = f"rough; {blocks.count} blocks, {own.block_steps:,} steps of {batch} rows each{self._silence()}"
-        detail = {"blocks": blocks.count, "recorded_rows": recording, "trained_rows": blocks.count * training}
-        return StageCost("tune_blocks", used, seconds, note, origin, detail)
-
-    def _rows_in_a_call(self) -> int:
-        return self.guided * self.config.calibration.batch_size
+        written = own.block_steps * student.weights * (student.decode.written + student.decode.gradient_written)
+        work = [self.cost.sample.times(recording + (1 + BACKWARD) * training), ForwardCost(written_bytes=written)]
+        timed = self.timed(self.recorded.training("tune_blocks"), training, work, dtype="float32")
+        note = f"rough; {blocks.count} blocks, {own.block_steps:,} steps of {batch} rows each"
+        rows = {"recorded_rows": recording, "trained_rows": blocks.count * training}
+        return self.stage("tune_blocks", used, timed, note, blocks=blocks.count, **rows)
 
     def _trajectories(self, student: Student, step: StepCost) -> StageCost:
         own, dtype = self.config.finetune.trajectories, self.config.model.dtype
-        counts = trajectory_counts(self.config, prompts=self.prompts, guided=self.guided)
+        counts = trajectory_counts(self.config, prompts=self.finetune_prompts, guided=self.guided)
         rows = self.guided * min(own.batch_size, counts.prompts)
         used = memory.generate_memory(self.model, rows, 0, device=self.machine.device)
         size = self._bytes_on_disk(counts, step.output)
-        work = [
-            (counts.rows, self.cost.sample),
-            (counts.encoded, self._encoding() if counts.encoded else ForwardCost()),
-        ]
-
-        def seconds(rates: Rates | None) -> float | None:
-            return None if rates is None else sum(count * rates.seconds(cost) for count, cost in work)
-
+        encoding = self._encoding() if counts.encoded else ForwardCost()
+        work = [self.cost.sample.times(counts.rows), encoding.times(counts.encoded)]
         note = (
             f"{counts.prompts:,} captions, {counts.rows:,} rows, {counts.samples:,} samples kept, "
-            f"{gibibytes(size)} on disk{self._silence()}"
+            f"{gibibytes(size)} on disk"
         )
-        detail = dataclasses.asdict(counts) | {"disk_bytes": size}
-        detail["gpu_hours"] = seconds(self._on_a_gpu(dtype)) / 3600
-        here = self.machine.rates(dtype)
-        steps = counts.rows / self.guided
-        known = _known(self.recorded.sampling(), steps, seconds(here), "" if here is None else here.origin)
-        return StageCost("trajectories", used, known[0], note, known[1], detail)
+        hours = sum(map(self._on_a_gpu(dtype).seconds, work)) / 3600
+        timed = self.timed(self.recorded.sampling(), counts.rows / self.guided, work, dtype=dtype)
+        detail = dataclasses.asdict(counts) | {"disk_bytes": size, "gpu_hours": hours}
+        return self.stage("trajectories", used, timed, note, **detail)
 
     def _bytes_on_disk(self, counts: TrajectoryCounts, output: int) -> int:
         """Bytes of the latents and predictions of every sample, and, once for every caption, of all other arguments."""
-        first, *others = denoiser_inputs(self.teacher, batch=1, size=self.config.model.sampler.size).values()
+        first, *others = denoiser_inputs(self.denoiser, batch=1, size=self.config.model.sampler.size).values()
         once = sum(leaf.nbytes for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor) and leaf.ndim > 1)
         each = first.nbytes + self.model.item_size * output
         return self.guided * (counts.samples * each + counts.captions * once)
@@ -133,16 +104,16 @@ class DistillationPlan:
         """Cost of encoding one image with the VAE."""
         if self.vae is None:
             return ForwardCost()
-        height, width = latent_size(self.teacher, self.config.model.sampler.size)
+        height, width = latent_size(self.denoiser, self.config.model.sampler.size)
         scale, first = 2 ** (len(self.vae.config.block_out_channels) - 1), next(self.vae.parameters())
         image = first.new_empty(1, self.vae.config.in_channels, scale * height, scale * width)
         return measure(lambda: self.vae.encode(image, return_dict=False))
 
     def _finetune(self, student: Student, step: StepCost, trajectories: StageCost) -> StageCost:
         own = self.config.finetune
-        counts = training_counts(self.config, prompts=self.prompts, guided=self.guided)
-        here, gpu = self.machine.rates(own.precision), self._on_a_gpu(own.precision)
-        hours = self._seconds(counts, student, gpu) / 3600 + trajectories.detail["gpu_hours"]
+        counts = training_counts(self.config, prompts=self.finetune_prompts, guided=self.guided)
+        work, gpu = self._training(counts, student), self._on_a_gpu(own.precision)
+        hours = sum(map(gpu.seconds, work)) / 3600 + trajectories.detail["gpu_hours"]
         parts = self._variants(student, step)
         placed = {name: self._placed(found, student) for name, found in parts.items()}
         cached, resident = (gibibytes(used.device or used.host) for used in placed.values())
@@ -150,38 +121,35 @@ class DistillationPlan:
             f"{counts.steps:,} steps of {own.batch_size} = {counts.samples:,} samples, {counts.rows:,} rows; "
             f"{cached} with the teacher's predictions cached, {resident} with the teacher resident; "
             f"{two_digits(hours)} GPU-hours with the trajectories ({gpu.origin})"
-            f"{', without the search for codes' if own.tune_codes else ''}{self._silence()}"
+            f"{', without the search for codes' if own.tune_codes else ''}"
         )
         detail = dataclasses.asdict(counts) | {"gpu_hours": hours, "gpu_hours_from": gpu.origin, "bytes": parts}
         used = placed["resident" if teacher_runs_along(own) else "cached"]
-        seconds = None if here is None else self._seconds(counts, student, here)
-        rate = self.recorded.training("finetune")
-        seconds, origin = _known(rate, counts.samples, seconds, "" if here is None else here.origin)
-        return StageCost("finetune", used, seconds, note, origin, detail)
+        timed = self.timed(self.recorded.training("finetune"), counts.samples, work, dtype=own.precision)
+        return self.stage("finetune", used, timed, note, **detail)
 
     def _variants(self, student: Student, step: StepCost) -> dict[str, dict[str, int]]:
         """Bytes by what takes them, with the teacher's predictions cached and with the teacher resident."""
-        watching = step
-        if self.config.finetune.feature_weight > 0:
-            watching = self._step(student, teacher=self.teacher)
+        watches = self.config.finetune.feature_weight > 0
+        watching = self._step(student, teacher=self.denoiser) if watches else step
         return {
             "cached": self._parts(student, step, resident=False),
             "resident": self._parts(student, watching, resident=True),
         }
 
-    def _seconds(self, counts: TrainingCounts, student: Student, rates: Rates) -> float:
-        """Seconds of forwards and backwards, by their FLOPs, and of decoding, by the bytes that it writes."""
+    def _training(self, counts: TrainingCounts, student: Student) -> list[ForwardCost]:
+        """Cost of forwards and backwards, of decoding weights, and of decoding the images that are shown."""
         own, decode = self.config.finetune, student.decode
         decodings = counts.parts * (1 + own.checkpointing)
         decodings += counts.validation_rows / (self.guided * micro_batch(self.config))
         decodings += counts.shown_images * self.config.model.sampler.steps
         written = student.weights * (decodings * decode.written + counts.parts * decode.gradient_written)
-        found = counts.forwards(checkpointing=own.checkpointing) * rates.seconds(self.cost.sample)
-        return found + written / rates.writing + counts.shown_images * rates.seconds(self.decoding)
+        forwards = self.cost.sample.times(counts.forwards(checkpointing=own.checkpointing))
+        return [forwards, ForwardCost(written_bytes=written), self.decoding.times(counts.shown_images)]
 
     def _parts(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, int]:
         """Bytes on the device by what takes them: what is always there, then what the worst moment adds."""
-        teacher = self.model.item_size * sum(parameter.numel() for parameter in self.teacher.parameters())
+        teacher = self.model.item_size * sum(parameter.numel() for parameter in self.denoiser.parameters())
         moments = self._moments(student, step, resident=resident)
         worst = max(moments, key=moments.get)
         found = {
@@ -218,7 +186,7 @@ class DistillationPlan:
         own, dtype = self.config.finetune, self.config.model.dtype
         if own.precision == "float32" and dtype != "float32":
             return 0
-        theirs = {name for name, _ in self.teacher.named_parameters()}
+        theirs = {name for name, _ in self.denoiser.named_parameters()}
         return sum(size for name, size in student.frozen.items() if name in theirs)
 
     def _placed(self, parts: dict[str, int], student: Student) -> Memory:
@@ -229,11 +197,3 @@ class DistillationPlan:
     def _on_a_gpu(self, dtype: str) -> Rates:
         """Rates of the GPU that is planned for, or of the assumed one."""
         return (self.machine.on_gpu and self.machine.rates(dtype)) or card_rates(ASSUMED, dtype)
-
-    def _silence(self) -> str:
-        return f"; {self.machine.silence}" if self.machine.silence else ""
-
-
-def _known(rate: Rate | None, count: float, seconds: float | None, origin: str) -> tuple[float | None, str]:
-    """Seconds and their origin: what was recorded here, or else the estimate."""
-    return (seconds, origin) if rate is None else (rate.times(count), rate.origin)

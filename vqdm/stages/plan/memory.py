@@ -80,9 +80,17 @@ def hessian_bytes(group: list[LayerSpec], inputs: dict[str, LayerInput]) -> int:
 
 
 def quantize_memory(
-    model: Model, groups: list[list[LayerSpec]], inputs: dict[str, LayerInput], *, config: QuantizeConfig,
-    samples: int, workers: int, room: int, device: str, needs_hessians: bool,
-) -> Memory:  # fmt: skip
+    model: Model,
+    groups: list[list[LayerSpec]],
+    inputs: dict[str, LayerInput],
+    *,
+    config: QuantizeConfig,
+    samples: int,
+    workers: int,
+    room: int,
+    device: str,
+    needs_hessians: bool,
+) -> Memory:
     """Memory of the worst group: Hessians, and the forward that fills them or the workers that encode its layers.
 
     room: bytes that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian

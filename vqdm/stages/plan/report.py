@@ -42,10 +42,16 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, harm: Harm | None, images: int, calibration_prompts: int, finetune_prompts: int,
-    machine: Machine, recorded: Recorded, todo: set[str] | None,
-) -> Plan:  # fmt: skip
-    """Plan a configuration. harm: what the sensitivity stage measured, if it is needed and done.
+    config: Config,
+    counts: dict[str, int],
+    machine: Machine,
+    *,
+    recorded: Recorded,
+    harm: Harm | None,
+    todo: set[str] | None,
+) -> Plan:
+    """Plan a configuration. counts: images and prompts, as `stage_costs` takes them. harm: what the sensitivity stage
+    measured, if it is needed and done.
 
     UserError for a model whose configs are not here, and for a scheme that does not fit a layer.
     """
@@ -56,11 +62,16 @@ def make_plan(
     modules = {part.name: component_on_meta(part) for part in parts if part.name not in DENOISERS}
     modules |= {"denoiser": denoiser}
     costs = stage_costs(
-        config, denoiser, assignment.specs, parts={name: _parameters(module) for name, module in modules.items()},
-        vae=modules.get("vae"), images=images, calibration_prompts=calibration_prompts, machine=machine,
-        recorded=recorded, student=_student(config, assignment),
-        finetune_prompts=finetune_prompts,
-    )  # fmt: skip
+        config,
+        denoiser,
+        assignment.specs,
+        parts={name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
+        vae=modules.get("vae"),
+        student=_student(config, assignment),
+        machine=machine,
+        recorded=recorded,
+        **counts,
+    )
     wanted = ("calibrate", "sensitivity", "quantize", *DISTILLATION) if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
     return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo, machine)
@@ -71,10 +82,6 @@ def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
     if not any(name in DISTILLATION for name in stage_names(config)):
         return None
     return swap_empty(denoiser_on_meta(config.model), assignment.quantized)
-
-
-def _parameters(module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def layer_table(plan: DenoiserPlan) -> str:

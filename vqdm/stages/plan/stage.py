@@ -1,8 +1,15 @@
-"""What a plan says of one stage, and how it says numbers."""
+"""What a plan says of one stage, what all stages' costs follow from, and numbers in words."""
 
 from dataclasses import dataclass, field
 
-from vqdm.stages.plan.memory import Memory
+from torch import nn
+
+from vqdm.config.options import Config
+from vqdm.models.specs import LayerSpec
+from vqdm.stages.plan.forward import DenoiserCost, ForwardCost
+from vqdm.stages.plan.memory import Memory, Model
+from vqdm.stages.plan.rates import Machine
+from vqdm.stages.plan.recorded import Rate, Recorded
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,42 @@ class StageCost:
     note: str = ""
     origin: str = ""
     detail: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the costs of all stages follow from: a configuration, its models' costs, and the machine to plan for."""
+
+    config: Config
+    denoiser: nn.Module  # on meta
+    student: nn.Module | None  # the quantized denoiser on meta, where something is distilled
+    vae: nn.Module | None
+    specs: list[LayerSpec]  # of layers that are quantized, and executed
+    cost: DenoiserCost
+    model: Model
+    decoding: ForwardCost  # of one image
+    machine: Machine
+    recorded: Recorded
+    guided: int  # rows of the denoiser's batch for an image
+    scored: int  # images
+    calibration_prompts: int
+    finetune_prompts: int
+
+    def timed(
+        self, recorded: Rate | None, count: float, work: list[ForwardCost], *, dtype: str
+    ) -> tuple[float | None, str]:
+        """Seconds and their origin: what was recorded here, or else an estimate, if the machine's rates are known.
+
+        recorded: of a unit of work, of which there are `count`. dtype: of the products in `work`.
+        """
+        if recorded is not None:
+            return recorded.times(count), recorded.origin
+        rates = self.machine.rates(dtype)
+        return (None, "") if rates is None else (sum(map(rates.seconds, work)), rates.origin)
+
+    def stage(self, name: str, used: Memory, timed: tuple[float | None, str], note: str = "", **detail) -> StageCost:
+        silence = self.machine.silence if timed[0] is None else ""
+        return StageCost(name, used, timed[0], "; ".join(filter(None, (note, silence))), timed[1], detail)
 
 
 def duration(seconds: float) -> str:

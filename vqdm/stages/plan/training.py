@@ -181,11 +181,15 @@ def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
     for part in parts:
         part.parameter.requires_grad_()
     return Student(
-        denoiser, matrices, decode, state, units=sum(part.unit.nbytes for part in parts),
+        denoiser,
+        matrices,
+        decode,
+        state,
+        units=sum(part.unit.nbytes for part in parts),
         trained=sum(part.parameter.numel() for part in parts),
         drifting=sum(part.parameter.numel() for part in parts if part.kind == "drift"),
         frozen={name: p.nbytes for name, p in denoiser.named_parameters() if not p.requires_grad},
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,16 @@ class StepCost:
 
 
 def measure_step(
-    student: Student, config: FinetuneConfig, *, rows: int, rows_each: int, size: int | None, device: str,
-    accumulates: bool, teacher: nn.Module | None = None,
-) -> StepCost:  # fmt: skip
+    student: Student,
+    config: FinetuneConfig,
+    *,
+    rows: int,
+    rows_each: int,
+    size: int | None,
+    device: str,
+    accumulates: bool,
+    teacher: nn.Module | None = None,
+) -> StepCost:
     """Cost of a step on `rows` rows. accumulates: gradients of other rows are there already. size: pixels.
 
     teacher: on meta, where the outputs of its blocks are learned too.

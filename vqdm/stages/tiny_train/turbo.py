@@ -29,26 +29,37 @@ def _clean(noisy: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> tor
     return (noisy - (1 - level).sqrt() * noise) / level.sqrt()
 
 
+def _guided_noise(teacher, noisy, timesteps, text, pooled, *, guidance: float) -> torch.Tensor:
+    """The teacher's prediction under guidance away from the empty caption."""
+    both = conditions(torch.cat([pooled, torch.zeros_like(pooled)]))
+    double = torch.cat([text, torch.zeros_like(text)])
+    time = timesteps.repeat(2)
+    noise, empty = teacher(noisy.repeat(2, 1, 1, 1), time, double, added_cond_kwargs=both).sample.float().chunk(2)
+    return empty + guidance * (noise - empty)
+
+
 def distil_turbo(
-    teacher: UNet2DConditionModel, latents: LatentSet, *, directory: Path, steps: int, batch_size: int, seed: int,
-    guidance: float, learning_rate: float = 2e-4, after_step=None,
-) -> UNet2DConditionModel:  # fmt: skip
+    teacher: UNet2DConditionModel,
+    latents: LatentSet,
+    *,
+    directory: Path,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    guidance: float,
+    learning_rate: float = 2e-4,
+    after_step=None,
+) -> UNet2DConditionModel:
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     teacher = teacher.eval().requires_grad_(False)
     timesteps, levels = _levels()
-
-    def level_at(index: torch.Tensor) -> torch.Tensor:
-        return levels[index].view(-1, 1, 1, 1)
+    levels = levels.view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def teacher_step(noisy, index, text, pooled):
         """Take a guided DDIM step from grid point `index` to the next."""
-        both = conditions(torch.cat([pooled, torch.zeros_like(pooled)]))
-        double = torch.cat([text, torch.zeros_like(text)])
-        time = timesteps[index].repeat(2)
-        noise, empty = teacher(noisy.repeat(2, 1, 1, 1), time, double, added_cond_kwargs=both).sample.float().chunk(2)
-        noise = empty + guidance * (noise - empty)
-        clean, after = _clean(noisy, noise, level_at(index)), level_at(index + 1)
+        noise = _guided_noise(teacher, noisy, timesteps[index], text, pooled, guidance=guidance)
+        clean, after = _clean(noisy, noise, levels[index]), levels[index + 1]
         return after.sqrt() * clean + (1 - after).sqrt() * noise
 
     @torch.no_grad()
@@ -57,7 +68,7 @@ def distil_turbo(
         last = (index == GRID).view(-1, 1, 1, 1)
         inside = index.clamp(max=GRID - 1)
         noise = student(noisy, timesteps[inside], text, added_cond_kwargs=conditions(pooled)).sample.float()
-        return torch.where(last, noisy, _clean(noisy, noise, level_at(inside)))
+        return torch.where(last, noisy, _clean(noisy, noise, levels[inside]))
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         clean, text, pooled = latents.batch(batch_size, generator)
@@ -65,15 +76,13 @@ def distil_turbo(
         coarse = torch.rand(batch_size, generator=generator) < 0.5
         index = torch.where(coarse, index // 5 * 5, index)  # half of the draws lie on the 4-step grid
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = level_at(index).sqrt() * clean + (1 - level_at(index)).sqrt() * noise
+        noisy = levels[index].sqrt() * clean + (1 - levels[index]).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
             further = teacher_step(noisy, index, text, pooled)
             aim = estimate_further_down(further, index + 1, text, pooled)
-        with torch.autocast(
-            "cpu", torch.bfloat16
-        ):  # entered anew: weights cast under no_grad stay cached without gradient
+        with torch.autocast("cpu", torch.bfloat16):  # anew: weights cast under no_grad stay cached without gradient
             predicted = student(noisy, timesteps[index], text, added_cond_kwargs=conditions(pooled)).sample
-        error = _clean(noisy, predicted.float(), level_at(index)) - aim
+        error = _clean(noisy, predicted.float(), levels[index]) - aim
         return ((error.square() + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber loss, as in the method's paper
 
     average = fit(

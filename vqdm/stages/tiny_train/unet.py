@@ -100,9 +100,16 @@ def conditions(pooled: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def train_unet(
-    latents: LatentSet, *, directory: Path, steps: int, batch_size: int, seed: int, init_from: Path | None = None,
-    learning_rate: float = 8e-4, after_step=None,
-) -> UNet2DConditionModel:  # fmt: skip
+    latents: LatentSet,
+    *,
+    directory: Path,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    init_from: Path | None = None,
+    learning_rate: float = 8e-4,
+    after_step=None,
+) -> UNet2DConditionModel:
     """Train noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 9) and 10 % empty (zero) conditions."""
     with seeded_initialisation(seed, "unet"):
         unet = build_unet()
