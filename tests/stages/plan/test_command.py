@@ -56,9 +56,12 @@ def test_a_gpu_is_not_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("own", "said"),
-    [({"plan_for": "v100", "plan": True}, "a100, 4090, h100, h200"), ({"plan_for": "h100"}, "plan=true"),
-     ({"plan_for": "h100", "plan": True, "device": "cpu"}, "device=cpu")],
-)  # fmt: skip
+    [
+        ({"plan_for": "v100", "plan": True}, "a100, 4090, h100, h200"),
+        ({"plan_for": "h100"}, "plan=true"),
+        ({"plan_for": "h100", "plan": True, "device": "cpu"}, "device=cpu"),
+    ],
+)
 def test_cards_to_plan_for(own, said):
     config = compose("+experiment=tiny_rtn4")
     with pytest.raises(UserError, match=said):

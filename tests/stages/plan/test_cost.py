@@ -1,6 +1,8 @@
 """Rates, seconds and stages: invariants, and SDXL as a whole, on the meta device."""
 
+import itertools
 import json
+from collections import defaultdict
 
 import pytest
 import torch
@@ -8,14 +10,7 @@ from unets import sdxl_unet, small_unet
 
 from vqdm.calibration.hessian import add_second_moment
 from vqdm.config.codecs import OPTIONS, GptqConfig, RtnConfig
-from vqdm.config.options import (
-    PLAN_CARDS,
-    CalibrationConfig,
-    Config,
-    EvaluateConfig,
-    ModelConfig,
-    SamplerConfig,
-)
+from vqdm.config.options import PLAN_CARDS, CalibrationConfig, Config, EvaluateConfig, ModelConfig, SamplerConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
 from vqdm.runs.files import write_sealed
 from vqdm.runs.store import Stage, Store
@@ -29,8 +24,10 @@ CPU = Machine("cpu", 1)
 CORE = REACHED * 99e9  # FLOP/s
 
 
-def nothing_recorded(config):
-    return Recorded(None, config, "cpu")
+def costs(config, unet, specs=None, **changes):
+    options = {"parts": {"unet": 1000}, "vae": None, "images": 1, "calibration_prompts": 2, "machine": CPU}
+    options |= {"recorded": Recorded(None, config, "cpu")} | changes
+    return stage_costs(config, unet, layer_specs(unet) if specs is None else specs, **options)
 
 
 def test_seconds_are_work_over_rates():
@@ -48,9 +45,15 @@ def test_rates_of_cards_and_cores():
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090"),
-     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA T4", None)],
-)  # fmt: skip
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA T4", None),
+    ],
+)
 def test_the_gpu_that_is_here_is_known_by_its_name(name, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
@@ -74,7 +77,21 @@ def test_flops_of_second_moments():
     inputs, total = torch.empty(2, 4, 16, 16, device="meta"), torch.empty(36, 36, device="meta")
     really = measure(lambda: add_second_moment(total, inputs, conv.conv))
     assert second_moment_cost(conv, (2, 4, 16, 16), samples=6, limit=None).flops == 3 * really.flops
+    assert really.flops == 2 * 2 * 4**2 * products_of_pixels(16)
     assert second_moment_cost(conv, (2, 4, 4, 4), samples=6, limit=None).flops == 2 * 6 * 4**2 * 36**2
+
+
+def products_of_pixels(size):
+    """Outer products of an image for a 3×3 kernel: for every displacement those of the common window, then strips."""
+    taps = list(itertools.product(range(3), range(3)))
+    seen = defaultdict(list)
+    for a, b in itertools.combinations_with_replacement(taps, 2):
+        seen[b[0] - a[0], b[1] - a[1]].append(a)
+    total = 0
+    for first in seen.values():
+        height, width = (size - max(tap[i] for tap in first) + min(tap[i] for tap in first) for i in (0, 1))
+        total += height * width + len(first) * (size**2 - height * width)
+    return total
 
 
 def test_guidance_takes_two_samples():
@@ -92,12 +109,8 @@ def sdxl_config(**quantize):
 
 
 def sdxl_costs(machine=CPU, **quantize):
-    unet, config = sdxl_unet(), sdxl_config(**quantize)
-    options = {"parts": {"unet": 2_567_463_684}, "vae": None, "images": 5000, "calibration_prompts": 256}
-    found = stage_costs(
-        config, unet, layer_specs(unet), **options, machine=machine, recorded=nothing_recorded(config)
-    )  # fmt: skip
-    return {stage.name: stage for stage in found}
+    options = {"parts": {"unet": 2_567_463_684}, "images": 5000, "calibration_prompts": 256, "machine": machine}
+    return {stage.name: stage for stage in costs(sdxl_config(**quantize), sdxl_unet(), **options)}
 
 
 def test_sdxl_as_a_whole():
@@ -143,21 +156,14 @@ def test_sampling_is_scaled_from_what_was_recorded_of_the_model(tmp_path):
     made(store, "calibrate", "tiny-builtin-1", SAMPLED | {"dtype": "float32"}, seconds=9e9)
     made(store, "calibrate", "tiny-builtin-2", SAMPLED, device="cuda", seconds=9e9)
     assert found.sampling().seconds == 2.0
-    unet = small_unet().to("meta")
-    options = {"parts": {"unet": 1000}, "vae": None, "images": 4, "calibration_prompts": 2, "machine": CPU}
-    calibrate, quantize, *_, images, evaluate = stage_costs(
-        sdxl_config(kind="gptq", bits=4), unet, layer_specs(unet), **options, recorded=found
+    calibrate, quantize, *_, images, evaluate = costs(
+        sdxl_config(kind="gptq", bits=4), small_unet().to("meta"), images=4, recorded=found
     )
     assert calibrate.seconds == 2 * 50 * 2.0 and images.seconds == 4 * 50 * 2.0
     assert calibrate.origin.startswith("recorded here in calibrate/tiny-builtin-8")
     assert evaluate.origin == "estimate" and quantize.origin.startswith("estimate")
-    made(
-        store,
-        "trajectories",
-        "tiny-teacher-3",
-        SAMPLED | {"along": "teacher", "sampler_steps": [10, 20]},
-        seconds=270.0,
-    )
+    recorded = SAMPLED | {"along": "teacher", "sampler_steps": [10, 20]}
+    made(store, "trajectories", "tiny-teacher-3", recorded, seconds=270.0)
     assert found.sampling().seconds == 3.0  # the slowest
 
 
@@ -177,10 +183,8 @@ def test_encoding_is_scaled_by_weights_from_layers_of_the_same_options(tmp_path)
     assert Recorded(None, config, "cpu").encoding() is None
     unet = small_unet().to("meta")
     specs = layer_specs(unet)
-    found = stage_costs(
-        config, unet, specs, parts={"unet": 1000}, vae=None, images=4, calibration_prompts=0, machine=Machine("cpu", 3),
-        recorded=Recorded(store, config, "cpu"),
-    )[1]  # fmt: skip
+    recorded = Recorded(store, config, "cpu")
+    found = costs(config, unet, specs, calibration_prompts=0, machine=Machine("cpu", 3), recorded=recorded)[1]
     seconds = [spec.size * rate.seconds for spec in specs]
     assert duration(max(sum(seconds) / 3, max(seconds))) in found.note and "recorded here" in found.note
 
@@ -207,36 +211,25 @@ def test_training_sdxls_blocks():
     row = 2 * (960 + 320) * 128**2  # fp16; the time embedding's 1,280 numbers beside it
     rows = 256 * 4 * 2
     assert rows * row == 80 << 30
-    assert (
-        "113 blocks, 20,000 steps of 32 rows each, on 2,048 rows" in found.note
-        and "80 GiB up to three times" in found.note
-    )
-    gpu = Machine("cuda", 1, CARDS["a100"])
-    assert (
-        sdxl_costs(gpu, kind="adaround", bits=4, batch_size=32)["quantize"].memory.host < 24 << 30
-    )  # the rest on disk
+    assert "113 blocks, 20,000 steps of 32 rows each, on 2,048 rows" in found.note
+    assert "80 GiB up to three times" in found.note
+    gpu = sdxl_costs(Machine("cuda", 1, CARDS["a100"]), kind="adaround", bits=4, batch_size=32)["quantize"]
+    assert gpu.memory.host < 24 << 30  # the rest on disk
     forward = 6.76e12 / CORE + 5.39e9 / 1e10
     passes = 113 * rows + 3 * 20_000 * 32 + 2 * rows
     assert found.seconds == pytest.approx(passes * forward, rel=0.01)
 
 
 def test_what_is_not_estimated_says_so():
-    unet, config = small_unet().to("meta"), sdxl_config()
+    unet = small_unet().to("meta")
     unet.register_to_config(addition_embed_type="image")
-    found = stage_costs(
-        config, unet, [], parts={"unet": 1}, vae=None, images=1, calibration_prompts=0, machine=CPU,
-        recorded=nothing_recorded(config),
-    )  # fmt: skip
+    found = costs(sdxl_config(), unet, [])
     assert [stage.name for stage in found] == ["images", "evaluate"]
     assert all(stage.seconds is None and "UNet2DConditionModel" in stage.note for stage in found)
 
 
 def test_a_gpu_without_a_data_sheet_has_memory_but_no_time():
-    unet, config = small_unet().to("meta"), sdxl_config(kind="gptq", bits=4)
-    options = {"parts": {"unet": 1000}, "vae": None, "images": 1, "calibration_prompts": 2}
-    found = stage_costs(
-        config, unet, layer_specs(unet), **options, machine=Machine("cuda", 1), recorded=nothing_recorded(config)
-    )
+    found = costs(sdxl_config(kind="gptq", bits=4), small_unet().to("meta"), machine=Machine("cuda", 1))
     assert all(stage.memory.host > 0 for stage in found)
     assert [stage.seconds for stage in found[:-1]] == [None] * 4
     assert all("plan_for" in stage.note for stage in found[:-1])
@@ -251,14 +244,10 @@ def test_two_digits():
 def test_images_are_sampled_in_full_batches_and_in_steps_of_their_own():
     """9 images in batches of 4 are 12, each in 10 of the model's 50 steps."""
     unet, config = small_unet().to("meta"), sdxl_config(kind="gptq", bits=4)
-    options = {"parts": {"unet": 1000}, "vae": None, "calibration_prompts": 2, "machine": CPU}
 
     def seconds(images, steps):
         config.evaluate.steps = steps
-        found = stage_costs(
-            config, unet, layer_specs(unet), images=images, **options, recorded=nothing_recorded(config)
-        )
-        return {stage.name: stage.seconds for stage in found}
+        return {stage.name: stage.seconds for stage in costs(config, unet, images=images)}
 
     once, own, whole = seconds(4, None), seconds(9, 10), seconds(12, None)
     for name in ("teacher_images", "images"):
@@ -268,9 +257,7 @@ def test_images_are_sampled_in_full_batches_and_in_steps_of_their_own():
 
 
 def test_scoring_is_timed_where_there_are_originals_and_says_which_networks_are_not():
-    unet = small_unet().to("meta")
-    options = {"parts": {"unet": 1000}, "vae": None, "images": 8, "calibration_prompts": 2, "machine": CPU}
     config = sdxl_config()
     config.evaluate.metrics = ["paired", "clip_h14"]
-    found = stage_costs(config, unet, [], **options, recorded=nothing_recorded(config))[-1]
+    found = costs(config, small_unet().to("meta"), [], images=8)[-1]
     assert found.seconds == 0 and found.note == "without the networks of clip_h14"

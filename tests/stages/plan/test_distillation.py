@@ -82,8 +82,12 @@ def test_the_last_step_is_always_validated():
 
 def test_stages_are_those_of_the_graph():
     assert stage_names(composed(*TINY, "finetune=both"))[:5] == [
-        "calibrate", "quantize", "tune_blocks", "trajectories", "finetune",
-    ]  # fmt: skip
+        "calibrate",
+        "quantize",
+        "tune_blocks",
+        "trajectories",
+        "finetune",
+    ]
     assert "finetune" not in stage_names(composed(*TINY, "finetune=blocks"))
     assert stage_names(compose("+experiment=tiny_fp")) == ["images", "evaluate"]
 
@@ -110,9 +114,15 @@ def _estimated(config: FinetuneConfig, *, teacher):
     micro = config.micro_batch_size or config.batch_size
     student = prepare_student(tiny_student(), config)
     step = measure_step(
-        student, config, rows=ROWS_EACH * micro, rows_each=ROWS_EACH, size=None, device="cpu",
-        accumulates=micro < config.batch_size, teacher=teacher,
-    )  # fmt: skip
+        student,
+        config,
+        rows=ROWS_EACH * micro,
+        rows_each=ROWS_EACH,
+        size=None,
+        device="cpu",
+        accumulates=micro < config.batch_size,
+        teacher=teacher,
+    )
     update = (1 + config.relative_rate) * 4 * student.trained
     always = 4 * student.drifting + 8 * student.trained + student.units
     return always + max(step.step, update), step
@@ -210,18 +220,33 @@ def tiny_costs(*overrides, machine=CPU):
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
     own = config.finetune.trajectories
     found = stage_costs(
-        config, denoiser, assigned(denoiser, config).specs, parts={"unet": numbers, "vae": 1000}, vae=None, images=16,
-        calibration_prompts=4, machine=machine, recorded=Recorded(None, config, machine.device),
-        student=tiny_student(*overrides), finetune_prompts=own.n + own.validation,
-    )  # fmt: skip
+        config,
+        denoiser,
+        assigned(denoiser, config).specs,
+        parts={"unet": numbers, "vae": 1000},
+        vae=None,
+        images=16,
+        calibration_prompts=4,
+        machine=machine,
+        recorded=Recorded(None, config, machine.device),
+        student=tiny_student(*overrides),
+        finetune_prompts=own.n + own.validation,
+    )
     return {stage.name: stage for stage in found}, numbers
 
 
 def test_the_stages_costs():
     stages, numbers = tiny_costs("finetune=both")
     assert list(stages) == [
-        "calibrate", "quantize", "tune_blocks", "trajectories", "finetune", "teacher_images", "images", "evaluate",
-    ]  # fmt: skip
+        "calibrate",
+        "quantize",
+        "tune_blocks",
+        "trajectories",
+        "finetune",
+        "teacher_images",
+        "images",
+        "evaluate",
+    ]
     finetune, recorded = stages["finetune"], stages["trajectories"]
     assert "100 steps of 32 = 3,200 samples, 6,400 rows" in finetune.note
     assert all(words in finetune.note for words in ("cached", "resident", "GPU-hours", "estimate", "H100"))

@@ -82,10 +82,17 @@ def test_three_bits_of_tiny_are_less_than_a_quarter_of_its_file():
 @pytest.mark.parametrize("model", ["tiny", "tiny_turbo"])
 @pytest.mark.parametrize(
     "quantizer",
-    ["quantize=none", "quantize=rtn3", "quantize=gptq4", "quantize=vq2", "quantize=trellis3",
-     "quantize=trellis3 quantize.bits=2.37", "quantize=vq3 quantize.codebooks=block",
-     "quantize=trellis3 quantize.allocation=sensitivity"],
-)  # fmt: skip
+    [
+        "quantize=none",
+        "quantize=rtn3",
+        "quantize=gptq4",
+        "quantize=vq2",
+        "quantize=trellis3",
+        "quantize=trellis3 quantize.bits=2.37",
+        "quantize=vq3 quantize.codebooks=block",
+        "quantize=trellis3 quantize.allocation=sensitivity",
+    ],
+)
 def test_what_is_foretold_is_written_to_the_byte(model, quantizer):
     overrides = ("+experiment=tiny_turbo_fp" if model == "tiny_turbo" else "+experiment=tiny_codec", *quantizer.split())
     plan, config = planned(*overrides), compose(*overrides)
