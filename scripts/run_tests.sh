@@ -11,4 +11,5 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- -m "slow or not slow" "$@"
 fi
-exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+# a file's tests share fixtures, so one process runs them all
+exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

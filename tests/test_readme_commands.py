@@ -36,7 +36,6 @@ DISTILLED = (
 DEMO = "sh scripts/run_demo.sh"
 COMPRESS = "python run.py +experiment=compress model.path=my_model.safetensors quantize=trellis3 "
 RULES: list[Rule] = []
-pytestmark = pytest.mark.xdist_group("readme")  # the commands share results: one process runs them all
 
 
 def rule(pattern: str, *more: str, **options):

@@ -13,7 +13,6 @@ import pytest
 from safetensors.torch import load_file
 from tiny_world import FEW, ROOT, SMALL, command, environment, run, run_process
 
-demo = pytest.mark.xdist_group("demo")  # tests that share one finished demo run in one process
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"  # in the directory of a quantize stage
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -41,7 +40,6 @@ def _table(results: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-@demo
 @pytest.mark.parametrize("made", ["finished", pytest.param("whole", marks=pytest.mark.slow)])
 def test_the_demo_writes_its_table(made, request):
     finished = request.getfixturevalue(made)
@@ -62,7 +60,6 @@ def test_the_demo_writes_its_table(made, request):
     assert "trellis 3 bit" in (finished / "reports" / "demo.html").read_text(encoding="utf-8")
 
 
-@demo
 @pytest.mark.parametrize("made", ["finished", pytest.param("whole", marks=pytest.mark.slow)])
 def test_bits_are_those_of_the_file_on_disk(made, request):
     finished = request.getfixturevalue(made)
@@ -75,7 +72,6 @@ def test_bits_are_those_of_the_file_on_disk(made, request):
         assert record["bits"]["bytes"] == file.stat().st_size - header
 
 
-@demo
 def test_a_second_run_makes_nothing_again(finished):
     before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("*") if p.is_file() and p.name != ".lock"}
     table = (finished / "tables" / "demo.csv").read_bytes()
@@ -91,7 +87,6 @@ def _data(content: bytes) -> bytes:
     return content if content.startswith(b"\x89PNG") else content[8 + int.from_bytes(content[:8], "little") :]
 
 
-@demo
 def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
     table = (finished / "tables" / "demo.csv").read_bytes()
     patterns = (f"stages/quantize/tiny-rtn4-*/{WEIGHTS}", "stages/generate/tiny-gptq4-*/images/000005.png")
@@ -109,7 +104,6 @@ def test_a_flipped_byte_is_redone_and_said(finished, tmp_path):
 
 
 @pytest.mark.slow
-@demo
 def test_killed_twice_the_table_is_the_same(whole, tmp_path):
     pause = random.Random(0)
     for _ in range(2):
@@ -125,7 +119,6 @@ def test_killed_twice_the_table_is_the_same(whole, tmp_path):
     assert (tmp_path / "tables" / "demo.csv").read_bytes() == (whole / "tables" / "demo.csv").read_bytes()
 
 
-@demo
 def test_more_images_keep_those_that_are_there(finished):
     images = next((finished / "stages" / "generate").glob("tiny-fp-*/images"))
     before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
@@ -137,7 +130,6 @@ def test_more_images_keep_those_that_are_there(finished):
     assert {name: after[name] for name in before} == before
 
 
-@demo
 def test_plan_lists_what_is_done(finished):
     done = run("+experiment=tiny_rtn4", *FEW, f"results_dir={finished}", "plan=true")
     lines = [line for line in done.stdout.splitlines() if "/stages/" in line]
@@ -150,7 +142,6 @@ def test_plan_lists_what_is_done(finished):
 
 
 @pytest.mark.slow
-@demo
 def test_another_model_writes_another_table(whole):
     done = run("+experiment=demo", *SMALL, "model=tiny_outlier", "model.sampler.steps=2", f"results_dir={whole}")
     assert done.returncode == 0, done.stderr

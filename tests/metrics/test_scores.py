@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from test_distribution import slow_cmmd, slow_kid
+from test_distribution import fid, slow_cmmd, slow_kid
 
-from vqdm.metrics.distribution import fid
 from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import SMALLEST_FID, inception_score, kid_of_subsets, score
