@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from vqdm.codecs import additive, gptq, rtn, trellis
 from vqdm.codecs.trellis_table import load_table
-from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
 from vqdm.runs.files import atomic_write, write_json
 from vqdm.seeds import torch_generator
@@ -74,10 +73,10 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What codecs take beside bits; damping as in a run by default."""
+    """What codecs take beside bits; damping: None is each codec's own."""
 
     beam_size: int = 8
-    damping: float = TrellisConfig.damping
+    damping: float | None = None
     code_bits: bool = False  # trellis: bits are those of the codes alone
     seed: int = 0
 
@@ -94,7 +93,8 @@ def encode(
     kind, options = CODECS[codec]
     if kind == "rtn":
         return rtn.encode(weight, hessian, bits=int(bits), layer=layer, **options)
-    options = options | {"damping": settings.damping, "layer": layer}
+    own = {} if settings.damping is None else {"damping": settings.damping}
+    options = options | own | {"layer": layer}
     if kind == "gptq":
         return gptq.encode(weight, hessian, bits=int(bits), **options)
     if kind == "trellis":
@@ -127,7 +127,6 @@ def warm_trellis() -> None:
         torch.eye(len(rates)),
         bits=bits,
         table=trellis_table(),
-        damping=TrellisConfig.damping,
         row_exponent=1.0,
     )
 
@@ -352,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="all layers of the model, not one of each frequent shape")
     add("--seed", type=int, default=0, help="of synthetic layers and of what codecs draw")
     add("--beam", type=int, default=Settings.beam_size, help="additive: hypotheses kept; default %(default)s")
-    add("--damping", type=float, default=Settings.damping, help="added to Hessians, of the mean; default %(default)s")
+    add("--damping", type=float, help="added to Hessians, of the mean; default: the codec's own")
     add("--code-bits", action="store_true", help="trellis: --bits are of the codes alone, side information is on top")
     add("--json", type=Path, metavar="OUT", help="write a list of records here, and no table")
     add("--results", type=Path, default=Path("results"))

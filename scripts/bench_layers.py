@@ -53,7 +53,7 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], draw: Generator) -> Qu
     for parameter in weight.parameters():
         parameter.data.copy_(torch.rand(parameter.shape, generator=draw) / math.sqrt(shape[1]))
     if scheme.kind == "trellis":
-        weight.packed_rates.copy_(pack(random_rates(weight, draw) - LOWEST_RATE + 1, RATE_BITS))
+        weight.columns.copy_(pack(random_rates(weight, draw) - LOWEST_RATE + 1, RATE_BITS))
     return weight
 
 

@@ -23,6 +23,7 @@ from bench_codecs import Settings, encode, warm_trellis
 from torch import Tensor
 from tqdm import tqdm
 
+from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
 from vqdm.models.shipped import shipped_configs
 from vqdm.models.single_file import component_on_meta
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add("--shapes", metavar="OUTxIN,…", help="these only")
     add("--bits", type=float, default=3.0)
-    add("--damping", type=float, default=Settings.damping)
+    add("--damping", type=float, default=TrellisConfig.damping)
     add("--workers", type=int, default=1)
     add("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)

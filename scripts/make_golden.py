@@ -33,7 +33,8 @@ from vqdm.weights.trellis import TrellisTable
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-KINDS = ("rtn", "gptq", "adaround", "additive", "shared", "trellis")
+# tests/golden/trellis holds wide columns, which the encoder no longer gives to layers of so few outputs
+KINDS = ("rtn", "gptq", "adaround", "additive", "shared", "trellis_byte")
 CODEBOOKS = {"num_codebooks": 2, "codebook_bits": 3, "group_size": 8}
 UNET = {
     "sample_size": 8,
@@ -77,7 +78,7 @@ def encoded(kind: str, matrix: Tensor, name: str, shared: SharedPart | None) -> 
         grid = rtn.encode(matrix, bits=2)
         grid.scheme = dataclasses.replace(grid.scheme, codec="adaround")
         return SoftRounding(matrix, grid).hardened()
-    if kind == "trellis":
+    if kind == "trellis_byte":
         return trellis.encode(matrix, hessian, bits=3.25, table=shared)
     if kind == "additive":
         return additive.encode(matrix, hessian, generator=generator, input_scales=True, **CODEBOOKS)
@@ -92,7 +93,7 @@ def golden_unet(kind: str) -> nn.Module:
     if kind == "shared":
         generator = torch_generator(0, "golden", "codebooks")
         shared = additive.train_shared_codebooks(matrices.values(), generator=generator, **CODEBOOKS)
-    if kind == "trellis":
+    if kind == "trellis_byte":
         shared = TrellisTable.from_values(load_table())
     for spec in specs:
         swap(unet, spec, encoded(kind, matrices[spec.name], spec.name, shared))

@@ -45,7 +45,7 @@ def load(*paths: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]]:
     if len(set(abouts)) != 1:
         raise FormatError("shards of different checkpoints")
     about = json.loads(abouts[0])
-    if about["version"] != 1:
+    if about["version"] not in (1, 2):
         raise FormatError(f"version {about['version']}")
     return about, tensors
 
@@ -76,7 +76,7 @@ def decode(scheme: dict, shape: list[int], name: str, tensors: dict) -> np.ndarr
     elif scheme["kind"] == "additive":
         matrix = decode_additive(scheme, (out, inputs), part)
     elif scheme["kind"] == "trellis":
-        matrix = decode_trellis((out, inputs), part)
+        matrix = decode_trellis(scheme.get("side"), (out, inputs), part)
     else:
         raise FormatError(f"layer {name} is of kind {scheme['kind']}")
     if len(shape) == 2:
@@ -104,15 +104,27 @@ def decode_additive(scheme: dict, shape: tuple[int, int], part) -> np.ndarray:
     return matrix * part("input_scales") if scheme["input_scales"] else matrix
 
 
-def decode_trellis(shape: tuple[int, int], part) -> np.ndarray:
+def columns_of(side: str | None, inputs: int, codes: np.ndarray, scales: np.ndarray) -> tuple[list[int], list, int]:
+    """Rates in quarter bits and scales of all columns, and the bytes of `codes` that say them."""
+    if side is None:
+        size = (5 * inputs + 7) // 8
+        return [int(code) + 3 if code else 0 for code in unpack(codes[:size], 5, inputs)], list(scales[-inputs:]), size
+    if side != "byte":
+        raise FormatError(f"columns of kind {side}")
+    fine, own = int(codes[0]), [int(byte) for byte in codes[1 : 1 + inputs]]
+    steps = [(s % 4, s // 4) if fine else (2 * (s % 2), s // 2) for s in (byte // 16 for byte in own)]
+    values = [np.float32((64, 76, 90, 106)[k] * 2**e / 1024) for k, e in steps]
+    return [2 * (byte % 16) + 2 if byte % 16 else 0 for byte in own], values, 1 + inputs
+
+
+def decode_trellis(side: str | None, shape: tuple[int, int], part) -> np.ndarray:
     out, inputs = shape
     table, scales, codes = part("table", "shared.trellis_table."), part("scales"), part("codes")
-    side = (5 * inputs + 7) // 8
-    stored = unpack(codes[:side], 5, inputs)
-    stream = np.unpackbits(codes[side:], bitorder="little").astype(np.int64)
+    rates, factors, size = columns_of(side, inputs, codes, scales)
+    stream = np.unpackbits(codes[size:], bitorder="little").astype(np.int64)
     longest = math.ceil(out / math.ceil(out / LONGEST_SEQUENCE))
     matrix, position = np.zeros(shape, np.float32), 0
-    for column, q in enumerate(int(value) + 3 if value else 0 for value in stored):
+    for column, q in enumerate(rates):
         if q > 24:
             raise FormatError(f"a column of {q} quarter bits")
         for first in range(0, out if q else 0, longest):
@@ -123,7 +135,7 @@ def decode_trellis(shape: tuple[int, int], part) -> np.ndarray:
             starts = q * np.arange(values) // 4
             windows = bits[(starts[:, None] + np.arange(WINDOW)) % length]
             states = windows @ (1 << np.arange(WINDOW))
-            matrix[first : first + values, column] = table[states] * scales[out + column]
+            matrix[first : first + values, column] = table[states] * factors[column]
     return matrix * scales[:out, None]
 
 

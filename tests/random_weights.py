@@ -10,7 +10,7 @@ from vqdm.weights.bitpack import pack
 from vqdm.weights.registry import empty_shared, empty_weight
 from vqdm.weights.scalar import decode_scalar
 from vqdm.weights.trellis import TrellisScheme, decode_trellis, unpack_states
-from vqdm.weights.trellis_format import RATE_BITS, column_bits, side_bytes
+from vqdm.weights.trellis_format import BYTE, RATE_BITS, WIDE, column_bits, side_bytes
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], *, dtype=torch.float32, seed=0) -> QuantizedWeight:
@@ -26,12 +26,17 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], *, dtype=torch.float32
     return weight
 
 
-def trellis_weight(out: int, rates: list[int], *, spare: int = 0, **options) -> QuantizedWeight:
+def trellis_weight(out: int, rates: list[int], *, spare: int = 0, side: str = WIDE, **options) -> QuantizedWeight:
     """With `spare` bytes in the stream that no column reads."""
     shape = (out, len(rates))
     stream = (int(column_bits(out, torch.tensor(rates)).sum()) + 7) // 8 + spare
-    weight = random_weight(TrellisScheme(bits=8 * (stream + side_bytes(shape)) / (out * len(rates))), shape, **options)
-    weight.packed_rates.copy_(pack((torch.tensor(rates) - 3).clamp(min=0), RATE_BITS))
+    bits = 8 * (stream + side_bytes(shape, side)) / (out * len(rates))
+    weight = random_weight(TrellisScheme(bits=bits, side=side), shape, **options)
+    if side == BYTE:
+        weight.columns[0] = out % 2
+        weight.columns[1:] = weight.columns[1:] & 240 | torch.tensor([rate // 2 - 1 if rate else 0 for rate in rates])
+    else:
+        weight.columns.copy_(pack((torch.tensor(rates) - 3).clamp(min=0), RATE_BITS))
     assert len(weight.stream) == stream and weight.unpacked_rates().tolist() == rates
     return weight
 
@@ -44,10 +49,10 @@ def parameters_of(weight: QuantizedWeight) -> list[torch.nn.Parameter]:
 def by_formula(weight: QuantizedWeight) -> Tensor:
     """The weight in plain torch arithmetic on unpacked codes, which autograd follows step by step."""
     if weight.scheme.kind == "trellis":
-        dtype, (table, scales) = widened(weight.shared[0].table, weight.scales)
+        dtype, *factors = weight.factors()
         rates = weight.unpacked_rates()
         states = unpack_states(weight.stream, rates, weight.shape[0])
-        return decode_trellis(states, rates, table, *scales.split(weight.shape)).to(dtype)
+        return decode_trellis(states, rates, *factors).to(dtype)
     if weight.scheme.kind == "scalar":
         dtype, (scales, zeros) = widened(weight.scales, weight.zeros)
         return decode_scalar(weight.unpacked_codes(), scales, zeros).to(dtype)

@@ -17,7 +17,7 @@ from vqdm.weights.additive import AdditiveScheme, AdditiveWeight
 from vqdm.weights.registry import empty_weight
 from vqdm.weights.scalar import ScalarScheme
 from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, pack_states, unpack_states
-from vqdm.weights.trellis_format import WINDOW_BITS, column_bits, sequence_length, side_bytes
+from vqdm.weights.trellis_format import WIDE, WINDOW_BITS, column_bits, sequence_length, side_bytes
 
 SMALL = {"num_codebooks": 2, "codebook_bits": 4, "group_size": 4}
 OUT, INPUTS = 353, 12  # columns of two sequences, of 177 and 176
@@ -195,7 +195,7 @@ def planted(out, rates, *, seed=0, table=None):
         if rate:
             bits = torch.randint(0, 2, (rate * out // 4,), generator=generator).tolist()
             states[j] = torch.tensor(windows(bits, out, rate))
-    needed = int(column_bits(out, torch.tensor(rates)).sum()) + 8 * side_bytes((out, len(rates))) + 8
+    needed = int(column_bits(out, torch.tensor(rates)).sum()) + 8 * side_bytes((out, len(rates)), WIDE) + 8
     scales = torch_generator(0, "scales")  # of every seed
     rows, columns = (torch.rand(n, generator=scales) + 0.3 for n in (out, len(rates)))
     rows[3], columns[1] = 0, 0
@@ -233,9 +233,9 @@ def test_trellis_codes_are_all_but_the_best():
     found = errors(weight, target)
     optima = torch.full_like(found, torch.nan)  # of no column of scale 0
     for j, rate in enumerate(rates):
-        if weight.column_scales[j] == 0:
+        if weight.factors()[3][j] == 0:
             continue
-        scales = weight.row_scales * weight.column_scales[j]
+        scales = weight.row_scales * weight.factors()[3][j]
         x, w = (torch.where(scales != 0, target[:, j] / scales, 0).numpy(), scales.square().numpy())
         paths = np.stack([
             constrained_states(x, w, layouts, quarter_rate=rate, first_state=state) for state in range(len(table))

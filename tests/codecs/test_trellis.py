@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from vqdm.codecs import trellis
+from vqdm.codecs.feedback import feedback_of
 from vqdm.codecs.trellis import encode, output_error, water_filling
 from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
-from vqdm.weights.trellis import TrellisTable
+from vqdm.weights.trellis import ByteScales, TrellisScheme, TrellisTable
 from vqdm.weights.trellis_format import HIGHEST_RATE, LOWEST_RATE, column_bits, stream_bytes
 
 RATES = (0, *range(LOWEST_RATE, HIGHEST_RATE + 1))
@@ -48,12 +49,12 @@ def test_gaussian_error_is_near_the_rate_distortion_bound(table):
 
 
 @pytest.mark.parametrize("bits", [2.3, 3.0, 3.71])
-def test_bits_are_kept_to_a_quarter_step_of_one_column(bits, table):
+def test_bits_are_kept_to_a_step_of_one_column(bits, table):
     weight = gaussian(112, 96)
     quantized = encode(weight, correlated(96), bits=bits, table=table)
     assert stored_bits(quantized) <= bits
     spent = int(column_bits(112, quantized.unpacked_rates()).sum())
-    assert 0 <= 8 * stream_bytes((112, 96), bits) - spent < 112 / 4 + 1
+    assert 0 <= 8 * stream_bytes((112, 96), bits) - spent < 112 / 2 + 1
 
 
 def _best_by_exhaustion(power, out, budget):
@@ -112,16 +113,50 @@ def _part(quantized, rows):
     return lambda: quantized()[rows]
 
 
+def problem(weight, hessian, *, bits):
+    """What the encoder chooses rates by."""
+    return weight, feedback_of(hessian, damping=0.01)[1], TrellisScheme.of_layer(tuple(weight.shape), bits)
+
+
 def test_smaller_layers_never_lose_to_uniform_rates(table, monkeypatch):
     weight, hessian = gaussian(32, 40), correlated(40)
     both = relative(weight, encode(weight, hessian, bits=3.5, table=table), hessian)
     alone = []
     for keep in (0, 1):
-        candidates = trellis._rate_candidates
+        rows, candidates = trellis._rows_and_rates(*problem(weight, hessian, bits=3.5), row_exponent=1.0, reach=4.0)
         with monkeypatch.context() as patch:
-            patch.setattr(trellis, "_rate_candidates", lambda *a, f=candidates, k=keep: f(*a)[k : k + 1])
+            patch.setattr(trellis, "_rows_and_rates", lambda *a, r=rows, c=candidates[keep], **k: (r, [c]))
             alone.append(relative(weight, encode(weight, hessian, bits=3.5, table=table), hessian))
     assert both == pytest.approx(min(alone), rel=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "outliers", "limit"), [(6, 3, 1.15), (4, 12, 1.25), (3, 12, 1.25), (2, 12, 1.25)])
+def test_rows_with_a_large_weight_cost_little(bits, outliers, limit, table):
+    """One weight of 16 RMS in some rows, against the same layer without; coded by RMS alone 4.1, 1.9, 1.3 and 1.1."""
+    plain, eye = gaussian(384, 384, seed=0), torch.eye(384)
+    spiked = plain.clone()
+    for i in range(outliers):
+        spiked[(i + 1) * 384 // (outliers + 1), (37 * i + 11) % 384] = 16
+    errors = [output_error(w, encode(w, eye, bits=bits, table=table)().detach().float(), eye) for w in (spiked, plain)]
+    assert errors[0] <= limit * errors[1]
+
+
+def test_a_column_of_zeros_stays_zero(table):
+    for shape in ((64, 80), (272, 80)):
+        weight = gaussian(*shape)
+        weight[:, 7] = 0
+        hessian = torch.diag(1 + gaussian(80).square())  # nothing is fed back into it
+        assert not encode(weight, hessian, bits=4, table=table)()[:, 7].any()
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.5])
+def test_columns_of_any_spread_are_coded_as_well_with_a_byte_as_with_wide_scales(spread, table, monkeypatch):
+    """At equal bits per weight, of a layer that is coded both ways; the byte leaves 0.2 bits more for codes."""
+    weight, hessian = gaussian(64, 96) * torch.exp(spread * gaussian(96, seed=3)), correlated(96)
+    byte = relative(weight, encode(weight, hessian, bits=3, table=table), hessian)
+    monkeypatch.setattr("vqdm.weights.trellis_format.MOST_BYTE_OUTPUTS", 16)
+    wide = relative(weight, encode(weight, hessian, bits=3, table=table), hessian)
+    assert byte < 0.9 * wide
 
 
 ALIVE = (torch.arange(48) % 3 > 0).float()
@@ -177,7 +212,8 @@ def test_what_is_stored_decodes_to_what_the_encoder_chose(shape, bits, table, mo
 
     def keep(scheme, states, rates, **parts):
         weight = original(scheme, states, rates, **parts)
-        rows, columns = (parts[name].half().float() for name in ("row_scales", "column_scales"))  # as they are stored
+        rows, columns = parts["row_scales"].half().float(), parts["column_scales"]  # as they are stored
+        columns = columns.values() if isinstance(columns, ByteScales) else columns.half().float()
         values = table.table.detach().float()[states.long()] * (columns * (rates > 0))[:, None]
         chosen[id(weight)] = (values.T * rows[:, None]).half()
         return weight

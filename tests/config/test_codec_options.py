@@ -16,7 +16,7 @@ from vqdm.stages.graph import build_quantization
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "quantize").glob("*.yaml"))
 # The first 16 digits by stage, recorded before the codecs' options were taken apart: results made then are found again.
-# A number raised in VERSIONS, or a new tiny model, changes them; nothing else may.
+# A number raised in VERSIONS, a codec's version, or a new tiny model changes them; nothing else may.
 RECORDED = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
 
 

@@ -21,7 +21,7 @@ from vqdm.weights.layers import quantized_layers, swap
 from vqdm.weights.registry import empty_shared, empty_weight
 from vqdm.weights.scalar import ScalarScheme
 from vqdm.weights.trellis import TrellisScheme
-from vqdm.weights.trellis_format import RATE_BITS, column_bits, rates_bytes, side_bytes
+from vqdm.weights.trellis_format import BYTE, RATE_BITS, WIDE, column_bits, columns_bytes, side_bytes
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 GOLDEN_KINDS = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -84,15 +84,29 @@ def test_linear_and_convolution_of_every_scheme(scheme, tmp_path):
 @pytest.mark.parametrize("out", [16, 33, 320, 321, 650])
 def test_trellis_of_every_rate_and_length(out, tmp_path):
     rates = torch.tensor([0, *range(4, 25), 0, 24, 5])
-    needed = int(column_bits(out, rates).sum()) + 8 * side_bytes((out, len(rates)))
+    needed = int(column_bits(out, rates).sum()) + 8 * side_bytes((out, len(rates)), WIDE)
 
     def fill(weight, generator):
         order = rates[torch.randperm(len(rates), generator=generator)]
         packed = pack((order - 3).clamp(min=0), RATE_BITS)
-        weight.codes[: rates_bytes(len(rates))] = packed
+        weight.codes[: columns_bytes(len(rates), WIDE)] = packed
 
     scheme = TrellisScheme(bits=(needed + 40) / (out * len(rates)))
     model = drawn_model(scheme, {"a": nn.Linear(len(rates), out), "b": nn.Conv2d(5, out, (1, 5))}, fill=fill)
+    assert not differing(model, read_model(model, tmp_path))
+
+
+@pytest.mark.parametrize("fine", [0, 1])
+@pytest.mark.parametrize("out", [16, 33, 250])
+def test_trellis_of_byte_columns_of_every_rate_and_scale(out, fine, tmp_path):
+    rates, scales = torch.arange(96) % 12, torch.arange(96) % 16  # every pair
+    needed = int(column_bits(out, torch.where(rates > 0, 2 * rates + 2, 0)).sum()) + 8 * side_bytes((out, 96), BYTE)
+
+    def fill(weight, generator):
+        weight.codes[:97] = torch.cat([torch.tensor([fine]), scales << 4 | rates])
+
+    scheme = TrellisScheme(bits=(needed + 40) / (out * 96), side=BYTE)
+    model = drawn_model(scheme, {"a": nn.Linear(96, out), "b": nn.Conv2d(16, out, (2, 3))}, fill=fill)
     assert not differing(model, read_model(model, tmp_path))
 
 
@@ -108,8 +122,8 @@ def test_a_saved_unet_of_every_kind(kind, tmp_path):
 
 
 def test_there_is_a_golden_checkpoint_of_every_codec():
-    assert set(GOLDEN_KINDS) >= {"rtn", "gptq", "adaround", "additive", "shared", "trellis"}
-    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 250_000
+    assert set(GOLDEN_KINDS) >= {"rtn", "gptq", "adaround", "additive", "shared", "trellis", "trellis_byte"}
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 300_000
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)
@@ -143,8 +157,8 @@ def test_the_reader_finds_damage_and_other_versions(tmp_path):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(FormatError, match="does not match its checksum"):
         read(path)
-    path.write_bytes(content.replace(rb"{\"version\":1", rb"{\"version\":2"))
-    with pytest.raises(FormatError, match="version 2"):
+    path.write_bytes(content.replace(rb"{\"version\":1", rb"{\"version\":3"))
+    with pytest.raises(FormatError, match="version 3"):
         read(path)
 
 

@@ -13,6 +13,7 @@ from vqdm.seeds import torch_generator
 from vqdm.weights import kernels
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.scalar import ScalarScheme
+from vqdm.weights.trellis_format import BYTE
 
 RATES = [0, 8, 4, 24, 13, 9, 0]
 
@@ -23,6 +24,7 @@ def additive(shape, **fields):
 
 WEIGHTS = {
     "trellis": lambda **options: trellis_weight(37, RATES, spare=3, **options),
+    "trellis of byte columns": lambda **options: trellis_weight(37, [0, 8, 4, 24, 14, 10, 0], side=BYTE, **options),
     "trellis of whole tiles": lambda **options: trellis_weight(64, [12, 7] * 16, **options),
     "trellis of several sequences": lambda **options: trellis_weight(701, [*RATES * 3, 5], **options),
     "3x8g8": additive((6, 32), num_codebooks=3),

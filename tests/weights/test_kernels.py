@@ -18,7 +18,7 @@ from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.base import QuantizedWeight
 from vqdm.weights.bitpack import pack
 from vqdm.weights.scalar import ScalarScheme
-from vqdm.weights.trellis_format import RATE_BITS
+from vqdm.weights.trellis_format import BYTE, RATE_BITS
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 RATES = st.sampled_from([0, *range(4, 25)])
@@ -44,6 +44,17 @@ def check_bits(weight: QuantizedWeight, dtype: torch.dtype) -> None:
 )
 def test_trellis_codes(out, rates, spare, dtype, seed):
     check_bits(trellis_weight(out, rates, spare=spare, dtype=dtype, seed=seed), dtype)
+
+
+@few
+@given(
+    out=st.sampled_from([16, 17, 63, 256, 321]) | st.integers(16, 256),
+    rates=st.lists(st.sampled_from([0, *range(4, 25, 2)]), min_size=8, max_size=40).filter(any),
+    dtype=DTYPES,
+    seed=st.integers(0, 99),
+)
+def test_trellis_codes_of_byte_columns(out, rates, dtype, seed):
+    check_bits(trellis_weight(out, rates, spare=1, side=BYTE, dtype=dtype, seed=seed), dtype)
 
 
 @few
@@ -81,6 +92,7 @@ def test_16_bits_are_rounded_once():
 
 WEIGHTS = {
     "trellis": lambda: trellis_weight(20, [8, 12, 9], spare=2),
+    "trellis of byte columns": lambda: trellis_weight(20, [8, 12, 0, 10], side=BYTE),
     "additive": lambda: random_weight(AdditiveScheme(num_codebooks=2), (4, 16)),
     "shared": lambda: random_weight(AdditiveScheme(num_codebooks=2, shared="codebooks"), (4, 16)),
     "scalar": lambda: random_weight(ScalarScheme(bits=3), (4, 16)),
@@ -162,10 +174,10 @@ def test_decodes_while_accelerate_keeps_its_tensors_elsewhere(kind):
 @torch.no_grad()
 def test_damaged_rates_are_refused_before_memory_is_read():
     weight = trellis_weight(320, [8] * 40)
-    weight.packed_rates.fill_(255)
+    weight.columns.fill_(255)
     with pytest.raises(UserError, match="damaged"):
         weight()
-    weight.packed_rates.copy_(pack(torch.tensor([21, 18] * 20), RATE_BITS))
+    weight.columns.copy_(pack(torch.tensor([21, 18] * 20), RATE_BITS))
     with pytest.raises(UserError, match="has rates for"):
         weight()
 

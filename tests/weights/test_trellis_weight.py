@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,12 +8,16 @@ from hypothesis import strategies as st
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
-from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, pack_states, unpack_states
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, byte_scales, pack_states, unpack_states
 from vqdm.weights.trellis_format import (
+    BYTE,
+    WIDE,
     WINDOW_BITS,
+    byte_scale,
     column_bits,
     reason_to_skip,
     sequence_length,
+    side_bits,
     side_bytes,
     stream_bytes,
 )
@@ -42,7 +48,7 @@ def decode_in_sequence(weight: TrellisWeight) -> torch.Tensor:
     out, inputs = weight.shape
     stream = [byte >> i & 1 for byte in weight.stream.tolist() for i in range(8)]
     values, length, position = weight.shared[0].table.detach().float(), sequence_length(out), 0
-    rows, columns = weight.row_scales.detach().float(), weight.column_scales.detach().float()
+    rows, columns = (factor.detach().float() for factor in weight.factors()[2:])
     decoded = torch.zeros(out, inputs)
     for j, rate in enumerate(weight.unpacked_rates().tolist()):
         for start in range(0, out, length):
@@ -63,7 +69,7 @@ def decode_in_sequence(weight: TrellisWeight) -> torch.Tensor:
 def test_decoded_by_arithmetic_is_decoded_in_sequence_for_every_rate(out):
     rates = torch.tensor(ALL_RATES)
     states = random_states(out, ALL_RATES)
-    bits = (int(column_bits(out, rates).sum()) + 8 * side_bytes((out, len(rates))) + 7) / (out * len(rates))
+    bits = (int(column_bits(out, rates).sum()) + 8 * side_bytes((out, len(rates)), WIDE) + 7) / (out * len(rates))
     generator = torch_generator(0, "scales")
     weight = TrellisWeight.from_parts(
         TrellisScheme(bits=bits),
@@ -120,13 +126,29 @@ def test_sequences_fill_the_window_at_every_rate(out):
 @pytest.mark.parametrize("shape", [(16, 64), (112, 1008), (640, 640)])
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.123])
 def test_bytes_follow_from_shape_and_bits(shape, bits):
-    scheme = TrellisScheme(bits=bits)
+    scheme = TrellisScheme.of_layer(shape, bits)
     with torch.device("meta"):
         plan = empty_weight(scheme, shape, empty_shared(scheme))
     size = sum(t.numel() * t.element_size() for t in plan.state_dict().values())
+    assert scheme.side == (BYTE if shape[0] <= 256 else WIDE)
     assert bits * shape[0] * shape[1] / 8 - 1 < size <= bits * shape[0] * shape[1] / 8 + 1e-6
     assert size == stream_bytes(shape, bits) + side_bytes(shape)
     assert scheme_from_dict(scheme.to_dict()) == scheme
+
+
+@pytest.mark.parametrize(("fine", "step", "last"), [(1, 2**0.25, 0.828), (0, 2**0.5, 11.25)])
+def test_scales_of_byte_columns_are_evenly_spaced_and_exact(fine, step, last):
+    scales = [byte_scale(code, fine) for code in range(16)]
+    assert scales[0] == 1 / 16 and scales[-1] == pytest.approx(last, rel=1e-3)
+    assert all(after / before == pytest.approx(step, rel=0.02) for before, after in itertools.pairwise(scales))
+    assert torch.tensor(scales).half().tolist() == scales
+    packed = torch.tensor([fine, *(code << 4 for code in range(16))], dtype=torch.uint8)
+    assert byte_scales(packed).tolist() == scales
+
+
+def test_side_information_of_a_layer_of_64_outputs_is_below_a_fifth_of_a_bit():
+    assert side_bits((64, 576)) == 8 * (2 * 64 + 576 + 1) / (64 * 576) < 0.154
+    assert side_bits((64, 576), WIDE) == pytest.approx(0.356, abs=1e-3)
 
 
 def test_what_cannot_be_held_says_why():
@@ -138,6 +160,8 @@ def test_what_cannot_be_held_says_why():
     for bits in (0, 17):
         with pytest.raises(UserError, match="bits must be"):
             TrellisScheme(bits=bits)
+    with pytest.raises(UserError, match="side must be"):
+        TrellisScheme(bits=3, side="none")
 
 
 def test_gradients_reach_scales_and_table():

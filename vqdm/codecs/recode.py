@@ -111,8 +111,7 @@ def _replace(weight: ScalarWeight | AdditiveWeight, nearer: Tensor, chosen: Tens
 
 def _recode_trellis(weight: TrellisWeight, target: Tensor) -> int:
     rates, out = weight.unpacked_rates(), weight.shape[0]
-    dtype, (table, scales) = widened(weight.shared[0](), weight.scales)
-    rows, columns = scales.split(weight.shape)
+    dtype, table, rows, columns = weight.factors()
     present = unpack_states(weight.stream, rates, out)
     length = sequence_length(out)
 

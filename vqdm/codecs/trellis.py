@@ -5,7 +5,10 @@ tr(ΔW H ΔWᵀ) is the sum of d_j ‖target_j − decoded_j‖². Columns get b
 water-filling, Cover and Thomas 10.3.3); rows count by their weights in the search.
 """
 
-from collections.abc import Iterable
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,10 +23,13 @@ from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
 from vqdm.weights.base import LARGEST, STORED, Scheme
-from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, decode_trellis
+from vqdm.weights.trellis import ByteScales, TrellisScheme, TrellisTable, TrellisWeight, decode_trellis
 from vqdm.weights.trellis_format import (
+    BYTE,
     HIGHEST_RATE,
     LOWEST_RATE,
+    WIDE,
+    byte_scale,
     column_bits,
     reason_to_skip,
     sequence_length,
@@ -33,6 +39,10 @@ from vqdm.weights.trellis_format import (
 
 BLOCK = 128  # columns between two feedback products over all later ones
 SMALL = 1 << 18  # weights; smaller layers are also coded at uniform rates, and the better result is kept
+ROW_STEPS = 4  # per octave: row scales that are tried for rows with large weights
+ROOM = 1.5  # between the largest scale of a grid and the largest column
+COARSE = 0.025  # of the error: what spacing scales by 2^(1/2) instead of 2^(1/4) adds
+RATES = {WIDE: (0, *range(LOWEST_RATE, HIGHEST_RATE + 1)), BYTE: (0, *range(LOWEST_RATE, HIGHEST_RATE + 1, 2))}
 
 
 def encode(
@@ -41,40 +51,41 @@ def encode(
     *,
     bits: float,
     table: TrellisTable,
-    damping: float = 0.01,
+    damping: float = 0.003,
     row_exponent: float = 1.0,
     layer: str = "",
 ) -> TrellisWeight:
     """Quantize [out, in] to `bits` per weight, scales and rates included, against the Hessian [in, in] of its inputs.
 
-    damping: added to the Hessian's diagonal, relative to its mean. row_exponent: rows weigh as RMS^(2·row_exponent) in
+    damping: added to the Hessian's diagonal, relative to its mean. row_exponent: rows weigh as size^(2·row_exponent) in
     the search; 1 is their true share of the output error, 0 gives small rows the same relative error as large ones.
     layer: the name for messages. UserError for non-finite input and for a matrix that cannot be held at `bits`.
     """
     check_matrix(weight, layer=layer)
     check_hessian(hessian, weight, layer=layer)
-    scheme, shape = TrellisScheme(bits=bits), tuple(weight.shape)
+    shape = tuple(weight.shape)
     reason = reason_to_skip(shape, bits)
     if reason is not None:
         raise UserError(f"layer {layer} cannot be coded by trellis{bits:g}: {reason}; leave it out of the pattern")
+    scheme = TrellisScheme.of_layer(shape, bits)
     weight, hessian = weight.detach().float(), hessian.float()
-    row_scales = weight.square().mean(1).sqrt().clamp(max=LARGEST)
     feedback, costs = feedback_of(hessian, damping=damping, layer=layer)
-    importance = (row_scales / row_scales.max().clamp(min=1e-30)).pow(2 * row_exponent)
-    columns = (weight * torch.where(row_scales > 0, 1 / row_scales, 0.0)[:, None]).T.contiguous()
-    power = costs * (columns.square() @ importance)
     values = table.table.detach().float().to(weight.device)
     search = Search(values, sequence_length(shape[0]))
-    budget = 8 * stream_bytes(shape, bits)
+    rows, candidates = _rows_and_rates(
+        weight, costs, scheme, row_exponent=row_exponent, reach=float(values.abs().max())
+    )
 
-    candidates = _rate_candidates(power, shape, budget)
     found = []
     for rates in candidates:
-        states, column_scales = _code(columns, feedback, rates, importance, search)
-        decoded = decode_trellis(states, rates, values, torch.ones_like(row_scales), column_scales)
-        scales = _fit_rows(weight, decoded, hessian, row_scales).to(STORED)
+        grid = _grid_of(rows, costs, rates) if scheme.side == BYTE else None
+        states, column_scales = _code(rows, feedback, rates, search, grid)
+        stored = column_scales if grid is None else ByteScales(column_scales, grid.fine)
+        factors = stored if grid is None else stored.values().to(weight.device)
+        decoded = decode_trellis(states, rates, values, torch.ones_like(rows.scales), factors)
+        scales = _fit_rows(weight, decoded, hessian, rows.scales).to(STORED)
         quantized = TrellisWeight.from_parts(
-            scheme, states, rates, table=table, row_scales=scales, column_scales=column_scales
+            scheme, states, rates, table=table, row_scales=scales, column_scales=stored
         )
         if len(candidates) == 1:
             return quantized
@@ -82,12 +93,65 @@ def encode(
     return min(found)[2]
 
 
-def _rate_candidates(power: Tensor, shape: tuple[int, int], budget: int) -> list[Tensor]:
-    filled = water_filling(power, shape[0], budget)
+@dataclass(frozen=True)
+class _Rows:
+    """A weight whose rows are divided by scales. columns: [in, out]; importance: what rows weigh in the search."""
+
+    scales: Tensor
+    columns: Tensor
+    importance: Tensor
+
+    @classmethod
+    def divided(cls, weight: Tensor, scales: Tensor, row_exponent: float) -> "_Rows":
+        importance = (scales / scales.max().clamp(min=1e-30)).pow(2 * row_exponent)
+        columns = (weight * torch.where(scales > 0, 1 / scales, 0.0)[:, None]).T.contiguous()
+        return cls(scales, columns, importance)
+
+    def power(self) -> Tensor:
+        """The sum of squares of every column, rows by their importance: [in]."""
+        return self.columns.square() @ self.importance
+
+
+def _rows_and_rates(
+    weight: Tensor, costs: Tensor, scheme: TrellisScheme, *, row_exponent: float, reach: float
+) -> tuple[_Rows, list[Tensor]]:
+    """Rows divided by their RMS, or by more where that loses less, and the column rates to try."""
+    shape = tuple(weight.shape)
+    rms = weight.square().mean(1).sqrt().clamp(max=LARGEST)
+    rows = _Rows.divided(weight, rms, row_exponent)
+    budget = 8 * stream_bytes(shape, scheme.bits, scheme.side)
+    fill = functools.partial(water_filling, out=shape[0], budget=budget, rates=RATES[scheme.side])
+    rates = fill(costs * rows.power())
+    scales = _robust_scales(rows, costs, rates, reach)
+    if not torch.equal(scales, rms):
+        rows = _Rows.divided(weight, scales, row_exponent)
+        rates = fill(costs * rows.power())
     if shape[0] * shape[1] > SMALL:
-        return [filled]
-    uniform = water_filling(torch.ones_like(power), shape[0], budget)
-    return [filled, uniform]
+        return rows, [rates]
+    return rows, [rates, fill(torch.ones_like(costs))]
+
+
+def _robust_scales(rows: _Rows, costs: Tensor, rates: Tensor, reach: float) -> Tensor:
+    """Row scales [out] that balance two errors: of weights beyond the table's reach, and of all others' coarser codes.
+
+    A column of scale c reaches ± reach · c · s in a row of scale s. With s raised by a factor f, the row's error is
+
+        Σ_j d_j max(|w_j| − f · reach · c_j · s, 0)² + f² s² Σ_j d_j c_j² 2^(−2 R_j),
+
+    summed over the columns that have bits (d_j: costs, R_j: bits). f is the best of steps of 2^(1/4) from 1 on.
+    """
+    coded = rates > 0
+    squares = rows.power() / rows.importance.sum().clamp(min=1e-30)
+    granular = float((costs * squares * torch.pow(2.0, -rates / 2)).sum())
+    limits = reach * squares.sqrt()
+    excess = torch.where(coded[:, None], rows.columns.abs() / limits.clamp(min=1e-30)[:, None], 0.0).amax(0)
+    scales = rows.scales.clone()
+    for row in (excess > 1).nonzero().flatten().tolist():
+        steps = torch.arange(math.ceil(ROW_STEPS * math.log2(float(excess[row]))) + 1, device=scales.device)
+        factors = torch.pow(2.0, steps / ROW_STEPS)
+        beyond = (rows.columns[:, row].abs() - factors[:, None] * limits).clamp(min=0).square() @ (costs * coded)
+        scales[row] *= factors[(beyond + factors.square() * granular).argmin()]
+    return scales.clamp(max=LARGEST)
 
 
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
@@ -96,16 +160,16 @@ def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     return float(((change @ hessian) * change).sum())
 
 
-def water_filling(power: Tensor, out: int, budget: int) -> Tensor:
+def water_filling(power: Tensor, out: int, budget: int, rates: Sequence[int] = RATES[WIDE]) -> Tensor:
     """Quarter bits per weight of every column: int64 [in]; at most `budget` bits in all for columns of `out` values.
 
-    power: [in], a column's cost at rate 0. While they fit, bits go where one saves most, with D(R) = power · 2^(−2R);
-    fewer are left over than the cheapest step of any column takes.
+    power: [in], a column's cost at rate 0. rates: the possible ones, rising from 0. While they fit, bits go where one
+    saves most, with D(R) = power · 2^(−2R); fewer are left over than the cheapest step of any column takes.
     """
-    steps = torch.tensor([0, *range(LOWEST_RATE, HIGHEST_RATE + 1)], device=power.device)
-    cost = column_bits(out, steps).diff()  # bits that a step takes
-    saved = -torch.pow(2.0, -steps.double() / 2).diff() / cost  # cost saved at unit power, per bit of the step
-    gains = power.double().clamp(min=0)[:, None] * saved
+    steps = torch.tensor(rates, device=power.device)
+    cost = column_bits(out, steps).diff()  # bits of a step
+    saved = -torch.pow(2.0, -steps.double() / 2).diff() / cost  # of unit power, per bit of it
+    gains = power.double().clamp(min=0)[:, None] * saved.cummin(0).values  # no step before those it builds on
     order = gains.flatten().argsort(descending=True, stable=True)
     spent = cost[order % len(cost)].cumsum(0)
     fitting = int((spent <= budget).sum())
@@ -127,22 +191,52 @@ def _take_the_rest(taken: list[int], cost: list[int], order: list[int], left: in
     return torch.tensor(taken, device=device)
 
 
-def _code(
-    columns: Tensor, feedback: Tensor, rates: Tensor, importance: Tensor, search: Search
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Grid:
+    """The sixteen scales that BYTE columns of a layer choose from: unit · byte_scale(code, fine)."""
+
+    unit: float
+    fine: bool
+
+    def nearest(self, scale: float) -> tuple[int, float]:
+        """The code whose scale is nearest, by their ratio, and its scale."""
+        steps = (math.log2(max(scale, 1e-30) / self.unit) + 4) * (4 if self.fine else 2)
+        code = min(max(round(steps), 0), 15)
+        return code, self.unit * byte_scale(code, int(self.fine))
+
+
+def _grid_of(rows: _Rows, costs: Tensor, rates: Tensor) -> _Grid:
+    """The grid from the largest column, with room for what feedback adds to it, down: fine if that reaches low enough.
+
+    A column of scale c_j below the lowest of the grid, m, is coded like one of scale m. With its bits R_j and cost d_j
+    this adds d_j (m² − c_j²) 2^(−2 R_j) to the error Σ_j d_j c_j² 2^(−2 R_j); coarser scales add COARSE of it.
+    """
+    squares = rows.power() / rows.importance.sum().clamp(min=1e-30)  # c_j²
+    errors = costs * torch.pow(2.0, -rates / 2) * (rates > 0)
+    if not bool((errors * squares).sum() > 0):
+        return _Grid(1.0, True)
+    top = ROOM * float(squares[rates > 0].max().sqrt())
+    lowest = top * byte_scale(0, 1) / byte_scale(15, 1)
+    added = (errors * (lowest**2 - squares).clamp(min=0)).sum()
+    fine = bool(added <= COARSE * (errors * squares).sum())
+    return _Grid(top / byte_scale(15, int(fine)), fine)
+
+
+def _code(rows: _Rows, feedback: Tensor, rates: Tensor, search: Search, grid: _Grid | None) -> tuple[Tensor, Tensor]:
     """Code every column in turn against its feedback-corrected target: states int32 [in, out], column scales [in].
 
-    columns: row-normalised weights [in, out]; feedback: F [in, in]. Scales are rounded as stored.
+    feedback: F [in, in]. Scales are fp16, or codes of the grid, uint8. Where there is a grid, the search takes its
+    scales: codes make up for their coarseness. A column whose target is 0 gets the rate 0, in place.
     """
-    count, out = columns.shape
-    targets = columns.clone()
-    states = torch.zeros(count, out, dtype=torch.int32, device=columns.device)
-    scales = torch.zeros(count, dtype=STORED, device=columns.device)
+    count, out = rows.columns.shape
+    importance, targets = rows.importance, rows.columns.clone()
+    states = torch.zeros(count, out, dtype=torch.int32, device=targets.device)
+    scales = torch.zeros(count, dtype=STORED if grid is None else torch.uint8, device=targets.device)
     total = importance.sum()
     rate_list = rates.tolist()
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
-        errors = columns[first:last].clone()
+        errors = rows.columns[first:last].clone()
         for j in range(first, last):
             target = targets[j]
             if j > first:
@@ -151,11 +245,18 @@ def _code(
                 continue
             scale = float((importance @ target.square() / total).sqrt()) / target_scale(rate_list[j])
             if not scale > 0:
+                rates[j] = 0
                 continue
-            chosen, values = search(target / scale, importance, rate_list[j])
+            if grid is not None:
+                _, scale = grid.nearest(scale)
+            states[j], values = search(target / scale, importance, rate_list[j])
             fitted = (importance * target) @ values / ((importance * values) @ values).clamp(min=1e-30)
-            states[j], scales[j] = chosen, fitted.clamp(-LARGEST, LARGEST)
-            errors[j - first] -= scales[j].float() * values
+            if grid is None:
+                scales[j] = fitted.clamp(-LARGEST, LARGEST)
+                errors[j - first] -= scales[j].float() * values
+            else:
+                scales[j], scale = grid.nearest(float(fitted))
+                errors[j - first] -= scale * values
         targets[last:].addmm_(feedback[last:, first:last], errors)
     return states, scales
 
@@ -185,7 +286,9 @@ def _encode(
 def _assign(specs: list[LayerSpec], config: TrellisConfig, harm: Harm | None) -> dict[str, Scheme | str]:
     bits = layer_bits(specs, config.bits, by_harm=config.allocation == "sensitivity", harm=harm)
     return {
-        spec.name: TrellisScheme(bits=bits[spec.name]) if spec.name in bits else reason_to_skip(spec.shape, 16)
+        spec.name: TrellisScheme.of_layer(spec.shape, bits[spec.name])
+        if spec.name in bits
+        else reason_to_skip(spec.shape, 16)
         for spec in specs
     }
 
@@ -193,7 +296,7 @@ def _assign(specs: list[LayerSpec], config: TrellisConfig, harm: Harm | None) ->
 def _scheme_at(spec: LayerSpec, code_bits: float) -> TrellisScheme | None:
     if reason_to_skip(spec.shape, 16) is not None:
         return None
-    return TrellisScheme(bits=code_bits + side_bits(spec.shape))
+    return TrellisScheme.of_layer(spec.shape, code_bits + side_bits(spec.shape))
 
 
 def _make_shared(matrices: Iterable[Tensor], scheme: TrellisScheme, config: TrellisConfig) -> TrellisTable:

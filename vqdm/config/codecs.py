@@ -22,6 +22,7 @@ class QuantizeConfig:
     tokens_per_call: int | None = number(None, least=1)
 
     short: ClassVar[str] = "fp"  # beginning of names and folders: rtn4, vq3
+    version: ClassVar[int] = 1  # raised when the codec may give other weights from the same options
 
     @property
     def name(self) -> str:
@@ -49,7 +50,8 @@ class QuantizeConfig:
     def settings(self) -> dict:
         """The options that can change the quantized weights, which enter the stage's fingerprint."""
         unused = () if isinstance(self, HessianOptions) else ("tokens_per_call",)
-        return {key: value for key, value in asdict(self).items() if key not in unused}
+        own = {key: value for key, value in asdict(self).items() if key not in unused}
+        return own if self.version == 1 else own | {"codec_version": self.version}
 
     def sensitivity(self) -> dict | None:
         """The options in the sensitivity stage's fingerprint; None if bits are not allotted by sensitivity."""
@@ -163,10 +165,12 @@ class TrellisConfig(HessianOptions, QuantizeConfig):
     """Options of trellis codes; `bits` are true bits, with everything counted."""
 
     kind: str = "trellis"
+    damping: float = number(0.003, least=0, most=100)  # of .001 to .03 tried, safe on few tokens (docs/lab-notes.md)
     bits: float = number(3, least=1, most=8)
     allocation: str = choice("uniform", "sensitivity")  # same bits for all layers | by output error
     row_exponent: float = number(1.0, least=0, most=8)  # 1: rows weigh by their output error; 0: all alike
     short: ClassVar[str] = "trellis"
+    version: ClassVar[int] = 2
 
     def settings(self) -> dict:
         """All options but the allocation, which the sensitivity stage stands for."""

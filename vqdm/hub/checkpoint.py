@@ -23,7 +23,7 @@ from vqdm.weights.registry import scheme_from_dict
 
 METADATA = "vqdm"
 CODES = ".weight.codes"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # that are read; a file is of the lowest that will do
 CHECKSUM_DIGITS = 16
 _NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 _ORDER = list(_NAMES)  # safetensors puts the last of these first in a file
@@ -121,7 +121,7 @@ def checksum(name: str, tensor: Tensor) -> str:
 def _metadata(layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mapping[str, str]) -> dict[str, str]:
     """A file's metadata. Checksums are one text: those of all the checkpoint's tensors, sorted by name."""
     about = {
-        "version": FORMAT_VERSION,
+        "version": needed_version(groups),
         "groups": described(groups),
         "checksums": "".join(checksums[name] for name in sorted(checksums)),
         "padding": " " * layout.padding(),
@@ -292,8 +292,13 @@ def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...]]:
     return groups, tuple(sums)
 
 
+def needed_version(groups: Sequence[LayerGroup]) -> int:
+    """The lowest version of the format that has all of these."""
+    return max((group.scheme.format_version for group in groups), default=FORMAT_VERSIONS[0])
+
+
 def check_version(where: str, version: object) -> None:
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise UserError(
-            f"{where} has format version {str(version)[:80]}, this vqdm reads version {FORMAT_VERSION}: update vqdm"
+            f"{where} has format version {str(version)[:80]}, this vqdm reads {FORMAT_VERSIONS}: update vqdm"
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
-from vqdm.hub.checkpoint import FORMAT_VERSION, LayerGroup, check_version, layer_groups
+from vqdm.hub.checkpoint import LayerGroup, check_version, layer_groups, needed_version
 from vqdm.runs.files import canonical_json
 from vqdm.weights.layers import check_decode
 
@@ -38,14 +38,15 @@ class VQDMConfig(QuantizationConfigMixin):
         scheme: str | None = None,
         *,
         groups: Sequence[dict] | None = None,
-        version: int = FORMAT_VERSION,
+        version: int | None = None,
         layers: str | None = None,
         decode: str = "per_call",
         options: dict | None = None,
         metrics: dict[str, float] | None = None,
         **others: object,
     ):
-        check_version("quantization_config", version)
+        if version is not None:
+            check_version("quantization_config", version)
         if (scheme is None) == (groups is None):
             raise UserError("VQDMConfig takes a scheme, such as VQDMConfig('trellis3'), or the groups of a checkpoint")
         if scheme is not None:
@@ -57,9 +58,13 @@ class VQDMConfig(QuantizationConfigMixin):
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{name} of a quantization_config are values by name, not {str(value)[:80]!r}")
         self.quant_method = _Method.VQDM
-        self.version = version
+        described = () if groups is None else _groups(groups)
+        needed = needed_version(described)
+        if version is not None and version < needed:
+            raise UserError(f"quantization_config is of version {version}, its groups of {needed}: it is damaged")
+        self.version = needed if version is None else version
         self.scheme = scheme
-        self.groups = None if groups is None else [group.to_dict() for group in _groups(groups)]
+        self.groups = None if groups is None else [group.to_dict() for group in described]
         self.layers = layers
         self.decode = decode
         self.options = dict(options or {})

@@ -57,6 +57,11 @@ class Scheme:
         """The scheme as JSON values: its fields and `kind`; `registry.scheme_from_dict` is the inverse."""
         return {"kind": self.kind, **asdict(self)}
 
+    @property
+    def format_version(self) -> int:
+        """The first version of the file format (docs/format.md) whose readers know it."""
+        return 1
+
 
 class SharedPart(nn.Module):
     """A parameter that many weights of a denoiser decode with, stored once, in the denoiser's `SHARED_NAME`."""

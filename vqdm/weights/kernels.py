@@ -11,25 +11,27 @@ from torch import Tensor
 
 from vqdm.errors import UserError
 from vqdm.weights import compiled
-from vqdm.weights.trellis_format import HIGHEST_RATE, column_bits, sequence_length
+from vqdm.weights.trellis_format import BYTE, HIGHEST_RATE, LOWEST_RATE, column_bits, sequence_length
+
+_BYTE_RATES = np.array([0, *(2 * code + LOWEST_RATE - 2 for code in range(1, 16))], np.int64)
 
 
 def decode_trellis(
-    packed_rates: Tensor, stream: Tensor, table: Tensor, *, row_scales: Tensor, column_scales: Tensor
+    packed: Tensor, side: str, stream: Tensor, table: Tensor, *, row_scales: Tensor, column_scales: Tensor
 ) -> Tensor:
-    """The weight row_scale · (column_scale · table[state]): both parts of the codes, uint8, and fp32, to fp32 [out,
-    in].
+    """The weight row_scale · (column_scale · table[state]), fp32 [out, in], from the parts of the codes and factors.
 
     UserError if the format has no such rates, or if they need more bits than the stream has.
     """
     weight = _empty(len(row_scales), len(column_scales))
-    compiled.decode_trellis(*_trellis(packed_rates, stream, table, row_scales, column_scales), weight.numpy())
+    compiled.decode_trellis(*_trellis(packed, side, stream, table, row_scales, column_scales), weight.numpy())
     return weight
 
 
 def trellis_gradients(
     gradient: Tensor,
-    packed_rates: Tensor,
+    packed: Tensor,
+    side: str,
     stream: Tensor,
     table: Tensor,
     *,
@@ -41,7 +43,7 @@ def trellis_gradients(
 
     The other arguments and the UserError are those of `decode_trellis`.
     """
-    arrays = _trellis(packed_rates, stream, table, row_scales, column_scales)
+    arrays = _trellis(packed, side, stream, table, row_scales, column_scales)
     sums = _zeros(len(table) if of_table else 0), _zeros(len(row_scales)), _zeros(len(column_scales))
     compiled.trellis_gradients(_array(gradient), *arrays, *sums)
     values, rows, columns = map(_fp32, sums)
@@ -105,10 +107,12 @@ def _fp32(sums: np.ndarray) -> Tensor:
     return torch.from_numpy(sums.astype(np.float32))
 
 
-def _trellis(packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> tuple:
+def _trellis(
+    packed: Tensor, side: str, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor
+) -> tuple:
     """Arguments of the loops as numpy arrays: numpy's calls cost less than torch's, which matters for small layers."""
     out = len(row_scales)
-    rates = compiled.unpack_rates(_words(packed_rates), len(column_scales))
+    rates = _rates(packed, side, len(column_scales))
     bits = column_bits(out, rates)
     needed, highest = int(bits.sum()), int(rates.max())
     if needed > 8 * len(stream) or highest > HIGHEST_RATE:
@@ -125,6 +129,13 @@ def _trellis(packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Te
         _array(row_scales),
         _array(column_scales),
     )
+
+
+def _rates(packed: Tensor, side: str, columns: int) -> np.ndarray:
+    """The rate of every column, in quarter bits per weight: int64 [columns]."""
+    if side == BYTE:
+        return _BYTE_RATES[packed.numpy()[1:] & 15]
+    return compiled.unpack_rates(_words(packed), columns)
 
 
 def _padded(codebooks: Tensor) -> tuple[np.ndarray, int]:

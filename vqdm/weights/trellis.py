@@ -5,14 +5,18 @@ Format, for a matrix [out, in] (design after QTIP's bitshift trellis; rates per 
 - a column of rate q/4 bits (q = 0 or 4 … 24) spends (q·T) // 4 bits on a sequence of T values. Value t of it is
   table[state], the state being the WINDOW_BITS bits from bit (q·t) // 4 on, least significant first, circularly within
   the sequence. So every weight is decoded on its own, by arithmetic;
-- `codes` holds two parts. The rates first: 5 bits a column, 0 for rate 0, else q − 3, padded to whole bytes. Then the
-  stream: columns one after the other, each its sequences in order, bit i of the stream in byte i // 8 at bit i % 8.
-  Its length follows from the shape and `TrellisScheme.bits` alone; bits that are left over are 0;
-- `scales` [out + in]: those of the rows, then those of the columns. One tensor, as every tensor costs a file's header
-  some hundred bytes;
+- `codes` holds two parts: what is kept of the columns, then the stream: columns one after the other, each its sequences
+  in order, bit i of the stream in byte i // 8 at bit i % 8. Its length follows from the shape and the scheme alone;
+  bits that are left over are 0;
+- WIDE columns have 5 bits of rate each, 0 for rate 0, else q − 3, padded to whole bytes, and an fp16 scale in `scales`;
+- BYTE columns have a byte each, after one that says how finely scales are spaced (1: by 2^(1/4), 0: by 2^(1/2)): the
+  low half r is the rate, 0 for rate 0, else q = 2 r + 2; the high half is the scale (`byte_scale`);
+- `scales`: those of the rows [out], then those of WIDE columns. One tensor, as every tensor costs a file's header some
+  hundred bytes;
 - weight[o, j] = row_scales[o] · column_scales[j] · value; columns of rate 0 are 0.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,14 +37,19 @@ from vqdm.weights.base import (
 )
 from vqdm.weights.bitpack import pack, unpack
 from vqdm.weights.trellis_format import (
+    BYTE,
     HIGHEST_RATE,
     LOWEST_RATE,
     RATE_BITS,
+    WIDE,
     WINDOW_BITS,
+    byte_scale,
     column_bits,
-    rates_bytes,
+    columns_bytes,
     reason_to_skip,
+    scales_count,
     sequence_length,
+    side_of,
     stream_bytes,
 )
 
@@ -49,15 +58,26 @@ CHUNK = 1 << 22  # weights decoded at once
 
 @dataclass(frozen=True, kw_only=True)
 class TrellisScheme(Scheme):
-    """Trellis codes at `bits` per weight of the layer, scales and rates included but not the table, which all share."""
+    """Trellis codes at `bits` per weight of the layer, scales and rates included but not the table, which all share.
+
+    side: WIDE or BYTE, how columns are kept.
+    """
 
     kind: ClassVar[str] = "trellis"
     told_by_shapes: ClassVar[tuple[str, ...]] = ("bits",)
     codec: str = "trellis"
     bits: float
+    side: str = WIDE
+
+    @classmethod
+    def of_layer(cls, shape: tuple[int, int], bits: float) -> "TrellisScheme":
+        """The scheme of a new layer [out, in]."""
+        return cls(bits=bits, side=side_of(shape))
 
     def __post_init__(self):
         super().__post_init__()
+        if self.side not in (WIDE, BYTE):
+            raise UserError(f"{self.codec}: side must be {WIDE} or {BYTE}, not {self.side[:80]!r}")
         if not 0 < self.bits <= 16:
             raise UserError(f"{self.codec}: bits must be above 0 and at most 16, not {self.bits}")
 
@@ -68,6 +88,15 @@ class TrellisScheme(Scheme):
     @property
     def shared_key(self) -> str:
         return "trellis_table"
+
+    @property
+    def format_version(self) -> int:
+        return 2 if self.side == BYTE else 1
+
+    def to_dict(self) -> dict:
+        """Without `side` for WIDE columns, as version 1 of the format has it."""
+        fields = super().to_dict()
+        return fields if self.side == BYTE else {key: value for key, value in fields.items() if key != "side"}
 
 
 class TrellisTable(SharedPart):
@@ -86,18 +115,18 @@ class TrellisTable(SharedPart):
 
 
 class TrellisWeight(QuantizedWeight):
-    """`codes`, uint8: packed rates, then the stream; `scales` [out + in]; values from a shared TrellisTable."""
+    """`codes`, uint8: columns, then the stream; `scales` of rows and WIDE columns; a TrellisTable is shared."""
 
     scheme_type = TrellisScheme
 
     def __init__(self, scheme: TrellisScheme, shape: tuple[int, int], shared: TrellisTable | None = None):
         super().__init__(scheme, shape, shared)
-        reason = reason_to_skip(self.shape, scheme.bits)
+        reason = reason_to_skip(self.shape, scheme.bits, scheme.side)
         if reason is not None:
             raise UserError(f"{scheme.name} cannot hold a matrix {list(self.shape)}: {reason}")
-        size = rates_bytes(self.shape[1]) + stream_bytes(self.shape, scheme.bits)
+        size = columns_bytes(self.shape[1], scheme.side) + stream_bytes(self.shape, scheme.bits, scheme.side)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
-        self.scales = stored_parameter(sum(self.shape))
+        self.scales = stored_parameter(scales_count(self.shape, scheme.side))
 
     @classmethod
     def from_parts(
@@ -108,39 +137,48 @@ class TrellisWeight(QuantizedWeight):
         *,
         table: TrellisTable,
         row_scales: Tensor,
-        column_scales: Tensor,
+        column_scales: "Tensor | ByteScales",
     ) -> "TrellisWeight":
-        """Build a weight from states int [in, out], a trellis path per sequence, and rates, quarter bits [in]."""
+        """Build a weight from states int [in, out], a trellis path per sequence, and rates, quarter bits [in].
+
+        column_scales: [in] of WIDE columns, or the codes of those of BYTE columns.
+        """
         with states.device:
             weight = cls(scheme, (states.shape[1], states.shape[0]), table)
         weight.stream.copy_(pack_states(states, rates, len(weight.stream)))
-        weight.packed_rates.copy_(pack((rates - LOWEST_RATE + 1).clamp(min=0), RATE_BITS))
-        weight.scales.data.copy_(torch.cat([row_scales, column_scales]))
+        if isinstance(column_scales, ByteScales):
+            weight.columns[0] = column_scales.fine
+            weight.columns[1:] = (rates // 2 - 1).clamp(min=0) | column_scales.codes << 4
+        else:
+            weight.columns.copy_(pack((rates - LOWEST_RATE + 1).clamp(min=0), RATE_BITS))
+            row_scales = torch.cat([row_scales, column_scales])
+        weight.scales.data.copy_(row_scales)
         return weight
 
     @property
-    def packed_rates(self) -> Tensor:
-        """The packed rates, a view of the codes."""
-        return self.codes[: rates_bytes(self.shape[1])]
+    def columns(self) -> Tensor:
+        """What is kept of the columns, packed: a view of the codes."""
+        return self.codes[: columns_bytes(self.shape[1], self.scheme.side)]
 
     @property
     def stream(self) -> Tensor:
         """The bit stream, a view of the codes."""
-        return self.codes[rates_bytes(self.shape[1]) :]
+        return self.codes[columns_bytes(self.shape[1], self.scheme.side) :]
 
     @property
     def row_scales(self) -> Tensor:
         """The scales of the rows [out], a view of all scales."""
         return self.scales[: self.shape[0]]
 
-    @property
-    def column_scales(self) -> Tensor:
-        """The scales of the columns [in], a view of all scales."""
-        return self.scales[self.shape[0] :]
-
     def unpacked_rates(self) -> Tensor:
         """The rate of every column, in quarter bits per weight: int64 [in]."""
-        return unpack_rates(self.packed_rates, self.shape[1])
+        return unpack_rates(self.columns, self.shape[1], self.scheme.side)
+
+    def factors(self) -> tuple[torch.dtype, Tensor, Tensor, Tensor]:
+        """The dtype of the decoded weight, and the table, row scales and column scales that it is computed from."""
+        dtype, (table, scales) = widened(self.shared[0](), self.scales)
+        rows, columns = scales[: self.shape[0]], scales[self.shape[0] :]
+        return dtype, table, rows, byte_scales(self.columns).to(rows.dtype) if self.scheme.side == BYTE else columns
 
     def fault(self) -> str | None:
         """Rates that no column may have, or columns that reach beyond the stream."""
@@ -152,49 +190,79 @@ class TrellisWeight(QuantizedWeight):
         return f"its columns take {bits} bits where the stream holds {held}" if bits > held else None
 
     def forward(self) -> Tensor:
-        dtype, (table, scales) = widened(self.shared[0](), self.scales)
+        dtype, *factors = self.factors()
         decode = decode_packed if torch.compiler.is_compiling() else DecodeTrellis.apply
-        return decode(self.packed_rates, self.stream, table, *scales.split(self.shape)).to(dtype)
+        return decode(self.columns, self.scheme.side, self.stream, *factors).to(dtype)
 
 
 class DecodeTrellis(torch.autograd.Function):
-    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
+    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but codes and parameters."""
 
     @staticmethod
-    def forward(ctx, packed_rates, stream, table, row_scales, column_scales):
-        ctx.save_for_backward(packed_rates, stream, table, row_scales, column_scales)
-        if not kernels_apply(packed_rates, stream, table, row_scales, column_scales):
-            return decode_packed(packed_rates, stream, table, row_scales, column_scales)
+    def forward(ctx, packed, side, stream, table, row_scales, column_scales):
+        ctx.side = side
+        ctx.save_for_backward(packed, stream, table, row_scales, None if side == BYTE else column_scales)
+        if not kernels_apply(packed, stream, table, row_scales, column_scales):
+            return decode_packed(packed, side, stream, table, row_scales, column_scales)
         from vqdm.weights import kernels  # imports numba, which is not always needed
 
-        return kernels.decode_trellis(packed_rates, stream, table, row_scales=row_scales, column_scales=column_scales)
+        return kernels.decode_trellis(packed, side, stream, table, row_scales=row_scales, column_scales=column_scales)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        saved = ctx.saved_tensors  # only once: under gradient checkpointing they may not be asked for again
-        if not kernels_apply(gradient, *saved):
-            return recomputed_gradients(decode_packed, saved, ctx.needs_input_grad, gradient)
+        packed, stream, table, rows, columns = ctx.saved_tensors  # once: under checkpointing they may be asked for once
+        columns = byte_scales(packed).to(rows.dtype) if ctx.side == BYTE else columns
+        if not kernels_apply(gradient, packed, stream, table, rows, columns):
+            decode = functools.partial(decode_packed, packed, ctx.side, stream)
+            wanted = ctx.needs_input_grad[3:]
+            return None, None, None, *recomputed_gradients(decode, (table, rows, columns), wanted, gradient)
         from vqdm.weights import kernels
 
-        *stored, rows, columns = saved
         found = kernels.trellis_gradients(
-            gradient, *stored, row_scales=rows, column_scales=columns, of_table=ctx.needs_input_grad[2]
+            gradient,
+            packed,
+            ctx.side,
+            stream,
+            table,
+            row_scales=rows,
+            column_scales=columns,
+            of_table=ctx.needs_input_grad[3],
         )
-        return None, None, *found
+        return None, None, None, *found
 
 
-def unpack_rates(packed: Tensor, columns: int) -> Tensor:
+@dataclass(frozen=True)
+class ByteScales:
+    """Scales of BYTE columns. codes: 0 to 15, uint8 [in]; fine: spaced by 2^(1/4), else by 2^(1/2)."""
+
+    codes: Tensor
+    fine: bool
+
+    def values(self) -> Tensor:
+        """fp32 [in]."""
+        return byte_scale(self.codes.int(), int(self.fine)).float()
+
+
+def byte_scales(packed: Tensor) -> Tensor:
+    """The scales of packed BYTE columns: uint8 [1 + in] to fp32 [in]."""
+    return byte_scale((packed[1:] >> 4).int(), packed[0].int()).float()
+
+
+def unpack_rates(packed: Tensor, columns: int, side: str) -> Tensor:
     """Unpack the rate of every column, in quarter bits per weight: uint8 to int64 [columns]."""
+    if side == BYTE:
+        stored = (packed[1:] & 15).long()
+        return torch.where(stored > 0, 2 * stored + LOWEST_RATE - 2, 0)
     stored = unpack(packed, RATE_BITS, columns).long()
     return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
 
 
 def decode_packed(
-    packed_rates: Tensor, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor
+    packed: Tensor, side: str, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor
 ) -> Tensor:
     """Decode the two packed parts of the codes like `decode_trellis`, in torch."""
-    rates = unpack_rates(packed_rates, len(column_scales))
+    rates = unpack_rates(packed, len(column_scales), side)
     return decode_trellis(unpack_states(stream, rates, len(row_scales)), rates, table, row_scales, column_scales)
 
 
