@@ -24,7 +24,7 @@ from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.quantizer import attach
-from vqdm.models.specs import layer_specs, weight_to_matrix
+from vqdm.models.specs import LayerSpec, layer_specs, weight_to_matrix
 from vqdm.runs.files import write_json
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight, SharedPart
@@ -34,7 +34,7 @@ from vqdm.weights.trellis import TrellisTable
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # tests/golden/trellis holds wide columns, which the encoder no longer gives to layers of so few outputs
-KINDS = ("rtn", "gptq", "adaround", "additive", "shared", "trellis_byte")
+KINDS = ("rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis_byte")
 CODEBOOKS = {"num_codebooks": 2, "codebook_bits": 3, "group_size": 8}
 UNET = {
     "sample_size": 8,
@@ -65,17 +65,18 @@ def drawn_unet(name: str) -> nn.Module:
     return unet.eval().requires_grad_(False)
 
 
-def encoded(kind: str, matrix: Tensor, name: str, shared: SharedPart | None) -> QuantizedWeight:
+def encoded(kind: str, matrix: Tensor, spec: LayerSpec, shared: SharedPart | None) -> QuantizedWeight:
     """One layer [out, in] by a codec; what stands for calibration data is drawn."""
-    generator = torch_generator(0, f"golden {kind}", name)
+    generator = torch_generator(0, f"golden {kind}", spec.name)
     inputs = torch.randn(2 * matrix.shape[1], matrix.shape[1], generator=generator)
     hessian = inputs.T @ inputs
     if kind == "rtn":
         return rtn.encode(matrix, bits=3)
     if kind == "gptq":
         return gptq.encode(matrix, hessian, bits=3, group_size=16)
-    if kind == "adaround":
-        grid = rtn.encode(matrix, bits=2)
+    if kind in ("adaround", "adaround_split"):
+        split = spec.split if kind == "adaround_split" else None
+        grid = rtn.encode(matrix, bits=2) if split is None else rtn.encode_split(matrix, split, bits=2)
         grid.scheme = dataclasses.replace(grid.scheme, codec="adaround")
         return SoftRounding(matrix, grid).hardened()
     if kind == "trellis_byte":
@@ -96,7 +97,7 @@ def golden_unet(kind: str) -> nn.Module:
     if kind == "trellis_byte":
         shared = TrellisTable.from_values(load_table())
     for spec in specs:
-        swap(unet, spec, encoded(kind, matrices[spec.name], spec.name, shared))
+        swap(unet, spec, encoded(kind, matrices[spec.name], spec, shared))
     return unet
 
 

@@ -86,9 +86,10 @@ def decode(scheme: dict, shape: list[int], name: str, tensors: dict) -> np.ndarr
 
 
 def decode_scalar(scheme: dict, shape: tuple[int, int], part) -> np.ndarray:
-    size = scheme["group_size"] or shape[1]
-    codes = unpack(part("codes"), scheme["bits"], math.prod(shape)).reshape(shape[0], -1, size)
-    return ((codes.astype(np.float32) - part("zeros")[..., None]) * part("scales")[..., None]).reshape(shape)
+    columns = np.arange(shape[1])
+    group = columns >= scheme["split"] if "split" in scheme else columns // (scheme["group_size"] or shape[1])
+    codes = unpack(part("codes"), scheme["bits"], math.prod(shape)).reshape(shape).astype(np.float32)
+    return (codes - part("zeros")[:, group.astype(int)]) * part("scales")[:, group.astype(int)]
 
 
 def decode_additive(scheme: dict, shape: tuple[int, int], part) -> np.ndarray:

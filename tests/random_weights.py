@@ -55,7 +55,7 @@ def by_formula(weight: QuantizedWeight) -> Tensor:
         return decode_trellis(states, rates, *factors).to(dtype)
     if weight.scheme.kind == "scalar":
         dtype, (scales, zeros) = widened(weight.scales, weight.zeros)
-        return decode_scalar(weight.unpacked_codes(), scales, zeros).to(dtype)
+        return decode_scalar(weight.unpacked_codes(), scales, zeros, split=weight.scheme.split).to(dtype)
     codebooks = weight.shared[0].codebooks if weight.shared else weight.codebooks
     dtype, floats = widened(codebooks, weight.scales, weight.input_scales)
     return decode_additive(weight.unpacked_codes(), *floats).to(dtype)

@@ -10,7 +10,8 @@ from vqdm.calibration import blocks
 from vqdm.calibration.blocks import Block, block_loss, blocks_of, record_block
 from vqdm.calibration.recording import Recorder
 from vqdm.codecs import rtn
-from vqdm.codecs.adaround import SoftRounding, quantize_blocks, reconstruct_block
+from vqdm.codecs.adaround import ADAROUND, SoftRounding, drawn_rows, quantize_blocks, reconstruct_block
+from vqdm.config.codecs import AdaroundConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import layer_specs, spec_of, weight_to_matrix
 from vqdm.seeds import torch_generator
@@ -60,12 +61,15 @@ def test_nearly_the_best_of_all_roundings_where_those_can_be_tried(shape, seed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("group_size", [None, 8])
-def test_soft_rounding_starts_at_the_weight_and_ends_on_the_grid(group_size):
+@pytest.mark.parametrize("parts", ["whole rows", "groups", "split"])
+def test_soft_rounding_starts_at_the_weight_and_ends_on_the_grid(parts):
     matrix = torch.randn(12, 24, generator=torch_generator(0, "matrix"))
-    grid = rtn.encode(matrix, bits=3, group_size=group_size)
+    grid = rtn.encode(matrix, bits=3, group_size=8 if parts == "groups" else None)
+    group = torch.arange(24) // (8 if parts == "groups" else 24)
+    if parts == "split":
+        grid, group = rtn.encode_split(matrix, 9, bits=3), (torch.arange(24) >= 9).long()
     soft = SoftRounding(matrix, grid)
-    scales, zeros = (t.repeat_interleave(24 // t.shape[1], 1).float() for t in (grid.scales, grid.zeros))
+    scales, zeros = (t[:, group].float() for t in (grid.scales, grid.zeros))
     inside = (matrix >= -zeros * scales) & (matrix <= (7 - zeros) * scales)
     assert 0.8 < float(inside.float().mean()) < 1  # the grid clips some
     assert torch.allclose(soft()[inside], matrix[inside], atol=1e-3)
@@ -226,3 +230,55 @@ def test_the_variance_of_many_targets_is_the_same_in_parts(monkeypatch):
     whole = blocks._variance(targets)
     monkeypatch.setattr(blocks, "LARGE", 0)
     assert blocks._variance(targets) == pytest.approx(whole, rel=1e-6)
+
+
+@torch.no_grad()
+def test_split_shortcuts_have_two_grids_and_less_error(unet, calls):
+    changed = copy.deepcopy(unet)
+    name = "up_blocks.0.resnets.0.conv_shortcut"
+    changed.get_submodule(name).weight[:, 32:] *= 10  # the skip connection's
+    block = block_called(changed, calls, "up_blocks.0.resnets.0")
+    data = record_block(changed, block.name, calls)
+    found = {}
+    for split in (False, True):
+        weights, report = reconstruct_block(
+            changed, block, data, data.output, split_shortcuts=split, generator=torch_generator(0, "g"), **SHORT
+        )
+        found[split] = report
+        others = {key: weight.scheme for key, weight in weights.items() if key != name}
+        assert set(others.values()) == {ScalarScheme(codec="adaround", bits=3)}
+        assert weights[name].scheme == ScalarScheme(codec="adaround", bits=3, split=32 if split else None)
+    assert found[True].nearest < found[False].nearest and found[True].learned < found[False].learned
+
+
+@torch.no_grad()
+def test_samples_are_rows_of_all_calls_without_replacement(unet, calls):
+    specs = [spec for spec in layer_specs(unet) if spec.name.startswith("mid_block.resnets")]
+    total = sum(len(call["output"]) for call in calls)
+    rows = drawn_rows(calls, 5, seed=0)
+    assert sum(map(len, rows)) == 5 and all(len(set(part.tolist())) == len(part) for part in rows)
+    chosen = torch.cat([part + 8 * i for i, part in enumerate(rows)])
+    whole = record_block(unet, "mid_block.resnets.0", calls)
+    some = record_block(unet, "mid_block.resnets.0", calls, rows=rows)
+    assert torch.allclose(some.output, whole.output[chosen]) and len(some) == 5
+    ((picture, time), _), ((all_pictures, all_times), _) = (
+        data.take(slice(None), device=torch.device("cpu")) for data in (some, whole)
+    )
+    assert torch.equal(picture, all_pictures[chosen]) and torch.equal(time, all_times[chosen])
+
+    def codes(samples):
+        made = quantize_blocks(copy.deepcopy(unet), unet, specs, lambda: calls, seed=0, samples=samples, **SHORT)
+        return torch.cat([weight.codes for _, weights, _ in made for weight in weights.values()])
+
+    assert torch.equal(codes(total), codes(None)) and not torch.equal(codes(5), codes(None))
+    with pytest.raises(UserError, match=f"quantize.samples={total + 1} of {total} recorded rows"):
+        codes(total + 1)
+
+
+def test_what_cannot_be_split_is_refused(unet):
+    config = AdaroundConfig(split_shortcuts=True)
+    down = [spec for spec in layer_specs(unet) if spec.name.startswith("down_blocks")]
+    with pytest.raises(UserError, match="no layer to quantize joins a hidden state and a skip connection"):
+        ADAROUND.schemes(down, config)
+    with pytest.raises(UserError, match=r"leave quantize\.group_size=8 out"):
+        AdaroundConfig(split_shortcuts=True, group_size=8).check()

@@ -31,6 +31,8 @@ def encoded(kind, matrix):
     eye, generator = torch.eye(matrix.shape[1]), torch_generator(0, "encode")
     if kind == "scalar":
         return rtn.encode(matrix, bits=3, group_size=4)
+    if kind == "split":
+        return rtn.encode_split(matrix, 5, bits=3)
     if kind == "trellis":
         return trellis.encode(matrix, eye, bits=5.5, table=TrellisTable.from_values(load_table()))
     shared = None
@@ -39,7 +41,7 @@ def encoded(kind, matrix):
     return additive.encode(matrix, eye, generator=generator, shared=shared, input_scales=kind == "columns", **SMALL)
 
 
-@pytest.fixture(scope="module", params=["scalar", "additive", "columns", "shared", "trellis"])
+@pytest.fixture(scope="module", params=["scalar", "split", "additive", "columns", "shared", "trellis"])
 def made(request):
     """A weight of rows and columns of very different size; one of the rows and one of the columns are zero."""
     matrix = gaussian(OUT, INPUTS) * torch.logspace(-2, 0, OUT)[:, None] * torch.logspace(0, -1, INPUTS)

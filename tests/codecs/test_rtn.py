@@ -5,6 +5,7 @@ from vqdm.codecs import rtn
 from vqdm.codecs.rtn import encode
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
+from vqdm.weights.scalar import ScalarScheme, ScalarWeight
 
 
 def matrix(out=12, inputs=48, seed=0, heavy=False):
@@ -227,3 +228,25 @@ def test_a_hessian_that_cannot_be_used_is_refused():
         hessian[2, 3] = torch.inf
         with pytest.raises(UserError, match=r"activations of layer a\.b have infinite or NaN"):
             encode(matrix(), hessian, bits=3, clip=clip, layer="a.b")
+
+
+@pytest.mark.parametrize("clip", ["mse", "minmax"])
+def test_two_parts_of_different_ranges_have_a_grid_each(clip):
+    weight = matrix(24, 60)
+    weight[:, 35:] *= 10
+    whole, split = encode(weight, bits=4, clip=clip), rtn.encode_split(weight, 35, bits=4, clip=clip)
+    assert split.scheme.name == "rtn4s35" and split.scales.shape == split.zeros.shape == (24, 2)
+    for part, columns in enumerate((slice(35), slice(35, None))):
+        alone = encode(weight[:, columns], bits=4, clip=clip)
+        assert torch.equal(decoded(split)[:, columns], decoded(alone))
+        assert torch.equal(split.scales[:, part], alone.scales[:, 0])
+    assert bool((squared_errors(split, weight) <= squared_errors(whole, weight)).all())
+    first, without = ((decoded(made) - weight)[:, :35].square().sum() for made in (split, whole))
+    assert first < 0.03 * without
+
+
+def test_impossible_parts_are_refused():
+    with pytest.raises(UserError, match="splits 48 inputs after 48"):
+        ScalarWeight(ScalarScheme(bits=4, split=48), (12, 48))
+    with pytest.raises(UserError, match="split=8 or group_size=8, not both"):
+        ScalarScheme(bits=4, split=8, group_size=8)

@@ -16,7 +16,8 @@ from vqdm.stages.graph import build_quantization
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "quantize").glob("*.yaml"))
 # The first 16 digits by stage, recorded before the codecs' options were taken apart: results made then are found again.
-# A number raised in VERSIONS, a codec's version, or a new tiny model changes them; nothing else may.
+# A number raised in VERSIONS, a codec's version, a preset's options (qdiffusion4 splits shortcuts since) or a new tiny
+# model changes them; nothing else may.
 RECORDED = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
 
 
@@ -82,6 +83,12 @@ def test_names_give_bits_and_groups():
         (["quantize=trellis3", "quantize.bits=inf"], "quantize.bits=inf must be 1 to 8"),
         (["quantize=trellis3", "quantize.row_exponent=nan"], "quantize.row_exponent=nan"),
         (["quantize=additive", "quantize.beam_size=0"], "quantize.beam_size=0 must be 1 to 4096"),
+        (["quantize=qdiffusion4", "quantize.group_size=8"], "leave quantize.group_size=8 out"),
+        (["quantize=adaround", "quantize.samples=0"], "quantize.samples=0 must be at least 1"),
+        (
+            ["quantize=adaround", "calibration=tiny", "quantize.samples=1025"],
+            "quantize.samples=1025 of 1024 rows that calibration records",
+        ),
         (["quantize=adaround", "quantize.iterations=-1"], "quantize.iterations=-1 must be 1 to"),
         (["model.rescale.sigma=nan"], "model.rescale.sigma=nan must be"),
         (["model.sampler.guidance=inf"], "model.sampler.guidance=inf must be"),

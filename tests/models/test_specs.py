@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from unets import sdxl_unet, small_unet
 
 from vqdm.errors import UserError
@@ -45,6 +46,42 @@ def test_shapes_agree_with_the_table(sdxl):
         for row in csv.DictReader(file):
             expected[int(row["out"]), int(row["in"]), int(row["k"])] += int(row["count"])
     assert Counter(map(row_of, layer_specs(sdxl))) == expected
+
+
+class Joined(TorchFunctionMode):
+    """Keeps the channels of both pictures that torch.cat joins."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.cat and args[0][0].ndim == 4:
+            self.channels.append([picture.shape[1] for picture in args[0]])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["SDXL", "small", "three units, no mid block"])
+def test_shortcuts_are_split_where_the_unet_joins(name, sdxl):
+    if name == "SDXL":
+        unet, size, text, more = sdxl, 16, 2048, {"text_embeds": (1, 1280), "time_ids": (1, 6)}
+    else:
+        changes = {} if name == "small" else {"layers_per_block": 2, "mid_block_type": None}
+        unet, size, text, more = small_unet(**changes).to("meta"), 8, 32, {}
+    added = {key: torch.empty(shape, device="meta") for key, shape in more.items()}
+    with torch.no_grad(), Joined() as joined:
+        latents, captions = (torch.empty(shape, device="meta") for shape in ((1, 4, size, size), (1, 5, text)))
+        unet(latents, torch.empty((), device="meta"), captions, added_cond_kwargs=added)
+    specs = [spec for spec in layer_specs(unet) if spec.split is not None]
+    assert [[spec.split, spec.shape[1] - spec.split] for spec in specs] == joined.channels
+    assert [spec.name for spec in specs] == [
+        f"{name}.conv_shortcut"
+        for name, unit in unet.named_modules()
+        if name.startswith("up_blocks") and type(unit).__name__ == "ResnetBlock2D"
+    ]
+    if name == "SDXL":
+        expected = [(1280, 1280), (1280, 1280), (1280, 640), (1280, 640), (640, 640), (640, 320)]
+        assert list(map(tuple, joined.channels)) == [*expected, (640, 320), (320, 320), (320, 320)]
 
 
 TRANSFORMERS = {  # class, what its real models differ in from the class's defaults, layers, share of adaptive norms

@@ -1,5 +1,7 @@
 """The quantize and sensitivity stages on a few layers of the shipped tiny model."""
 
+import copy
+import dataclasses
 import json
 import threading
 from types import SimpleNamespace
@@ -7,20 +9,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from vqdm.calibration.calls import recorded_calls, recorded_positions
 from vqdm.calibration.collect import execution_groups, teacher_groups
-from vqdm.codecs.allocation import read_harm
-from vqdm.config.codecs import OPTIONS, RtnConfig, TrellisConfig
+from vqdm.codecs.allocation import assign_schemes, read_harm
+from vqdm.config.codecs import OPTIONS, AdaroundConfig, RtnConfig, TrellisConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.prompts import load_prompts
 from vqdm.stages.calibrate import calibrate
 from vqdm.stages.finished import output_error
+from vqdm.stages.plan.layers import plan_denoiser
 from vqdm.stages.quantize import Encoder, quantize
 from vqdm.stages.sensitivity import sensitivity
+from vqdm.weights.layers import quantized_layers
 
 # one block early, one in the middle, one late: to_q, to_k and to_v read one tensor, conv2 is a convolution
 LAYERS = r"(down_blocks\.1|mid_block|up_blocks\.1).*(resnets\.0\.conv2|attentions\.0.*attn1\.to_(q|k|v))$"
@@ -106,6 +111,30 @@ def test_adaround_goes_on_where_it_stopped(calibration, tmp_path):
     assert sidecars and same(whole, again)
     layers = json.loads((tmp_path / "layers.json").read_text())["quantized"]
     assert all(layer["learned"] >= 0 and layer["kept"] in ("learned", "nearest") for layer in layers)
+
+
+def test_split_shortcuts_go_all_the_way(calibration, tmp_path):
+    """As planned, written, and loaded again, on some of the rows that were recorded."""
+    model = dataclasses.replace(MODEL, layers=r"up_blocks\.1\.resnets\.0\.conv(1|_shortcut)$")
+    config = AdaroundConfig(bits=3, iterations=15, batch_size=4, split_shortcuts=True, samples=10)
+    pipeline = load_pipeline(model, device="cpu")
+    hidden = denoiser_of(pipeline).up_blocks[0].resnets[-1].out_channels
+    meta = copy.deepcopy(denoiser_of(pipeline)).to("meta")
+    planned = plan_denoiser(meta, assign_schemes(meta, config, pattern=model.layers, min_size=model.min_size))
+    options = {"model": model, "calibration_config": CALIBRATION, "device": "cpu"}
+    quantize(tmp_path, pipeline, calibration, config=config, **options)
+    file = tmp_path / "denoiser" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size == planned.bytes
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "denoiser")
+    schemes = {name.rpartition(".")[2]: layer.weight.scheme for name, layer in quantized_layers(loaded).items()}
+    assert {name: scheme.split for name, scheme in schemes.items()} == {"conv1": None, "conv_shortcut": hidden}
+    made = denoiser_of(pipeline)
+    for name, layer in quantized_layers(loaded).items():
+        assert torch.equal(layer.decoded(torch.float32), made.get_submodule(name).decoded(torch.float32))
+    (tmp_path / "more").mkdir()
+    with pytest.raises(UserError, match=r"quantize\.samples=1000 of"):
+        more = dataclasses.replace(config, samples=1000)
+        quantize(tmp_path / "more", load_pipeline(model, device="cpu"), calibration, config=more, **options)
 
 
 def test_records_tell_errors_and_true_bits(calibration, tmp_path):

@@ -36,8 +36,9 @@ WEIGHTS = {
     "1x16g3o3": additive((9, 21), num_codebooks=1, codebook_bits=16, group_size=3, out_group_size=3),
     "2x8g8+c-shared": additive((6, 32), num_codebooks=2, input_scales=True, shared="codebooks"),
     "scalar": lambda **options: random_weight(ScalarScheme(bits=3, group_size=8), (5, 24), **options),
+    "scalar of two parts": lambda **options: random_weight(ScalarScheme(bits=3, split=7), (5, 24), **options),
 }
-SMALL = ("trellis", "2x6g6o2+c", "2x8g8+c-shared", "scalar")
+SMALL = ("trellis", "2x6g6o2+c", "2x8g8+c-shared", "scalar", "scalar of two parts")
 
 
 def in_double(weight):

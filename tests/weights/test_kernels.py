@@ -83,6 +83,12 @@ def test_scalar_codes(bits, out, groups, size, dtype):
     check_bits(random_weight(scheme, (out, groups * size), dtype=dtype), dtype)
 
 
+@few
+@given(bits=st.integers(1, 8), out=st.integers(1, 9), first=st.integers(1, 40), rest=st.integers(1, 40), dtype=DTYPES)
+def test_scalar_codes_of_two_parts(bits, out, first, rest, dtype):
+    check_bits(random_weight(ScalarScheme(bits=bits, split=first), (out, first + rest), dtype=dtype), dtype)
+
+
 def test_16_bits_are_rounded_once():
     for dtype in (torch.float16, torch.bfloat16):
         weight = random_weight(AdditiveScheme(num_codebooks=3, input_scales=True), (32, 64), dtype=dtype)
@@ -96,6 +102,7 @@ WEIGHTS = {
     "additive": lambda: random_weight(AdditiveScheme(num_codebooks=2), (4, 16)),
     "shared": lambda: random_weight(AdditiveScheme(num_codebooks=2, shared="codebooks"), (4, 16)),
     "scalar": lambda: random_weight(ScalarScheme(bits=3), (4, 16)),
+    "scalar of two parts": lambda: random_weight(ScalarScheme(bits=3, split=5), (4, 16)),
 }
 
 

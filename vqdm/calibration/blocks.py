@@ -123,23 +123,41 @@ def _taken(leaf: Any, rows: Tensor | slice, device: torch.device) -> Any:
 
 @torch.no_grad()
 def record_block(
-    denoiser: nn.Module, name: str, calls: Iterable[Call], *, keep_on: str = "cpu", directory: Path | None = None
+    denoiser: nn.Module,
+    name: str,
+    calls: Iterable[Call],
+    *,
+    keep_on: str = "cpu",
+    directory: Path | None = None,
+    rows: Iterable[Tensor] | None = None,
 ) -> BlockData:
     """Play back recorded calls and keep the inputs and outputs of the block `name`, on the device `keep_on`.
 
     directory: where large tensors lie as nameless files while they are used, so that they need not fit into memory.
+    rows: int64, the samples to keep of every call; None: all.
     Tensors with a row per sample (or one row for all) are kept by sample; other tensors and everything else must be
     the same in every call (ValueError). Each call is cut short after the block's first execution.
     """
     arguments, outputs = [], []
-    for call in calls:
+    pairs = ((call, None) for call in calls) if rows is None else zip(calls, rows, strict=True)
+    for call, kept in pairs:
+        if kept is not None and len(kept) == 0:
+            continue
         taken, output = _run_until(denoiser, name, call, keep_on=keep_on)
+        if kept is not None:
+            taken, output = _map(partial(_rows_of, kept=kept, count=len(output)), (taken, output))
         taken, output = _map(partial(_put_down, directory=directory), (taken, output))
         arguments.append(_map(partial(_by_sample, count=len(output)), taken))
         outputs.append(output)
     if not outputs:
         raise ValueError(f"no calls to record block {name} from")
     return BlockData(_merge(arguments, name, directory), _joined(outputs, directory))
+
+
+def _rows_of(leaf: Any, *, kept: Tensor, count: int) -> Any:
+    """The kept samples of a tensor that has a row for each of a call's `count`."""
+    has_rows = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count
+    return leaf[kept.to(leaf.device)] if has_rows else leaf
 
 
 def _put_down(leaf: Any, *, directory: Path | None) -> Any:

@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdm.calibration.blocks import Block, BlockData, block_loss, blocks_of, reconstruct, record_block
-from vqdm.calibration.recording import Call
+from vqdm.calibration.recording import OUTPUT, Call
 from vqdm.codecs import rtn
-from vqdm.codecs.codec import Codec, scalar_scheme_of
+from vqdm.codecs.codec import Codec
 from vqdm.config.codecs import AdaroundConfig
+from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec, weight_to_matrix
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight
 from vqdm.weights.layers import swap
-from vqdm.weights.scalar import ScalarScheme, ScalarWeight, decode_scalar
+from vqdm.weights.scalar import ScalarScheme, ScalarWeight, decode_scalar, per_input
 
 ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range and clipped to [0, 1], so that it reaches both
 FIRST_BETA, LAST_BETA = 20.0, 2.0
@@ -43,16 +44,17 @@ class SoftRounding(QuantizedWeight):
         """Start from weight [out, in]. grid: any weight on the grid; its scheme, scales and zero points are kept."""
         super().__init__(grid.scheme, grid.shape)
         self.scales, self.zeros = grid.scales.detach().float(), grid.zeros.detach().float()
-        grouped = weight.detach().float().view(*self.scales.shape, -1) / self.scales[..., None]
-        below = torch.floor(grouped)
+        split, inputs = grid.scheme.split, self.shape[1]
+        zeros = per_input(self.zeros, inputs, split)
+        quotients = weight.detach().float() / per_input(self.scales, inputs, split)
+        below = torch.floor(quotients)
         largest = 2**grid.scheme.bits - 1
-        down = (below + self.zeros[..., None]).clamp(0, largest).view(self.shape)
-        up = (below + 1 + self.zeros[..., None]).clamp(0, largest).view(self.shape)
+        down, up = ((code + zeros).clamp(0, largest) for code in (below, below + 1))
         # clip(⌊w/s⌋ + h + z) = down + h·(up − down): up − down is 0 where the grid clips, else 1
         self.down = down.to(torch.uint8)
-        self.floor = decode_scalar(down, self.scales, self.zeros)
-        self.step = decode_scalar(up, self.scales, self.zeros) - self.floor
-        fraction = (grouped - below).view(self.shape).clamp(1e-4, 1 - 1e-4)
+        self.floor = decode_scalar(down, self.scales, self.zeros, split=split)
+        self.step = decode_scalar(up, self.scales, self.zeros, split=split) - self.floor
+        fraction = (quotients - below).clamp(1e-4, 1 - 1e-4)
         self.logits = nn.Parameter(torch.logit((fraction - GAMMA) / (ZETA - GAMMA)))
 
     def rounding(self) -> Tensor:
@@ -110,6 +112,7 @@ def reconstruct_block(
     bits: int,
     group_size: int | None = None,
     clip: str = "mse",
+    split_shortcuts: bool = False,
     iterations: int = 2000,
     batch_size: int = 32,
     learning_rate: float = 0.1,
@@ -121,7 +124,8 @@ def reconstruct_block(
     """Round the weights of a block's layers so that the block gives `targets`; `denoiser` is not changed.
 
     inputs: the block's inputs in the partly quantized student; targets: [samples, …], the full-precision block's
-    outputs for its own inputs. bits, group_size, clip: for the grids, as in `rtn.encode`. The loss is that of
+    outputs for its own inputs. bits, group_size, clip: for the grids, as in `rtn.encode`. split_shortcuts: shortcuts
+    that join a hidden state and a skip connection have a grid for each, as in `rtn.encode_split`. The loss is that of
     `reconstruct` + λ Σ (1 − |2h − 1|^β); β falls from 20 to 2 after the fraction `warmup` of the iterations, before
     which λ = 0. λ = strength · (loss of nearest rounding) / (weights of the block), which makes one strength fit all
     blocks and bits; 1,000 is of the order of BRECQ's λ = 0.01 in its unnormalised loss. learning_rate: BRECQ's 1e-3 is
@@ -131,10 +135,8 @@ def reconstruct_block(
     began = time.monotonic()
     part, specs = _working_copy(denoiser, block)
     matrices = {spec.name: weight_to_matrix(part.get_submodule(spec.name).weight.detach()) for spec in specs}
-    nearest = {
-        local.name: _nearest(matrices[local.name], bits=bits, clip=clip, group_size=group_size, layer=spec.name)
-        for local, spec in zip(specs, block.specs, strict=True)
-    }
+    grid = partial(_nearest, bits=bits, group_size=group_size, clip=clip, split_shortcuts=split_shortcuts)
+    nearest = {own.name: grid(matrices[own.name], spec) for own, spec in zip(specs, block.specs, strict=True)}
     losses = {"nearest": _loss_with(part, specs, nearest, inputs, targets)}
     soft = {name: SoftRounding(matrices[name], grid) for name, grid in nearest.items()}
     for spec in specs:
@@ -178,9 +180,14 @@ def _regulariser(
     return at
 
 
-def _nearest(matrix: Tensor, **options) -> ScalarWeight:
-    """Nearest rounding by `rtn.encode`, labelled as this codec's: it stands in where nothing better was learned."""
-    weight = rtn.encode(matrix, **options)
+def _nearest(
+    matrix: Tensor, spec: LayerSpec, *, bits: int, group_size: int | None, clip: str, split_shortcuts: bool
+) -> ScalarWeight:
+    """Nearest rounding by `rtn`, labelled as this codec's: it stands in where nothing better was learned."""
+    if split_shortcuts and spec.split is not None:
+        weight = rtn.encode_split(matrix, spec.split, bits=bits, clip=clip, layer=spec.name)
+    else:
+        weight = rtn.encode(matrix, bits=bits, group_size=group_size, clip=clip, layer=spec.name)
     weight.scheme = dataclasses.replace(weight.scheme, codec="adaround")
     return weight
 
@@ -209,6 +216,7 @@ def quantize_blocks(
     calls: Callable[[], Iterable[Call]],
     *,
     seed: int,
+    samples: int | None = None,
     stored: Callable[[Block], dict[str, QuantizedWeight] | None] = lambda block: None,
     keep_on: str = "cpu",
     directory: Path | None = None,
@@ -218,18 +226,21 @@ def quantize_blocks(
     """Quantize the layers of `specs` in the student block by block; yields each block's weights once they are in place.
 
     teacher: the full-precision denoiser, a module of its own. calls: gives the recorded calls anew each time.
+    samples: how many of their rows are used, the same for all blocks; None: all. UserError if they have fewer.
     stored: a block's weights by layer, from a run that was cut off; they are put in place and come with the report
     None. A block's weights depend on the weights before it and the seed, not on where they came from.
     directory: of large blocks' rows, as in `record_block`. options: of `reconstruct_block`.
     """
+    rows = None if samples is None else drawn_rows(calls(), samples, seed=seed)
     for block in blocks_of(teacher, specs, next(iter(calls()))):
         weights, report = stored(block), None
         if weights is None:
-            targets = record_block(teacher, block.name, calls(), keep_on=keep_on, directory=directory).output
+            record = partial(record_block, name=block.name, keep_on=keep_on, directory=directory, rows=rows)
+            targets = record(teacher, calls=calls()).output
             weights, report = reconstruct_block(
                 student,
                 block,
-                record_block(student, block.name, calls(), keep_on=keep_on, directory=directory),
+                record(student, calls=calls()),
                 targets,
                 generator=torch_generator(seed, "adaround", block.name),
                 progress=None if progress is None else partial(progress, block),
@@ -239,6 +250,19 @@ def quantize_blocks(
             device = student.get_submodule(spec.name).weight.device
             swap(student, spec, weights[spec.name].to(device), decode="cached")
         yield block, weights, report
+
+
+def drawn_rows(calls: Iterable[Call], samples: int, *, seed: int) -> list[Tensor]:
+    """The rows of every call that are used, `samples` of all together, drawn without replacement: int64 per call."""
+    counts = [len(call[OUTPUT]) for call in calls]
+    if samples > sum(counts):
+        raise UserError(
+            f"quantize.samples={samples} of {sum(counts)} recorded rows: raise calibration.n or "
+            "calibration.recorded_steps, or give fewer"
+        )
+    drawn = torch.zeros(sum(counts), dtype=torch.bool)
+    drawn[torch.randperm(len(drawn), generator=torch_generator(seed, "adaround", "samples"))[:samples]] = True
+    return [part.nonzero()[:, 0] for part in drawn.split(counts)]
 
 
 def _by_blocks(
@@ -256,9 +280,21 @@ def _by_blocks(
         bits=int(config.bits),
         group_size=config.group_size,
         clip=config.clip,
+        split_shortcuts=config.split_shortcuts,
+        samples=config.samples,
         iterations=config.iterations,
         batch_size=config.batch_size,
     )
 
 
-ADAROUND = Codec(scheme=scalar_scheme_of("adaround"), by_blocks=_by_blocks)
+def _assign(specs: list[LayerSpec], config: AdaroundConfig, harm: None) -> dict[str, ScalarScheme]:
+    if config.split_shortcuts and all(spec.split is None for spec in specs):
+        raise UserError(
+            "quantize.split_shortcuts=true: no layer to quantize joins a hidden state and a skip connection, as "
+            "shortcuts in the up blocks of a UNet2DConditionModel do: leave it out"
+        )
+    scheme = partial(ScalarScheme, codec="adaround", bits=int(config.bits), group_size=config.group_size)
+    return {spec.name: scheme(split=spec.split if config.split_shortcuts else None) for spec in specs}
+
+
+ADAROUND = Codec(assign=_assign, by_blocks=_by_blocks)

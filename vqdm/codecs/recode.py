@@ -15,7 +15,7 @@ from vqdm.codecs.viterbi import Search
 from vqdm.errors import UserError
 from vqdm.weights.additive import AdditiveWeight, decode_additive
 from vqdm.weights.base import QuantizedWeight, widened
-from vqdm.weights.scalar import ScalarWeight, decode_scalar
+from vqdm.weights.scalar import ScalarWeight, decode_scalar, per_input
 from vqdm.weights.trellis import TrellisWeight, decode_trellis, pack_states, unpack_states
 from vqdm.weights.trellis_format import sequence_length
 
@@ -56,13 +56,13 @@ def _divided(target: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
 def _recode_scalar(weight: ScalarWeight, target: Tensor) -> int:
     dtype, (scales, zeros) = widened(weight.scales, weight.zeros)
     present = weight.unpacked_codes()
-    grouped = target.to(scales.dtype).view(*scales.shape, -1)
-    quotient = torch.where(scales[..., None] != 0, grouped / scales[..., None], 0.0)
-    nearest = torch.round(quotient + zeros[..., None]).clamp(0, 2**weight.scheme.bits - 1)
-    chosen = nearest.to(present.dtype).view(present.shape)
+    split, inputs = weight.scheme.split, weight.shape[1]
+    steps, offsets = per_input(scales, inputs, split), per_input(zeros, inputs, split)
+    quotient = torch.where(steps != 0, target.to(steps.dtype) / steps, 0.0)
+    chosen = torch.round(quotient + offsets).clamp(0, 2**weight.scheme.bits - 1).to(present.dtype)
 
     def errors(codes: Tensor) -> Tensor:
-        return (target - decode_scalar(codes, scales, zeros).to(dtype)).abs()
+        return (target - decode_scalar(codes, scales, zeros, split=split).to(dtype)).abs()
 
     nearer = errors(chosen) < errors(present)
     return _replace(weight, nearer, chosen, present)

@@ -57,6 +57,21 @@ def encode(
     )
 
 
+def encode_split(weight: Tensor, split: int, *, bits: int, clip: str = "mse", layer: str = "") -> ScalarWeight:
+    """Quantize [out, in] as `encode` does, with a scale and zero point for the first `split` inputs and one for others.
+
+    It is for inputs of two sources with ranges of their own: the shortcut-splitting of Q-Diffusion (Li et al. 2023).
+    """
+    check_matrix(weight, layer=layer)
+    parts = [encode(part, bits=bits, clip=clip, layer=layer) for part in weight.tensor_split([split], 1)]
+    return ScalarWeight.from_parts(
+        ScalarScheme(codec="rtn", bits=bits, split=split),
+        torch.cat([part.unpacked_codes() for part in parts], 1),
+        scales=torch.cat([part.scales for part in parts], 1),
+        zeros=torch.cat([part.zeros for part in parts], 1),
+    )
+
+
 def check_clip(clip: str, codec: str) -> None:
     if clip not in ("hessian", "mse", "minmax"):
         raise UserError(f"{codec}: clip must be hessian, mse or minmax, not {clip!r}")

@@ -79,8 +79,22 @@ def check(config: Config) -> None:
             f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"
         )
     check_finetune(config)
+    _check_samples(config)
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
+
+
+def _check_samples(config: Config) -> None:
+    """Refuse more rows for block reconstruction than calibration can record: two of a call under guidance, else one."""
+    asked, sampler, prompts = getattr(config.quantize, "samples", None), config.model.sampler, config.calibration.n
+    if asked is None or prompts is None:
+        return
+    recorded = prompts * min(config.calibration.recorded_steps, sampler.steps) * (2 if sampler.guidance > 1 else 1)
+    if asked > recorded:
+        raise UserError(
+            f"quantize.samples={asked} of {recorded} rows that calibration records: raise calibration.n or "
+            "calibration.recorded_steps, or give fewer"
+        )
 
 
 def _check_plan_for(config: Config) -> None:

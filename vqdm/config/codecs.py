@@ -118,7 +118,22 @@ class AdaroundConfig(ScalarOptions):
     clip: str = choice("mse", "minmax")
     iterations: int = number(2000, least=1, most=10**7)  # training steps per block
     batch_size: int = number(16, least=1)  # samples per step
+    samples: int | None = number(None, least=1)  # rows of recorded calls, drawn by `seed`; None: all
+    # a range for each of the two parts of an up block's shortcuts: hidden state | skip connection (Q-Diffusion)
+    split_shortcuts: bool = False
     short: ClassVar[str] = "adaround"
+
+    def check(self) -> None:
+        super().check()
+        if self.split_shortcuts and self.group_size is not None:
+            raise UserError(
+                f"quantize.split_shortcuts=true gives rows two scales: leave quantize.group_size={self.group_size} out"
+            )
+
+    def settings(self) -> dict:
+        """All options, without those that change nothing, which earlier fingerprints do not have."""
+        idle = {"samples": None, "split_shortcuts": False}
+        return {key: value for key, value in super().settings().items() if key not in idle or value != idle[key]}
 
 
 @dataclass(kw_only=True)

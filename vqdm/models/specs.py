@@ -1,5 +1,6 @@
 """The layers of a denoiser that are quantized, and each one's weight as a matrix [out, in]."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ class LayerSpec:
     kind: str  # "linear" | "conv"
     shape: tuple[int, int]  # [out, in] of the matrix; for a convolution [out, kh·kw·in_channels]
     conv: ConvGeometry | None = None
+    split: int | None = None  # inputs that are the hidden state, where the others are a skip connection
 
     @property
     def size(self) -> int:
@@ -80,9 +82,29 @@ def _specs(denoiser: nn.Module, pattern: str | None, min_size: int) -> Iterator[
         selected = re.compile(pattern)
     except re.error as error:
         raise UserError(f"the layer pattern is no regular expression: {pattern!r} ({error})") from error
+    splits = shortcut_splits(denoiser)
     for name, module in denoiser.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            yield spec_of(name, module), _reason_to_skip(name, module, selected=selected, min_size=min_size)
+            spec = dataclasses.replace(spec_of(name, module), split=splits.get(name))
+            yield spec, _reason_to_skip(name, module, selected=selected, min_size=min_size)
+
+
+def shortcut_splits(denoiser: nn.Module) -> dict[str, int]:
+    """The 1×1 convolutions that take a hidden state and a skip connection, joined, with the channels of the first.
+
+    These are the shortcuts in the up blocks of a U-Net, where the hidden state comes from the residual unit before; the
+    first of them follows the mid block, which has as many channels as the last down block.
+    """
+    if type(denoiser).__name__ != "UNet2DConditionModel":
+        return {}
+    splits, hidden = {}, 0
+    for part in ("down_blocks", "up_blocks"):
+        for name, unit in denoiser.get_submodule(part).named_modules(prefix=part):
+            if type(unit).__name__ == "ResnetBlock2D":
+                if part == "up_blocks" and unit.conv_shortcut is not None and 0 < hidden < unit.in_channels:
+                    splits[f"{name}.conv_shortcut"] = hidden
+                hidden = unit.out_channels
+    return splits
 
 
 def spec_of(name: str, module: nn.Linear | nn.Conv2d) -> LayerSpec:

@@ -215,17 +215,16 @@ def additive_gradients(
 
 
 @_compiled
-def decode_scalar(stream, width, scales, zeros, weight):
-    """Decode scalar codes, row by row and group by group; scales, zeros [out, groups]."""
+def decode_scalar(stream, width, edges, scales, zeros, weight):
+    """Decode scalar codes, row by row and group by group. edges [groups + 1]; scales, zeros [out, groups]."""
     out, inputs = weight.shape
-    size = inputs // scales.shape[1]
     mask = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     # W[o, i] = (code_oi − zero_og) · scale_og, with g the group of input i
     for o in range(out):
         for group in range(scales.shape[1]):
             scale, zero = scales[o, group], zeros[o, group]
-            for first in range(group * size, (group + 1) * size, GROUP):
+            for first in range(edges[group], edges[group + 1], GROUP):
                 codes = _read(stream, (o * inputs + first) * width)
-                for k in range(min(GROUP, (group + 1) * size - first)):
+                for k in range(min(GROUP, edges[group + 1] - first)):
                     code = np.float32(np.int32(codes >> np.uint64(k * width) & mask))
                     weight[o, first + k] = (code - zero) * scale

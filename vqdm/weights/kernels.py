@@ -88,10 +88,16 @@ def additive_gradients(
     return codewords[..., :size].contiguous() if of_codebooks else None, rows, None if input_scales is None else columns
 
 
-def decode_scalar(codes: Tensor, width: int, *, inputs: int, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The weight scale · (code − zero). codes: uint8, a stream of `width` bits each; scales, zeros: [out, groups]."""
-    weight = _empty(len(scales), inputs)
-    compiled.decode_scalar(_words(codes), width, _array(scales), _array(zeros), weight.numpy())
+def decode_scalar(
+    codes: Tensor, width: int, *, inputs: int, scales: Tensor, zeros: Tensor, split: int | None = None
+) -> Tensor:
+    """The weight scale · (code − zero). codes: uint8, a stream of `width` bits each; scales, zeros: [out, groups].
+
+    split: number of inputs in the first of two groups; None: all groups are of one size.
+    """
+    weight, groups = _empty(len(scales), inputs), scales.shape[1]
+    edges = np.arange(groups + 1) * (inputs // groups) if split is None else np.array([0, split, inputs])
+    compiled.decode_scalar(_words(codes), width, edges, _array(scales), _array(zeros), weight.numpy())
     return weight
 
 

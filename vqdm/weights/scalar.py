@@ -22,12 +22,17 @@ from vqdm.weights.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class ScalarScheme(Scheme):
-    """One uniform code per weight; a scale and zero point per row or per group of a row: `rtn4`, `gptq3g64`."""
+    """One uniform code per weight; a scale and zero point per row, or per part of a row: `rtn4`, `gptq3g64`.
+
+    group_size: number of consecutive inputs that share a scale; None: the whole row.
+    split: number of inputs in the first of two parts with scales of their own; None: not in two parts.
+    """
 
     kind: ClassVar[str] = "scalar"
     codec: str = "rtn"
     bits: int
-    group_size: int | None = None  # number of consecutive inputs that share a scale; None: the whole row
+    group_size: int | None = None
+    split: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,53 +40,79 @@ class ScalarScheme(Scheme):
             raise UserError(f"{self.codec}: bits must be 1 to 8, not {self.bits}")
         if self.group_size == 0:
             raise UserError(f"{self.codec}: group_size must be 1 or more, or none for whole rows, not 0")
+        if self.split is not None and self.group_size is not None:
+            raise UserError(f"{self.codec}: give split={self.split} or group_size={self.group_size}, not both")
 
     @property
     def name(self) -> str:
-        return f"{self.codec}{self.bits}" + (f"g{self.group_size}" if self.group_size else "")
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"{self.codec}{self.bits}{group}" + (f"s{self.split}" if self.split is not None else "")
+
+    @property
+    def format_version(self) -> int:
+        return 1 if self.split is None else 2
+
+    def to_dict(self) -> dict:
+        """Without `split` where there is none, as version 1 of the format has it."""
+        fields = super().to_dict()
+        return fields if self.split is not None else {key: value for key, value in fields.items() if key != "split"}
 
 
-def decode_scalar(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def per_input(values: Tensor, inputs: int, split: int | None) -> Tensor:
+    """Every input's own value, [out, in], from those of the parts of a row, [out, groups]."""
+    if split is None:
+        return values.repeat_interleave(inputs // values.shape[1], 1)
+    first, second = values.split(1, 1)
+    return torch.cat([first.expand(-1, split), second.expand(-1, inputs - split)], 1)
+
+
+def decode_scalar(codes: Tensor, scales: Tensor, zeros: Tensor, *, split: int | None = None) -> Tensor:
     """The weight scale · (code − zero): int [out, in] and float [out, groups] to [out, in] in the scales' dtype."""
+    if split is not None:
+        scales, zeros = (per_input(values, codes.shape[1], split) for values in (scales, zeros))
+        return (codes.to(scales.dtype) - zeros) * scales
     grouped = codes.view(*scales.shape, -1).to(scales.dtype)
     return ((grouped - zeros[..., None]) * scales[..., None]).view(codes.shape)
 
 
-def decode_packed(codes: Tensor, width: int, shape: tuple[int, int], scales: Tensor, zeros: Tensor) -> Tensor:
-    """Decode packed codes of `width` bits and this shape like `decode_scalar`, in torch."""
-    return decode_scalar(unpack_codes(codes, width, shape), scales, zeros)
+def decode_packed(codes: Tensor, scheme: ScalarScheme, shape: tuple[int, int], scales: Tensor, zeros: Tensor) -> Tensor:
+    """Decode the packed codes of a scheme and this shape like `decode_scalar`, in torch."""
+    return decode_scalar(unpack_codes(codes, scheme.bits, shape), scales, zeros, split=scheme.split)
 
 
 class DecodeScalar(torch.autograd.Function):
     """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
 
     @staticmethod
-    def forward(ctx, codes, width, shape, scales, zeros):
-        ctx.width, ctx.shape = width, shape
+    def forward(ctx, codes, scheme, shape, scales, zeros):
+        ctx.scheme, ctx.shape = scheme, shape
         ctx.save_for_backward(codes, scales, zeros)
         if not kernels_apply(codes, scales, zeros):
-            return decode_packed(codes, width, shape, scales, zeros)
+            return decode_packed(codes, scheme, shape, scales, zeros)
         from vqdm.weights import kernels  # imports numba, which is not always needed
 
-        return kernels.decode_scalar(codes, width, inputs=shape[1], scales=scales, zeros=zeros)
+        width, split = scheme.bits, scheme.split
+        return kernels.decode_scalar(codes, width, inputs=shape[1], scales=scales, zeros=zeros, split=split)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         codes, scales, zeros = ctx.saved_tensors
-        arguments = codes, ctx.width, ctx.shape, scales, zeros
+        arguments = codes, ctx.scheme, ctx.shape, scales, zeros
         return recomputed_gradients(decode_packed, arguments, ctx.needs_input_grad, gradient)
 
 
 class ScalarWeight(FixedWidthWeight):
-    """Uniform codes [out, in]; scales and integer zero points [out, groups]."""
+    """Uniform codes [out, in]; scales and integer zero points [out, groups], with two groups where a row is split."""
 
     scheme_type = ScalarScheme
 
     def __init__(self, scheme: ScalarScheme, shape: tuple[int, int], shared: None = None):
         super().__init__(scheme, shape, shared)
         check_groups(self.shape[1], group_size=scheme.group_size)
-        groups = self.shape[1] // (scheme.group_size or self.shape[1])
+        if scheme.split is not None and not 0 < scheme.split < self.shape[1]:
+            raise UserError(f"{scheme.name} splits {self.shape[1]} inputs after {scheme.split}: give a smaller number")
+        groups = 2 if scheme.split is not None else self.shape[1] // (scheme.group_size or self.shape[1])
         self._add_codes(self.shape, scheme.bits)
         self.scales = stored_parameter(self.shape[0], groups)
         self.zeros = stored_parameter(self.shape[0], groups)
@@ -99,4 +130,4 @@ class ScalarWeight(FixedWidthWeight):
     def forward(self) -> Tensor:
         dtype, (scales, zeros) = widened(self.scales, self.zeros)
         decode = decode_packed if torch.compiler.is_compiling() else DecodeScalar.apply
-        return decode(self.codes, self.code_width, self.shape, scales, zeros).to(dtype)
+        return decode(self.codes, self.scheme, self.shape, scales, zeros).to(dtype)

@@ -173,7 +173,8 @@ class _Stages(Experiment):
         teacher lie on disk if they are large, twice while calls become one tensor.
         Device: both denoisers; of the largest block, beside a step, eight fp32 numbers for each of its weights.
         """
-        config, rows = self.config.quantize, self._recorded_samples()
+        config, recorded = self.config.quantize, self._recorded_samples()
+        rows = recorded if config.samples is None else min(config.samples, recorded)
         denoiser = nn.Module.to(copy.deepcopy(self.denoiser), dtype=torch.float32).requires_grad_(False)
         for spec in self.specs:
             denoiser.get_submodule(spec.name).weight.requires_grad_()
@@ -192,7 +193,7 @@ class _Stages(Experiment):
         if half is None:
             return self.stage("quantize", used, (None, ""), note)
         trained = FORWARD_AND_BACKWARD * config.iterations * batch + 2 * rows
-        seconds = blocks.count * rows * half.seconds(self.cost.sample) + trained * single.seconds(self.cost.sample)
+        seconds = blocks.count * recorded * half.seconds(self.cost.sample) + trained * single.seconds(self.cost.sample)
         return self.stage("quantize", used, (seconds, half.origin), note)
 
     def teacher_images(self) -> StageCost:
