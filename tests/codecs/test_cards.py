@@ -23,12 +23,12 @@ from vqdm.seeds import torch_generator
 from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import quantized_layers, swap, swap_empty
 
-PATTERN = r"(down_blocks\.1|mid_block).*(conv2|to_(q|k|v))$"
+PATTERN = r"(down_blocks\.1|mid_block).*(conv2|to_(q|k|v))$|up_blocks.*conv_shortcut$"
 LAYERS = {"pattern": PATTERN, "min_size": 16}
 QUICK = {
     "trellis": {"bits": 6},
     "additive": {"bits": 2, "codebook_bits": 4},
-    "adaround": {"iterations": 4, "batch_size": 2},
+    "adaround": {"iterations": 4, "batch_size": 2, "split_shortcuts": True, "samples": 20},
 }
 
 

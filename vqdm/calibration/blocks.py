@@ -144,24 +144,20 @@ def record_block(
         if kept is not None and len(kept) == 0:
             continue
         taken, output = _run_until(denoiser, name, call, keep_on=keep_on)
-        if kept is not None:
-            taken, output = _map(partial(_rows_of, kept=kept, count=len(output)), (taken, output))
-        taken, output = _map(partial(_put_down, directory=directory), (taken, output))
-        arguments.append(_map(partial(_by_sample, count=len(output)), taken))
+        data = BlockData(_map(partial(_by_sample, count=len(output)), taken), output)
+        data = data if kept is None else data.part(kept)
+        taken, output = _map(partial(_put_down, directory=directory), (data.arguments, data.output))
+        arguments.append(taken)
         outputs.append(output)
     if not outputs:
         raise ValueError(f"no calls to record block {name} from")
     return BlockData(_merge(arguments, name, directory), _joined(outputs, directory))
 
 
-def _rows_of(leaf: Any, *, kept: Tensor, count: int) -> Any:
-    """The kept samples of a tensor that has a row for each of a call's `count`."""
-    has_rows = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count
-    return leaf[kept.to(leaf.device)] if has_rows else leaf
-
-
 def _put_down(leaf: Any, *, directory: Path | None) -> Any:
     """Move a call's tensor out of memory, if it is large."""
+    if isinstance(leaf, _Samples):
+        return _Samples(_put_down(leaf.tensor, directory=directory))
     is_kept = not isinstance(leaf, Tensor) or leaf.nbytes < CALL_IN_MEMORY or leaf.ndim == 0
     return leaf if is_kept else _joined([leaf], directory, least=CALL_IN_MEMORY)
 
