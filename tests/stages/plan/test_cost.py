@@ -218,6 +218,8 @@ def test_training_sdxls_blocks():
     forward = 6.76e12 / CORE + 5.39e9 / 1e10
     passes = 113 * rows + 3 * 20_000 * 32 + 2 * rows
     assert found.seconds == pytest.approx(passes * forward, rel=0.01)
+    some = sdxl_costs(kind="adaround", bits=4, iterations=20_000, batch_size=32, samples=512)["quantize"]
+    assert "on 512 rows" in some.note and "20 GiB up to three times" in some.note
 
 
 def test_what_is_not_estimated_says_so():
