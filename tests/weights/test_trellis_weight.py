@@ -146,6 +146,15 @@ def test_scales_of_byte_columns_are_evenly_spaced_and_exact(fine, step, last):
     assert byte_scales(packed).tolist() == scales
 
 
+def test_bytes_of_columns_that_mean_nothing_are_told():
+    weight = empty_weight(TrellisScheme.of_layer((64, 32), 3.0), (64, 32), table())
+    assert weight.fault() is None
+    weight.codes[0] = 2
+    assert weight.fault() == "the spacing of its columns' scales is 2, not 0 or 1"
+    weight.codes[:2] = torch.tensor([1, 12])
+    assert weight.fault() == "a column's rate is 26 quarter bits, above 24"
+
+
 def test_side_information_of_a_layer_of_64_outputs_is_below_a_fifth_of_a_bit():
     assert side_bits((64, 576)) == 8 * (2 * 64 + 576 + 1) / (64 * 576) < 0.154
     assert side_bits((64, 576), WIDE) == pytest.approx(0.356, abs=1e-3)

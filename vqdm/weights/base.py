@@ -83,10 +83,9 @@ def stored_parameter(*shape: int) -> nn.Parameter:
 
 
 def widened(*parameters: Tensor | None) -> tuple[torch.dtype, list[Tensor | None]]:
-    """The dtype of the decoded weight, which is that of its float parameters, and these in the dtype of the
-        computation.
+    """The dtype of the decoded weight, which is that of its float parameters, and these in the computation's dtype.
 
-        Weights are computed in fp32 (or fp64, if that is theirs) and rounded once, so that all ways to decode agree bit
+    Weights are computed in fp32 (or fp64, if that is theirs) and rounded once, so that all ways to decode agree bit
     for bit.
     """
     dtype = functools.reduce(torch.promote_types, [p.dtype for p in parameters if p is not None])

@@ -181,7 +181,9 @@ class TrellisWeight(QuantizedWeight):
         return dtype, table, rows, byte_scales(self.columns).to(rows.dtype) if self.scheme.side == BYTE else columns
 
     def fault(self) -> str | None:
-        """Rates that no column may have, or columns that reach beyond the stream."""
+        """A spacing of scales or a rate that the format lacks, or columns that reach beyond the stream."""
+        if self.scheme.side == BYTE and int(self.columns[0]) > 1:
+            return f"the spacing of its columns' scales is {int(self.columns[0])}, not 0 or 1"
         rates = self.unpacked_rates()
         if int(rates.max()) > HIGHEST_RATE:
             return f"a column's rate is {int(rates.max())} quarter bits, above {HIGHEST_RATE}"
