@@ -53,7 +53,7 @@ def test_every_numeric_option_has_a_range_that_its_default_is_in():
         ("seeds=0", "seeds=0 must be at least 1"),
         ("calibration.n=0", "calibration.n=0 must be at least 1"),
         ("calibration.seed=-1", "calibration.seed=-1 must be at least 0"),
-        ("evaluate.bootstrap=1", "evaluate.bootstrap=1 must be 2 to 1e+06"),
+        ("evaluate.bootstrap=1", "evaluate.bootstrap=1 must be 2 to 1000000"),
         ("finetune.learning_rate=1e308", "finetune.learning_rate=1e+308 must be above 0, up to 10"),
         ("finetune.learning_rate=0", "finetune.learning_rate=0 must be above 0"),
         ("finetune.decay_from=1.5", "finetune.decay_from=1.5 must be 0 to 1"),

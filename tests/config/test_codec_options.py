@@ -59,7 +59,7 @@ def test_names_give_bits_and_groups():
     assert parse_scheme("rtn4g64") == RtnConfig(bits=4, group_size=64)
     assert parse_scheme("trellis2.5") == TrellisConfig(bits=2.5)
     assert parse_scheme("2x6g4") == AdditiveConfig(bits=3, codebook_bits=6, group_size=4)
-    for name in ("trellis3g8", "none4", "fp4", "rtn4g", "vq3g0", "nonsense"):
+    for name in ("trellis3g8", "none4", "fp4", "rtn4g", "vq3g0", "nonsense", 3, None):
         with pytest.raises(UserError):
             parse_scheme(name)
 
@@ -84,6 +84,9 @@ def test_names_give_bits_and_groups():
         (["quantize=trellis3", "quantize.row_exponent=nan"], "quantize.row_exponent=nan"),
         (["quantize=additive", "quantize.beam_size=0"], "quantize.beam_size=0 must be 1 to 4096"),
         (["quantize=qdiffusion4", "quantize.group_size=8"], "leave quantize.group_size=8 out"),
+        (["calibration.n=2000000000"], "calibration.n=2000000000 must be 1 to 1000000000"),
+        (["quantize.seed=9223372036854775808"], "quantize.seed=9223372036854775808 must be 0 to 9223372036854775807"),
+        ([f"quantize.seed={10**400}"], "must be 0 to 9223372036854775807"),
         (["quantize=adaround", "quantize.samples=0"], "quantize.samples=0 must be at least 1"),
         (
             ["quantize=adaround", "calibration=tiny", "quantize.samples=1025"],

@@ -213,9 +213,11 @@ def parse_scheme(name: str) -> QuantizeConfig:
 
     The settings are those of the presets in conf/quantize/. UserError for any other name.
     """
-    candidates = (options.from_name(name) for kind, options in OPTIONS.items() if kind != "none")
+    candidates = (options.from_name(str(name)) for kind, options in OPTIONS.items() if kind != "none")
     config = next((config for config in candidates if config is not None), None)
     if config is None:
-        raise UserError(f"{name!r} is no scheme; give one like trellis3, trellis2.5, 3x8g8, vq3, gptq4 or rtn4g64")
+        raise UserError(
+            f"{str(name)[:80]!r} is no scheme; give one like trellis3, trellis2.5, 3x8g8, vq3, gptq4 or rtn4g64"
+        )
     config.check()
     return config

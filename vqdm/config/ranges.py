@@ -47,14 +47,22 @@ def _check(value, name: str, metadata, where: str) -> None:
         return
     least, most, above = metadata.get("least"), metadata.get("most"), metadata.get("above", False)
     high_enough = least is None or (value > least if above else value >= least)
-    if not (math.isfinite(value) and high_enough and (most is None or value <= most)):
-        raise UserError(f"{name}={value:g} must be {_range(least, most, above)}{where}")
+    finite = isinstance(value, int) or math.isfinite(value)  # a long integer is beyond what floats hold
+    if not (finite and high_enough and (most is None or value <= most)):
+        raise UserError(f"{name}={_shown(value)} must be {_range(value, least, most, above)}{where}")
 
 
-def _range(least: float | None, most: float | None, above: bool) -> str:
+def _range(value: float, least: float | None, most: float | None, above: bool) -> str:
+    """The range in words; its upper end, where that is only a bound of what can be counted, if the value is beyond."""
     if least is None and most is None:
         return "a finite number"
-    lower = "" if least is None else f"{'above' if above else 'at least'} {least:g}"
-    if least is None or most is None or most >= MOST:
-        return lower or f"at most {most:g}"
-    return f"above {least:g}, up to {most:g}" if above else f"{least:g} to {most:g}"
+    lower = "" if least is None else f"{'above' if above else 'at least'} {_shown(least)}"
+    if least is None or most is None or (most >= MOST and not value > most):
+        return lower or f"at most {_shown(most)}"
+    between = ", up to" if above else " to"
+    return f"{'above ' if above else ''}{_shown(least)}{between} {_shown(most)}"
+
+
+def _shown(value: float) -> str:
+    """A number in a message: integers digit by digit, as seeds differ in their last one, but no more than forty."""
+    return str(value)[:40] if isinstance(value, int) else f"{value:g}"
