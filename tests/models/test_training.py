@@ -24,6 +24,8 @@ SDXL = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
         ([], {"modelspec.prediction_type": "v_prediction"}, [VELOCITY]),
         ([], {"modelspec.predict_key": "v"}, [VELOCITY]),
         ([], {"modelspec.prediction_type": "flow"}, ["'flow' prediction"]),
+        (["v_pred"], {"modelspec.prediction_type": "epsilon"}, [VELOCITY]),  # a merge with another model's metadata
+        (["ztsnr"], {"modelspec.prediction_type": "v"}, [ZERO_SNR, VELOCITY]),
         ([], {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "False"}, [VELOCITY]),
     ],
 )

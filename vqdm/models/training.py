@@ -22,7 +22,10 @@ log = logging.getLogger("vqdm")
 
 
 def trainings(keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """{training: the sign of it} for all that a file says; empty if it says nothing."""
+    """{training: the sign of it} for all that a file says; empty if it says nothing.
+
+    A key that tells the prediction outweighs the metadata, which merges copy from one of their parts.
+    """
     found: dict[str, str] = {}
     for key in keys:
         name = key.rpartition(".")[2] if key.endswith((".v_pred", ".ztsnr")) else key
@@ -32,7 +35,7 @@ def trainings(keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str
             found.setdefault(ZERO_SNR, key)
         elif key.startswith("edm_"):
             found.setdefault(EDM, key)
-    for key in _PREDICTION:
+    for key in () if found.keys() - {ZERO_SNR} else _PREDICTION:
         if value := metadata.get(key):
             word = re.sub(r"[^a-z0-9]", "", value.lower())
             kind = next((kind for kind, words in _WORDS.items() if word in words), f"{value[:40]!r} prediction")
