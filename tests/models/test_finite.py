@@ -11,7 +11,7 @@ from vqdm.calibration.recording import Recorder
 from vqdm.config.options import ModelConfig, RescaleConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import to_stored
-from vqdm.models.finite import check_call, check_images, check_storable, fault_of
+from vqdm.models.finite import LARGEST_STORED, check_call, check_images, check_storable, fault_of, is_storable
 from vqdm.models.loader import load_pipeline, sample
 from vqdm.models.shipped import builtin_directory
 from vqdm.models.specs import layer_specs
@@ -127,6 +127,16 @@ def test_weights_that_16_bit_cannot_hold_are_named_before_calibration(pipeline):
         unet.conv_in.bias[0] = NAN
         with pytest.raises(UserError, match=r"conv_in\.bias of the denoiser has NaN"):
             check_storable(unet, specs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_fp16_holds_is_storable(dtype):
+    limit = torch.tensor([0.0, LARGEST_STORED, -LARGEST_STORED])
+    beyond = limit.to(dtype).abs() > LARGEST_STORED  # bfloat16 rounds the limit up
+    assert is_storable(limit.to(dtype)) == (not bool(beyond.any()))
+    if dtype != torch.float16:
+        assert not is_storable(torch.tensor([0.0, -70_000.0], dtype=dtype))
+    assert is_storable(torch.empty(0, dtype=dtype)) and is_storable(torch.tensor([1 << 20]))
 
 
 def test_nothing_that_is_not_finite_is_saved():

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vqdm.errors import UserError
-from vqdm.models.finite import fault_of
-from vqdm.weights.base import LARGEST, SHARED_NAME, STORED, Scheme
+from vqdm.models.finite import LARGEST_STORED, fault_of, is_storable
+from vqdm.weights.base import SHARED_NAME, STORED, Scheme
 from vqdm.weights.layers import quantized_layers
 from vqdm.weights.registry import scheme_from_dict
 
@@ -97,8 +97,10 @@ def to_stored(state: Mapping[str, Tensor], groups: Sequence[LayerGroup]) -> dict
         dtype = _stored_dtype(name, tensor, layers)
         if (fault := fault_of(tensor)) is not None:
             raise UserError(f"{name} has {fault} numbers: what cannot be used is not saved; load the original again")
-        if dtype != tensor.dtype and bool((tensor.detach().abs() > LARGEST).any()):
-            raise UserError(f"{name} has numbers beyond fp16's {LARGEST:.0f}: load the model in bfloat16 and save that")
+        if dtype != tensor.dtype and not is_storable(tensor):
+            raise UserError(
+                f"{name} has numbers beyond fp16's {LARGEST_STORED:.0f}: load the model in bfloat16 and save that"
+            )
         stored[name] = tensor.detach().to(dtype).cpu().contiguous()
     return stored
 

@@ -27,6 +27,14 @@ def fault_of(tensor: Tensor) -> str | None:
     return "infinite" if bool(torch.isinf(low) | torch.isinf(high)) else None
 
 
+def is_storable(tensor: Tensor) -> bool:
+    """True if fp16 can hold every number of a tensor, rounded."""
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool((low >= -LARGEST_STORED) & (high <= LARGEST_STORED))
+
+
 def check_finite(pipeline, place: Path | str) -> None:
     """UserError, naming the tensor, for a NaN or infinite weight of any part: text encoders, VAE and denoiser."""
     for part, module in pipeline.components.items():
@@ -47,13 +55,7 @@ def check_storable(denoiser: nn.Module, specs: list[LayerSpec]) -> None:
     for name, tensor in denoiser.state_dict().items():
         if (fault := fault_of(tensor)) is not None:
             raise UserError(f"the weight {name} of the denoiser has {fault} numbers: get the model again")
-        if (
-            not tensor.is_floating_point()
-            or tensor.is_meta
-            or (name not in quantized and tensor.dtype != torch.float32)
-        ):
-            continue
-        if float(tensor.detach().abs().max() if tensor.numel() else 0) > LARGEST_STORED:
+        if (name in quantized or tensor.dtype == torch.float32) and not is_storable(tensor):
             cure = (
                 f"leave {name.removesuffix('.weight')} out of the layers to quantize"
                 if name in quantized
