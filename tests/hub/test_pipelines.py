@@ -41,6 +41,13 @@ def test_an_older_pipeline_is_replaced_whole_and_nothing_is_left_beside(pipeline
     assert [path.name for path in tmp_path.iterdir() if path.name != ".small.tmp-old"] == ["small"]
 
 
+def test_a_pipeline_whose_index_is_damaged_is_not_replaced(pipeline, tmp_path):
+    save_pipeline(pipeline, tmp_path / "small", base=None)
+    (tmp_path / "small" / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match=r"small holds README\.md, .* another place"):
+        check_place(tmp_path / "small")
+
+
 def test_a_link_stays_one(pipeline, tmp_path):
     (tmp_path / "disk" / "small").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "small")

@@ -1,7 +1,6 @@
 """Quantized denoisers and their pipelines in directories, through diffusers' own loading and saving."""
 
 import contextlib
-import json
 import re
 import shutil
 import tempfile
@@ -132,9 +131,11 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _names_in(directory: Path) -> set[str]:
-    """Names of the parts in a pipeline's directory, by its own list; empty without one."""
-    index = directory / INDEX
-    return {INDEX, CARD_FILE, LOCK, *json.loads(index.read_text(encoding="utf-8"))} if index.is_file() else set()
+    """Names of the parts in a pipeline's directory, by its own list; empty without one that can be read."""
+    try:
+        return {INDEX, CARD_FILE, LOCK, *json_object(directory / INDEX)}
+    except UserError:
+        return set()
 
 
 def save_pipeline(pipeline, directory: Path, *, base: str | None) -> None:
