@@ -3,6 +3,7 @@
 import os
 import time
 
+from vqdm.runs.files import files_below
 from vqdm.runs.identity import file_identity, files_identity
 from vqdm.runs.store import Store
 
@@ -24,6 +25,31 @@ def test_another_file_of_the_same_size_and_mtime_is_another_model(tmp_path):
     file.write_bytes(b"six")  # in place: the inode stays
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert files_identity(model, cache) not in (first, second)
+
+
+def test_files_of_a_linked_folder_are_part_of_the_model(tmp_path):
+    model, cache = tmp_path / "model", tmp_path / "cache.json"
+    for folder in (tmp_path / "one", tmp_path / "two", model):
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(folder.name.encode())
+    alone = files_identity(model, cache)
+    (model / "unet").symlink_to(tmp_path / "one")
+    first = files_identity(model, cache)
+    (model / "unet").unlink()
+    (model / "unet").symlink_to(tmp_path / "two")
+    assert len({alone, first, files_identity(model, cache)}) == 3
+    second = files_identity(model, cache)
+    (model / "unet").unlink()
+    (model / "unet").mkdir()
+    (model / "unet" / "weights.safetensors").write_bytes(b"two")  # the same files, whether linked or not
+    assert files_identity(model, cache) == second
+
+
+def test_a_link_that_leads_back_up_ends_there(tmp_path):
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "unet" / "x").write_bytes(b"x")
+    (tmp_path / "model" / "unet" / "up").symlink_to(tmp_path / "model")
+    assert list(files_below(tmp_path / "model")) == [tmp_path / "model" / "unet" / "x"]
 
 
 def test_the_record_written_last_is_the_newest_though_another_is_from_the_future(tmp_path):

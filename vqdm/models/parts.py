@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vqdm.errors import UserError
 from vqdm.models.foreign import json_object, safetensors_header
+from vqdm.runs.files import files_below
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
@@ -53,7 +54,7 @@ def parts_of(directory: Path) -> dict[str, tuple[str, str]]:
 
 def check_parts(directory: Path, *, variant: str | None = None) -> Path:
     """UserError, naming what is missing or damaged, unless every part in the index is there, whole and usable."""
-    stats = ((path, path.lstat()) for path in sorted(directory.glob("**/*")))
+    stats = ((path, path.stat()) for path in files_below(directory))
     state = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats)
     if _known.get((directory, variant)) == state:  # a run asks a dozen times, and vocabularies take a while to read
         return directory

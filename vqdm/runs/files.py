@@ -119,6 +119,26 @@ def read_sealed(path: Path) -> dict | None:
     return content
 
 
+def files_below(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files below a directory, in order, with those of linked folders, which rglob leaves out.
+
+    Folders that may not be read are passed over, as rglob does. above: the folders on the way here, to which no link
+    leads back.
+    """
+    here = directory.resolve()
+    if here in above:
+        return
+    try:
+        found = sorted(directory.iterdir())
+    except PermissionError:
+        return
+    for path in found:
+        if path.is_dir():
+            yield from files_below(path, (*above, here))
+        elif path.is_file():
+            yield path
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

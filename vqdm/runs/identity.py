@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.runs.files import canonical_json, sha256_file, write_json
+from vqdm.runs.files import canonical_json, files_below, sha256_file, write_json
 
 
 def files_identity(directory_or_file: Path, cache: Path) -> str:
@@ -40,7 +40,7 @@ def _model_files(root: Path) -> dict[str, Path]:
     """{path relative to the model: file}"""
     if root.is_file():
         return {root.name: root}
-    found = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
+    found = {path.relative_to(root): path for path in files_below(root)}
     return {relative.as_posix(): path for relative, path in found.items() if _counts(relative)}
 
 
