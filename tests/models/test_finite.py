@@ -136,6 +136,7 @@ def test_what_fp16_holds_is_storable(dtype):
     assert is_storable(limit.to(dtype)) == (not bool(beyond.any()))
     if dtype != torch.float16:
         assert not is_storable(torch.tensor([0.0, -70_000.0], dtype=dtype))
+    assert is_storable(torch.ones(2).to(torch.float8_e4m3fn))
     assert is_storable(torch.empty(0, dtype=dtype)) and is_storable(torch.tensor([1 << 20]))
 
 

@@ -17,11 +17,10 @@ LARGEST_STORED = torch.finfo(torch.float16).max  # of checkpoints' floats: 65504
 
 def fault_of(tensor: Tensor) -> str | None:
     """The word for what no number of a model may be, NaN or infinite; None for a finite tensor, integers included."""
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+    extremes = _extremes(tensor)
+    if extremes is None:
         return None
-    if tensor.dtype.itemsize == 1:  # floats of eight bits have few operations
-        tensor = tensor.to(torch.float32)
-    low, high = torch.aminmax(tensor.detach())  # one pass, without a mask as large as the tensor; NaN comes through
+    low, high = extremes
     if bool(torch.isnan(low)):
         return "NaN"
     return "infinite" if bool(torch.isinf(low) | torch.isinf(high)) else None
@@ -29,10 +28,20 @@ def fault_of(tensor: Tensor) -> str | None:
 
 def is_storable(tensor: Tensor) -> bool:
     """True if fp16 can hold every number of a tensor, rounded."""
+    extremes = _extremes(tensor)
+    return extremes is None or bool((extremes[0] >= -LARGEST_STORED) & (extremes[1] <= LARGEST_STORED))
+
+
+def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The least and the largest number, both NaN where there is one; None for integers and for what holds none.
+
+    One pass without a mask as large as the tensor, which isfinite makes.
+    """
     if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.detach())
-    return bool((low >= -LARGEST_STORED) & (high <= LARGEST_STORED))
+        return None
+    if tensor.dtype.itemsize == 1:  # floats of eight bits have few operations
+        tensor = tensor.to(torch.float32)
+    return torch.aminmax(tensor.detach())
 
 
 def check_finite(pipeline, place: Path | str) -> None:
