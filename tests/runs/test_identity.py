@@ -1,5 +1,6 @@
 """A model in another's place is noticed, whatever its size and times say; so is which record was written last."""
 
+import json
 import os
 import time
 
@@ -43,6 +44,22 @@ def test_files_of_a_linked_folder_are_part_of_the_model(tmp_path):
     (model / "unet").mkdir()
     (model / "unet" / "weights.safetensors").write_bytes(b"two")  # the same files, whether linked or not
     assert files_identity(model, cache) == second
+
+
+def test_damaged_entries_of_the_cache_are_made_again(tmp_path):
+    model, cache = tmp_path / "model.safetensors", tmp_path / "cache.json"
+    model.write_bytes(b"one")
+    first = files_identity(model, cache)
+    ((key, entry),) = json.loads(cache.read_text()).items()
+    for damaged in (
+        [],
+        {key: "x"},
+        {key: entry | {"sha256": None}},
+        {key: {k: entry[k] for k in entry if k != "sha256"}},
+    ):
+        cache.write_text(json.dumps(damaged))
+        assert files_identity(model, cache) == first
+    assert json.loads(cache.read_text()) == {key: entry}
 
 
 def test_a_link_that_leads_back_up_ends_there(tmp_path):

@@ -68,9 +68,10 @@ def _keep(cache: Path, content: dict) -> None:
 
 
 def _read_cache(cache: Path) -> dict[str, dict]:
-    """Empty when missing or damaged: a cache can be made again."""
+    """Entries of a cache by path, without damaged ones, and none if it is missing: it can be made again."""
     try:
         content = json.loads(cache.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    entries = content.items() if isinstance(content, dict) else ()
+    return {path: entry for path, entry in entries if isinstance(entry, dict) and isinstance(entry.get("sha256"), str)}
