@@ -8,8 +8,10 @@ python run.py +experiment=sdxl_vq3 plan=true
 python run.py --multirun +experiment=tiny_codec quantize=gptq quantize.bits=2,3,4   # jobs: conf/hydra/launcher
 """
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -34,33 +36,62 @@ if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
 from vqdm.config.compose import NamedSweep, one_line, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
-from vqdm.runs.entry import STOPPED, leave_at_once, prepare
+from vqdm.runs.entry import STOPPED, leave_at_once, prepare, reader_is_gone
 
 prepare()  # nothing has imported torch so far
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
 register_schemas()
+OF_NAMED_ROW: list[str] = []  # overrides that are put before the user's
 CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # USR2 is submitit's before a job's time is up
 
 
-def _rows(table, task_overrides: list[str], seeds: int | None):
-    """The configurations of every row, one per calibration seed: the user's own overrides on top."""
-    own = overrides_for_rows(task_overrides)
-    return [
-        [to_config(hydra.compose("config", [*overrides, *own])) for overrides in row.overrides_of_runs()[:seeds]]
-        for row in table.rows
-    ]
+def _table(name: str):
+    from vqdm.report.experiments import read_table
+
+    return read_table(Path(__file__).parent / "experiments" / f"{name}.yaml")
+
+
+def _of_named_row(arguments: list[str]) -> list[str]:
+    """Overrides of the row that a command names, so that Hydra lets it set options of the row's own codec."""
+    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
+    if not {"table", "row"} <= set(given) or {"experiment", "-m", "--multirun"} & set(given):
+        return []
+    with contextlib.suppress(UserError):  # which is said when all is composed
+        return _table(given["table"]).row(given["row"]).overrides_of_runs()[0]
+    return []
+
+
+def _rows(table, task_overrides: list[str], config):
+    """The configurations of every row, one per calibration seed: the user's own overrides on top.
+
+    With config.row, another row to which these overrides do not apply gets []: it was not run so.
+    """
+    own = overrides_for_rows(task_overrides[len(OF_NAMED_ROW) :])
+    wanted = None if config.row is None else table.row(config.row)
+    rows, left_out = [], []
+    for row in table.rows:
+        runs = row.overrides_of_runs()[: config.seeds]
+        try:
+            rows.append([to_config(hydra.compose("config", [*overrides, *own])) for overrides in runs])
+        except (UserError, HydraException, OmegaConfBaseException):
+            if wanted in (None, row):
+                raise
+            rows.append([])
+            left_out.append(row.name)
+    if left_out:
+        logging.getLogger("vqdm").info("rows to which these overrides do not apply: %s", ", ".join(left_out))
+    return rows
 
 
 def _run(composed: DictConfig) -> None:
     from vqdm import pipeline
-    from vqdm.report.experiments import read_table
 
     config = to_config(composed)
     if config.table is None:
         sweeps.say_run(pipeline.run(config))
         return
-    table = read_table(Path(__file__).parent / "experiments" / f"{config.table}.yaml")
-    rows = _rows(table, list(HydraConfig.get().overrides.task), config.seeds)
+    table = _table(config.table)
+    rows = _rows(table, list(HydraConfig.get().overrides.task), config)
     pipeline.run_table(table, rows, row=config.row, mixed=config.mixed)
 
 
@@ -78,8 +109,9 @@ def main(composed: DictConfig) -> None:
         if sweeping:
             raise  # the other jobs go on
         sys.exit(f"error: {one_line(error)}")  # past Hydra, which would add lines of its own
-    except BrokenPipeError:  # of `… plan=true | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # of `… plan=true | head`, or the tracker's
+        if not reader_is_gone():
+            raise
 
 
 class Stopped(KeyboardInterrupt):
@@ -104,6 +136,9 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, *CLUSTER_SIGNALS):
         signal.signal(number, _stop)
     try:
+        OF_NAMED_ROW += _of_named_row(sys.argv[1:])
+        first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-]\S*=", argument)), 1)
+        sys.argv[first:first] = OF_NAMED_ROW
         main()
         processes.leave()
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -68,10 +68,19 @@ def test_finished_results_on_a_read_only_disk_are_shown(tmp_path, monkeypatch, c
     record = pipeline.run(config)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr(pipeline, "is_writable", lambda place: False)
-    table = Table(name="shown", title="Shown", model="tiny", metrics=("clip_score",), rows=(Row("a row", "kept"),))
-    pipeline.run_table(table, [[config]])
+    table = Table(
+        name="shown",
+        title="Shown",
+        model="tiny",
+        metrics=("clip_score",),
+        rows=(Row("a row", "kept"), Row("b row", "kept")),
+    )
+    pipeline.run_table(table, [[config], [config]])
     said = capsys.readouterr().out
-    assert "| a row" in said and "only shown" in said
+    assert said.count("only shown") == 1 and said.count("not run") == 0
+    pipeline.run_table(table, [[], [config]], row="b row")  # the options of one do not apply to the other
+    said = capsys.readouterr().out
+    assert said.count("only shown") == 1 and said.count("not run") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert pipeline.run(config)["fingerprint"] == record["fingerprint"]
     with pytest.raises(UserError, match="not finished there"):

@@ -33,19 +33,21 @@ def run(config: Config) -> dict | None:
 def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:
     """Run every row of a table, or one row, and write the table anew after each run; rows share stages.
 
-    row: name of the one row to run; the other rows are shown if the same configurations were run before, so that each
-    row can be a job of its own. mixed: runs of different protocols may share a column.
+    rows: the configurations of each row's runs. row: name of the one row to run; the other rows are shown if the same
+    configurations were run before, so that each row can be a job of its own; theirs may be []. mixed: runs of different
+    protocols may share a column.
     """
     from vqdm.report.formats import markdown_of, table_content, write_table
     from vqdm.report.report import write_report
 
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
-    if rows[0][0].plan:
+    first = rows[chosen[0]][0]
+    if first.plan:
         for config in (config for i in chosen for config in rows[i]):
             print(f"— {config.name}, {config.method or ''}")
             print_plan(config, Store(Path(config.results_dir)), every_layer=False)
         return
-    store = Store(Path(rows[0][0].results_dir))  # one command, so one folder
+    store = Store(Path(first.results_dir))  # one command, so one folder
     graphs = {(i, config.name): _ready(config, store) for i in chosen for config in rows[i]}  # before any work
     made = [[] if i in chosen else _finished(configs, store) for i, configs in enumerate(rows)]
     for i in chosen:
@@ -54,10 +56,11 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
             made[i].append(_run(config, store, graphs[i, config.name]))
         content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
-        if not is_writable(store.root):
-            print(markdown_of(content), f"{store.root} cannot be written, so the table is only shown", sep="\n")
-            return
-        text, files = write_table(content, made, results=store.root)
+        if writable := is_writable(store.root):
+            text, files = write_table(content, made, results=store.root)
+    if not writable:
+        print(markdown_of(content), f"{store.root} cannot be written, so the table is only shown", sep="\n")
+        return
     print(text)  # before what only decorates it
     if processes.is_main():
         files += write_report(content, made, commands=[table.command(config.model.name)], results=store.root)

@@ -28,6 +28,16 @@ def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path):
     assert pd.read_csv(file)["fid"].notna().sum() == 1, "the other row was run on other captions"
 
 
+def test_options_that_other_rows_lack_do_not_keep_one_row_from_its_run(tmp_path):
+    options = ("table=bits_sweep_tiny", "quantize.damping=0.02", "plan=true", *FEW, f"results_dir={tmp_path}")
+    done = run(*options, "row=bits_sweep_tiny_gptq4")
+    assert done.returncode == 0, done.stderr
+    assert "GPTQ" in done.stdout and "do not apply: bits_sweep_tiny_fp" in done.stderr
+    for refused in (["row=bits_sweep_tiny_fp"], []):
+        done = run(*options, *refused)
+        assert done.returncode == 1 and "quantize.damping is an option of" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,6 +1,7 @@
 """Every command ends in one line for what the user can mend, and writes to any terminal."""
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_its_exit_code():
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: None)
     assert not ended.value.code
+
+
+def test_a_broken_pipe_is_no_success_unless_it_is_that_of_stdout(monkeypatch):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit, match=r"error: .*Broken pipe"):
+            run_script(broken)
+        os.close(read)
+        with pytest.raises(SystemExit) as ended:
+            run_script(broken)
+        assert ended.value.code == 0
+        print("goes nowhere", flush=True)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

@@ -1,11 +1,12 @@
 """Files that serve only to go on after a stop are gone once a stage is done, whenever it was killed on its way."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from vqdm.runs import store as store_module
-from vqdm.runs.files import read_sealed
+from vqdm.runs.files import file_fault, read_sealed
 from vqdm.runs.store import Stage, Store, atomic_write, read_item, write_item
 
 SCRATCH = ("items/*", "layers/*", "shared_*.bin")
@@ -81,3 +82,31 @@ def test_what_is_damaged_later_is_made_from_the_start(tmp_path):
     made: list[str] = []
     ensure(tmp_path, made)
     assert made == ["shared", "a", "b"] and files(directory) == LEFT
+
+
+def test_another_process_may_begin_anew_and_be_killed_just_before_scratch_is_removed(tmp_path, monkeypatch):
+    directory = ensure(tmp_path, [])
+    (directory / "layers").mkdir()
+    (directory / "layers" / "a.bin").write_bytes(b"left by a kill")
+    locked = store_module.locked
+
+    @contextmanager
+    def waits(place: Path):
+        (place / "manifest.json").unlink()
+        (place / "plain.bin").unlink()
+        with locked(place):
+            yield
+
+    monkeypatch.setattr(store_module, "locked", waits)
+    made: list[str] = []
+    assert ensure(tmp_path, made) == directory
+    assert made == ["shared", "a", "b"] and files(directory) == LEFT and Store(tmp_path).status(STAGE) == "done"
+
+
+def test_a_file_that_goes_while_it_is_checked_is_missing(tmp_path, monkeypatch):
+    def gone(path: Path):
+        raise FileNotFoundError(2, "No such file", path)
+
+    (tmp_path / "a").write_bytes(b"12")
+    monkeypatch.setattr("vqdm.runs.files.sha256_file", gone)
+    assert file_fault(tmp_path / "a", {"size": 2, "sha256": "0"}) == "is missing"

@@ -1,6 +1,7 @@
 """How many threads are worth having, and how long they spin: set before torch, and only where the user has not."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +75,18 @@ def test_a_container_with_less_time_than_cores_gets_fewer_threads(monkeypatch):
     monkeypatch.undo()
     assert threads._quota() > 0
     assert threads._idle_seconds() is None or threads._idle_seconds() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "idle"),
+    [
+        ("cpu 9 0 9 900 90 0\ncpu0 4 0 4 100 10 0\ncpu1 4 0 4 200 20 0\ncpu2 1 0 1 600 60 0\n\nintr 5\n", 330),
+        ("cpu 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0\n", None),  # a sandbox that shows nothing
+        ("cpu 4 0 4 100 10 0\ncpu0 4 0 4 100 10 0\n", None),  # one that shows other cores
+    ],
+)
+def test_idle_time_is_that_of_our_cores_or_unknown(monkeypatch, text, idle):
+    monkeypatch.setattr(threads, "_affinity", lambda: {0, 1})
+    monkeypatch.setattr(threads.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert threads._idle_seconds() == idle

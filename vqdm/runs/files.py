@@ -156,10 +156,10 @@ def file_fault(path: Path, expected: dict, *, hashed: bool = True) -> str | None
     """
     try:
         size = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
+        if size != expected["size"]:
+            return f"has {size} bytes instead of {expected['size']}"
+        if hashed and sha256_file(path) != expected["sha256"]:
+            return "does not match its checksum"
+    except (FileNotFoundError, NotADirectoryError):  # also if another process removes it just now
         return "is missing"
-    if size != expected["size"]:
-        return f"has {size} bytes instead of {expected['size']}"
-    if hashed and sha256_file(path) != expected["sha256"]:
-        return "does not match its checksum"
     return None

@@ -149,8 +149,7 @@ class Store:
             faults = _faults(directory, stage.fingerprint)
             return faults if faults or holds(directory) else {MANIFEST: "is of other files than there are now"}
 
-        if not found_faults():
-            _remove_scratch(directory, scratch)
+        if not found_faults() and not _scratch_left(directory, scratch):
             return directory
         with locked(directory), full_disk_is_mendable(directory):
             _refuse_collision(directory, stage)  # checked again: another process may have been here meanwhile
@@ -163,7 +162,7 @@ class Store:
                 seconds = round(time.monotonic() - started, 3)
                 files = [relative for relative in _files(directory) if not _matches(relative, scratch)]
                 _write_manifest(directory, stage, files, seconds=seconds, environment=environment, summary=summary)
-        _remove_scratch(directory, scratch)
+            _remove_scratch(directory, scratch)
         return directory
 
     def summary(self, stage: Stage) -> dict:
@@ -340,17 +339,24 @@ def _matches(relative: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns)
 
 
+def _scratch_left(directory: Path, scratch: tuple[str, ...]) -> set[str]:
+    """Scratch files of a stage, but for those that an older manifest lists as its files."""
+    found = {relative for relative in _files(directory) if _matches(relative, scratch)}
+    if not found:
+        return found
+    try:
+        return found - set(read_sealed(directory / MANIFEST)["files"])
+    except (ValueError, TypeError):  # another process makes the stage anew by now: look again under its lock
+        return found
+
+
 def _remove_scratch(directory: Path, scratch: tuple[str, ...]) -> None:
-    """Remove the scratch files of a stage that is done, but for those that an older manifest lists as its files."""
-    if not (found := [relative for relative in _files(directory) if _matches(relative, scratch)]):
-        return
-    with locked(directory):  # a process that makes the stage anew may hold it; then its manifest is what counts
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        for relative in set(found) - set(manifest["files"]):
-            (directory / relative).unlink(missing_ok=True)
-        for folder in {(directory / pattern).parent for pattern in scratch} - {directory}:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    """Remove the scratch files of a stage that is done; only under its lock."""
+    for relative in _scratch_left(directory, scratch):
+        (directory / relative).unlink(missing_ok=True)
+    for folder in {(directory / pattern).parent for pattern in scratch} - {directory}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _remove_temporaries(directory: Path) -> None:

@@ -73,15 +73,17 @@ class FreeCores:
 
 
 def _idle_seconds() -> float | None:
-    """Idle seconds of all cores that this process may run on; None where the kernel does not tell (not Linux)."""
+    """Idle seconds of all cores that this process may run on; None where the kernel does not tell.
+
+    Systems other than Linux have no /proc/stat; some sandboxes show one of zeros, or one that lacks some of the cores.
+    """
     try:
-        lines = Path("/proc/stat").read_text().splitlines()
+        rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
         cores = {f"cpu{number}" for number in _affinity()}
-        ticks = sum(
-            sum(map(int, line.split()[4:6])) for line in lines if line.split(" ", 1)[0] in cores
-        )  # idle, iowait
-        return ticks / os.sysconf("SC_CLK_TCK") if cores else None
-    except (OSError, ValueError, IndexError):
+        ticks = [[int(count) for count in counts] for name, *counts in filter(None, rows) if name in cores]
+        known = cores and len(ticks) == len(cores) and any(map(any, ticks))
+        return sum(sum(row[3:5]) for row in ticks) / os.sysconf("SC_CLK_TCK") if known else None  # idle, iowait
+    except (OSError, ValueError):
         return None
 
 
