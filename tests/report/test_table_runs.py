@@ -8,6 +8,8 @@ import pytest
 from tiny_world import FEW, run
 
 from vqdm.errors import UserError
+from vqdm.report.records import read_record
+from vqdm.runs.store import Stage, Store
 
 
 def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path):
@@ -71,3 +73,12 @@ def test_a_table_is_published_with_its_own_figures_and_its_command(tmp_path):
     (tmp_path / "tables" / "turbo.tex").unlink()
     with pytest.raises(UserError, match=r"turbo\.tex is not there"):
         publish_table.publish("turbo", tmp_path, command="python run.py table=turbo")
+
+
+def test_a_damaged_run_record_is_no_record(tmp_path):
+    store, last = Store(tmp_path), Stage("evaluate", 1, "a", {})
+    assert read_record(store, "a", last) is None
+    file = store.record_run("a", {"fingerprint": last.fingerprint, "stages": []})
+    assert read_record(store, "a", last)["experiment"] == "a"
+    file.write_bytes(b'{"finger')
+    assert read_record(store, "a", last) is None

@@ -34,9 +34,12 @@ def is_finished(record: dict, results: Path) -> bool:
 
 
 def read_record(store: Store, experiment: str, last: Stage) -> dict | None:
-    """The record of the run that ends in the stage `last`, or None."""
+    """The record of the run that ends in the stage `last`; None if there is none, or it is no JSON."""
     file = store.root / "runs" / experiment / f"{last.short}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def newest_records(table: Table, results: Path, *, model: str | None = None) -> list[list[dict]]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -342,12 +342,9 @@ def _matches(relative: str, patterns: tuple[str, ...]) -> bool:
 def _scratch_left(directory: Path, scratch: tuple[str, ...]) -> set[str]:
     """Scratch files of a stage, but for those that an older manifest lists as its files."""
     found = {relative for relative in _files(directory) if _matches(relative, scratch)}
-    if not found:
-        return found
-    try:
+    with suppress(ValueError, TypeError):  # without a whole manifest another process makes it anew: its lock tells
         return found - set(read_sealed(directory / MANIFEST)["files"])
-    except (ValueError, TypeError):  # another process makes the stage anew by now: look again under its lock
-        return found
+    return found
 
 
 def _remove_scratch(directory: Path, scratch: tuple[str, ...]) -> None:
@@ -371,12 +368,9 @@ def _has_work(directory: Path) -> bool:
 
 def _files(directory: Path) -> list[str]:
     """Relative paths of the payload, sorted: all but manifest, lock and temporary files."""
-    found = []
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            if not name.endswith(TEMPORARY_SUFFIX):
-                found.append((Path(folder) / name).relative_to(directory).as_posix())
-    return sorted(set(found) - {MANIFEST, LOCK})
+    walked = (Path(folder) / name for folder, _, names in os.walk(directory) for name in names)
+    found = {path.relative_to(directory).as_posix() for path in walked if not path.name.endswith(TEMPORARY_SUFFIX)}
+    return sorted(found - {MANIFEST, LOCK})
 
 
 def _entry(directory: Path, runs: list[str]) -> StageEntry:

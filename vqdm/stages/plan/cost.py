@@ -144,7 +144,7 @@ class _Stages(Experiment):
             return self.stage("sensitivity", used, (None, ""))
         encode, origin = self._encoding(self.specs, workers=1)
         judged = len(self.specs) * CALLS * self._samples_per_call() * rates.seconds(self.cost.sample)
-        seconds = self._hessian_seconds(self._groups(config)) + len(CODE_BITS) * (encode + judged)
+        seconds = self._hessian_seconds(self._groups(config), config) + len(CODE_BITS) * (encode + judged)
         return self.stage("sensitivity", used, (seconds, rates.origin), f"encoding: {origin}")
 
     def quantize(self) -> StageCost:
@@ -160,7 +160,7 @@ class _Stages(Experiment):
         encode = sum(seconds for seconds, _ in found)
         hessians, note = 0.0, ""
         if needs_hessians(config):
-            hessians = self._hessian_seconds(groups)
+            hessians = self._hessian_seconds(groups, config)
             note = f"Hessians {duration(hessians)} in {len(groups)} pass{'es' if len(groups) > 1 else ''}, "
         error = self._recorded_samples() * rates.seconds(self.cost.sample)
         note += f"encoding {duration(encode)} ({found[0][1] if found else 'nothing'})"
@@ -263,7 +263,7 @@ class _Stages(Experiment):
             needs_hessians=needs_hessians(self.config.quantize),
         )
 
-    def _hessian_seconds(self, groups: list[list[LayerSpec]]) -> float:
+    def _hessian_seconds(self, groups: list[list[LayerSpec]], config: QuantizeConfig) -> float:
         """Seconds of every group's calls (the recorded ones, or all of a sampling student) and of summing their inputs.
 
         On the CPU one thread does it, so that the sums have one order.
@@ -271,11 +271,11 @@ class _Stages(Experiment):
         rates = self.machine.rates(self.config.model.dtype, threads=1)
         sums_rates = self.machine.rates("float32", threads=1)
         forwards = self._recorded_samples()
-        if self.config.quantize.hessian_from == "student":
+        if config.hessian_from == "student":
             forwards = self.calibration_prompts * self.guided * self.config.model.sampler.steps
         seconds = len(groups) * forwards * rates.seconds(self.cost.sample)
         samples = self._samples_per_call()
-        limit = self.config.quantize.tokens_per_call
+        limit = config.tokens_per_call
         costs: dict[tuple, ForwardCost] = {}  # layers of one shape cost the same
         for spec in _readers(groups, self.cost.inputs):
             shape = self.cost.inputs[spec.name].shape
