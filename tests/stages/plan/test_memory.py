@@ -1,5 +1,6 @@
 """Formulas of memory against what the codecs and the Hessians really allocate."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,14 +9,18 @@ from vqdm.calibration.hessian import add_second_moment
 from vqdm.codecs.allocation import assign_schemes
 from vqdm.codecs.encode import encode_layer, encoder_bytes, make_shared, needs_hessians
 from vqdm.config.codecs import AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig
+from vqdm.metrics.paired import Pairs
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.seeds import torch_generator
 from vqdm.stages.plan.forward import LayerInput, LiveBytes, measure
 from vqdm.stages.plan.memory import (
     HESSIAN_WORKSPACE,
+    PIXEL_BYTES,
     PROCESS,
+    SSIM_BYTES,
     Model,
     decoder_upcasts,
+    evaluate_memory,
     generate_memory,
     hessian_bytes,
     quantize_memory,
@@ -98,3 +103,15 @@ def test_a_gpu_keeps_hessians_and_the_host_the_encoders():
     assert gpu.device > square and gpu.host > 4 * square
     two = quantize_memory(MODEL, [specs], inputs, workers=2, room=1 << 40, device="cuda", **options)
     assert two.device == gpu.device and two.host > gpu.host
+
+
+def test_what_comparing_images_holds():
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    with LiveBytes() as live:
+        Pairs(device="cpu").columns(images, images)
+    assert 0.75 * SSIM_BYTES < live.peak / images.size < SSIM_BYTES
+    numbers = 3 * 1024**2
+    few, many = (evaluate_memory(numbers, count, device="cpu").host for count in (8, 64))
+    assert many - few == PIXEL_BYTES * 56 * numbers  # compared are two at a time
+    large = evaluate_memory(3 * 4096**2, 1, device="cuda")
+    assert large.device > SSIM_BYTES * 3 * 4096**2 > large.host > PROCESS

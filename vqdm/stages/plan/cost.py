@@ -212,7 +212,7 @@ class _Stages(Experiment):
         """Cost of comparing with the originals image by image; metrics that take a network are left out."""
         paired = "paired" in self.config.evaluate.metrics and self.config.quantize.kind != "none"
         at_once = min(self.scored, self.config.evaluate.batch_size)
-        used = memory.evaluate_memory(self.model.image_numbers, at_once)
+        used = memory.evaluate_memory(self.model.image_numbers, at_once, device=self.machine.device)
         seconds = SCORING * self.scored * self.model.image_numbers if paired else 0.0
         others = [family for family in self.config.evaluate.metrics if family != "paired"]
         note = f"without the networks of {', '.join(others)}" if others else ""

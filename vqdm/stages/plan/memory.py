@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from vqdm.calibration.hessian import CHUNK
 from vqdm.codecs.encode import encoder_bytes
 from vqdm.config.options import QuantizeConfig
+from vqdm.metrics.paired import AT_ONCE
 from vqdm.models.specs import LayerSpec
 from vqdm.stages.plan.forward import LayerInput
 
 PROCESS = 700 << 20  # bytes of a process that has imported torch and diffusers, with no model
 CONTEXT = 500 << 20  # bytes of a CUDA context and its libraries' workspaces
 HESSIAN_WORKSPACE = 4 * 4 * CHUNK  # bytes: a chunk of rows or patches in fp32, another one shifted, copies
-PSNR_BYTES = 26  # per number of an image: two of uint8, two of float64 and their difference
+PIXEL_BYTES = 4  # per number of an image: it and its original, each as read and in its batch
+SSIM_BYTES = 60  # per number of the images compared at the same time, measured: 48 of tensors, the kernels' scratch
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def quantize_memory(
     return placed(max(on_device, model.weights + codes + forward), max(on_host, 2 * codes), device=device)
 
 
-def evaluate_memory(image_numbers: int, images: int) -> Memory:
-    """Memory of a batch of images, its originals and the error in float64; the metrics' networks are left out."""
-    return Memory(0, int(PSNR_BYTES * images * image_numbers + PROCESS))
+def evaluate_memory(image_numbers: int, images: int, *, device: str) -> Memory:
+    """Memory of a batch of images and its originals, compared in parts; the metrics' networks are left out."""
+    compared = min(images * image_numbers, max(3 * AT_ONCE, image_numbers))
+    return placed(SSIM_BYTES * compared, PIXEL_BYTES * images * image_numbers, device=device)

@@ -10,7 +10,7 @@ from vqdm.stages.plan.forward import ForwardCost
 # SDXL's U-Net takes 30 · 2 · 6.76 TFLOP for an image of 30 steps, in bf16 on an A100 within 3.31 s
 # (pytorch.org/blog/accelerating-generative-ai-3): 0.39 of the data sheet's 312 TFLOP/s
 REACHED = 0.4
-SCORING = 5.2e-8  # seconds per number of an image: two PNG files read, and their error; of a Zen 4 core
+SCORING = 8.4e-8  # seconds per number of an image on one core: 17 s for 64 of 1024² (scripts/bench_paired.py)
 
 
 @dataclass(frozen=True)
