@@ -380,7 +380,7 @@ DISTILLED_MODEL = COMPRESS + "finetune=both output=my_model_3bit"
 
 @rule(re.escape(PLAN), *MINE, prepare=my_model)
 def the_plan_says_what_will_come(done: Done):
-    assert "3 layers quantized" in done.out and "estimates for cpu" in done.out
+    assert "3 layers quantized" in done.out and "memory and times for cpu" in done.out
     assert not (done.place / "my_model_3bit").exists()
 
 

@@ -155,7 +155,7 @@ def test_a_sweep_that_is_stopped_stops_its_job(number, tmp_path):
         time.sleep(1)
         sweep.send_signal(number)
         said = sweep.communicate(timeout=600)[1]
-    assert sweep.returncode == 1
+    assert sweep.returncode == 128 + number
     assert said.splitlines()[-1] == "stopped; the same command goes on from here"
     assert not job.is_running()
     assert not list(tmp_path.rglob("1/job.json")), "the next job is not begun"

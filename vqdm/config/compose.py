@@ -156,5 +156,7 @@ def _flags(hydra: DictConfig) -> list[str]:
 
 
 def _say(text: str) -> None:
+    """A line on the terminal in one piece, as jobs side by side write there too."""
     if processes.is_main():
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
