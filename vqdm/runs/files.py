@@ -122,8 +122,8 @@ def read_sealed(path: Path) -> dict | None:
 def files_below(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """All files below a directory, in order, with those of linked folders, which rglob leaves out.
 
-    Folders that may not be read, or are not there, have none, as for rglob. above: the folders on the way here, to which
-    no link leads back.
+    Folders that may not be read, or are not there, have none, as for rglob. above: the folders on the way here, to
+    which no link leads back.
     """
     here = directory.resolve()
     if here in above:
