@@ -1,4 +1,4 @@
-"""Where results cannot be written: refused in one line, and what is finished is shown all the same."""
+"""Places that results cannot be written to: refused in one line, and what is finished is shown all the same."""
 
 import dataclasses
 

@@ -114,7 +114,7 @@ def test_options_are_checked_in_python_too():
 
 
 def test_a_sweep_over_all_quantizers_leaves_the_schemas_out(compose):
-    """As Hydra expands quantize='glob(*,exclude=base_*)', the presets are what remains."""
+    """Presets are what remains when Hydra expands quantize='glob(*,exclude=base_*)'."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

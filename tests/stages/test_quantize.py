@@ -114,7 +114,7 @@ def test_adaround_goes_on_where_it_stopped(calibration, tmp_path):
 
 
 def test_split_shortcuts_go_all_the_way(calibration, tmp_path):
-    """As planned, written, and loaded again, on some of the rows that were recorded."""
+    """Planned, written and loaded again, on some of the recorded rows."""
     model = dataclasses.replace(MODEL, layers=r"up_blocks\.1\.resnets\.0\.conv(1|_shortcut)$")
     config = AdaroundConfig(bits=3, iterations=15, batch_size=4, split_shortcuts=True, samples=10)
     pipeline = load_pipeline(model, device="cpu")
