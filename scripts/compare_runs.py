@@ -22,13 +22,11 @@ import numpy as np
 import pandas as pd
 
 from vqdm.errors import UserError
-from vqdm.report.records import LOWER_IS_BETTER, is_finished
+from vqdm.report.paired import SAME_IMAGES, SAME_NUMBERS, compare_images, difference_row, image_scores
+from vqdm.report.records import is_finished
 from vqdm.report.scored import Run, columns_of, read_run
 from vqdm.runs.store import Store
 from vqdm.stages.layout import IMAGES_FILE
-
-SAME_IMAGES = ("n", "images_per_prompt", "prompts_sha256", "image_seed")
-SAME_NUMBERS = ("sampler", "dtype", "device")
 
 
 def find_runs(results: Path, name: str, model: str) -> list[Run]:
@@ -64,25 +62,6 @@ def check(runs: list[Run], *, mixed: bool) -> list[str]:
     return shared
 
 
-def image_scores(runs: list[Run]) -> pd.DataFrame:
-    """Scores by prompt and copy; the mean over the calibration seeds."""
-    frames = [pd.read_csv(run.scores / IMAGES_FILE, index_col=["prompt", "copy"]) for run in runs]
-    return sum(frames) / len(frames)
-
-
-def compare_images(one: pd.DataFrame, other: pd.DataFrame) -> list[dict]:
-    """Per metric that is a mean over images; its paired standard error is over prompts, whose copies are alike."""
-    if list(one.index) != list(other.index):
-        raise UserError("the two runs were scored on other captions; run them with the same evaluate.prompts")
-    rows = []
-    for metric in (name for name in one.columns if name in other.columns):
-        difference = (one[metric] - other[metric]).groupby(level="prompt", sort=False).mean().to_numpy()
-        error = difference.std(ddof=1) / np.sqrt(len(difference))
-        low, high = difference.mean() - 1.96 * error, difference.mean() + 1.96 * error
-        rows.append(_row(metric, one[metric].mean(), other[metric].mean(), error, low=low, high=high, bias=0.0))
-    return rows
-
-
 def set_scores(runs: list[Run], load_reference, *, resamples) -> dict[str, tuple[float, np.ndarray]]:
     """Per metric of a whole set: of all images, and of every draw [count]; means over the calibration seeds."""
     from vqdm.metrics.scores import set_statistics
@@ -111,23 +90,8 @@ def compare_sets(one: dict, other: dict) -> list[dict]:
         differences = draws - other_draws
         bias = differences.mean() - (first - second)
         low, high = np.quantile(differences - bias, [0.025, 0.975])
-        rows.append(_row(metric, first, second, differences.std(ddof=1), low=low, high=high, bias=bias))
+        rows.append(difference_row(metric, first, second, differences.std(ddof=1), low=low, high=high, bias=bias))
     return rows
-
-
-def _row(metric: str, first: float, second: float, error: float, *, low: float, high: float, bias: float) -> dict:
-    sign = -1 if LOWER_IS_BETTER.fullmatch(metric) else 1
-    return {
-        "metric": metric,
-        "first": first,
-        "second": second,
-        "difference": first - second,
-        "paired_se": error,
-        "low95": low,
-        "high95": high,
-        "bias": bias,
-        "better_by_se": sign * (first - second) / error if error else 0.0,
-    }
 
 
 @functools.cache
@@ -180,7 +144,7 @@ def _metrics_of(family: str) -> tuple[str, ...]:
 
 def compare(both: list[list[Run]], options: argparse.Namespace) -> pd.DataFrame:
     shared = check([run for runs in both for run in runs], mixed=options.mixed)
-    rows = compare_images(*map(image_scores, both))
+    rows = compare_images(*(image_scores(run.scores / IMAGES_FILE for run in runs) for runs in both))
     if not options.images_only:
         from vqdm.metrics.resampling import Resamples
 
