@@ -461,7 +461,7 @@ def without_network_it_says_where_the_file_goes(done: Done):
     assert "run the same command again" in done.error()
 
 
-@rule(r"python run\.py \+experiment=sdxl_vq3( evaluate\.reference=fid_stats_mscoco512_val\.npz)?", code=1)
+@rule(r"python run\.py \+experiment=sdxl_vq3( evaluate\.reference=\S+| quantize\.recipe=fast finetune=none)?", code=1)
 def sdxl_names_at_once_what_it_lacks(done: Done):
     every_run_names_at_once_what_it_lacks(done)
     assert not list((done.place / "results" / "runs").glob("sdxl*"))
@@ -478,7 +478,7 @@ def shapes_of_sdxls_layers_are_timed(done: Done):
     assert (pd.read_csv(done.place / "results" / "tables" / "bench_sdxl_layers.csv")["seconds"] > 0).all()
 
 
-@rule(r"python run\.py \+experiment=sdxl_vq3 finetune=paper plan=true plan_for=h100")
+@rule(r"python run\.py \+experiment=sdxl_vq3 plan=true plan_for=h100")
 def distillation_as_in_the_paper_is_planned(done: Done):
     said = next(line for line in done.out.splitlines() if line.split()[:1] == ["finetune"])
     assert "= 102,400 samples" in said and "6.6 GiB on the device" in said
