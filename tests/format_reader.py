@@ -45,7 +45,7 @@ def load(*paths: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]]:
     if len(set(abouts)) != 1:
         raise FormatError("shards of different checkpoints")
     about = json.loads(abouts[0])
-    if about["version"] not in (1, 2):
+    if about["version"] not in (1, 2, 3):
         raise FormatError(f"version {about['version']}")
     return about, tensors
 

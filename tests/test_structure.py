@@ -22,7 +22,7 @@ ROOMS = (  # a file may import from its own room and from those further down; ne
     ("report",),
     ("stages",),
     ("hub", "distillation"),
-    ("codecs",),
+    ("codecs", "acceleration"),
     ("weights", "calibration", "metrics"),
     ("models", "prompts"),
     ("config",),
@@ -180,7 +180,9 @@ def test_every_row_of_a_table_composes_and_has_its_columns(name):
     assert all(config.method is not None for config in configs)
 
 
-@pytest.mark.parametrize("kind", ["model", "calibration", "quantize", "finetune", "evaluate", "tracker", "tiny_train"])
+@pytest.mark.parametrize(
+    "kind", ["model", "calibration", "quantize", "finetune", "cache", "evaluate", "tracker", "tiny_train"]
+)
 def test_every_option_of_a_group_composes(kind):
     names = sorted(path.stem for path in (ROOT / "conf" / kind).glob("*.yaml"))
     for name in names:

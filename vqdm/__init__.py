@@ -2,6 +2,7 @@
 
 import vqdm                                            # then from_pretrained loads what vqdm has saved
 vqdm.compress(pipeline, "trellis3", prompts)           # quantizes a diffusers pipeline's denoiser in place
+vqdm.enable_cache(pipeline)                            # reuses a U-Net's features between its calls; disable_cache
 vqdm.VQDMConfig("trellis3")                            # a quantization_config for from_pretrained, without data
 vqdm.hub.pipelines.set_decode(pipeline.unet, "cached") # keeps the weights decoded: faster, with more memory
 """
@@ -11,7 +12,12 @@ import importlib
 from vqdm._imports import wait_for_imports
 
 __version__ = "0.1.0"
-_PUBLIC = {"VQDMConfig": "vqdm.hub.config", "compress": "vqdm.api"}
+_PUBLIC = {
+    "VQDMConfig": "vqdm.hub.config",
+    "compress": "vqdm.api",
+    "disable_cache": "vqdm.acceleration.caching",
+    "enable_cache": "vqdm.acceleration.caching",
+}
 
 wait_for_imports()
 

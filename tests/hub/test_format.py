@@ -159,8 +159,8 @@ def test_the_reader_finds_damage_and_other_versions(tmp_path):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(FormatError, match="does not match its checksum"):
         read(path)
-    path.write_bytes(content.replace(rb"{\"version\":1", rb"{\"version\":3"))
-    with pytest.raises(FormatError, match="version 3"):
+    path.write_bytes(content.replace(rb"{\"version\":1", rb"{\"version\":4"))
+    with pytest.raises(FormatError, match="version 4"):
         read(path)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vqdm.config.acceleration import LEAST_CALLS
 from vqdm.config.options import (
     METRIC_FAMILIES,
     PLAN_CARDS,
@@ -80,8 +81,21 @@ def check(config: Config) -> None:
         )
     check_finetune(config)
     _check_samples(config)
+    _check_cache(config)
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
+
+
+def _check_cache(config: Config) -> None:
+    """Refuse a cache for fewer calls than it can reuse."""
+    if config.cache.kind == "none":
+        return
+    steps = config.model.sampler.steps if config.evaluate.steps is None else config.evaluate.steps
+    if steps < LEAST_CALLS:
+        raise UserError(
+            f"cache={config.cache.kind} needs at least {LEAST_CALLS} sampling steps, and there are {steps}: there is "
+            "nothing to reuse; give cache=none"
+        )
 
 
 def _check_samples(config: Config) -> None:

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from vqdm.config import acceleration
 from vqdm.config import options as schema
 from vqdm.config.checks import check
 from vqdm.config.codecs import OPTIONS
@@ -23,6 +24,7 @@ GROUPS = {
     "model": schema.ModelConfig,
     "calibration": schema.CalibrationConfig,
     "finetune": schema.FinetuneConfig,
+    "cache": acceleration.CacheConfig,
     "evaluate": schema.EvaluateConfig,
     "tracker": schema.TrackerConfig,
     "tiny_train": schema.TinyTrainConfig,

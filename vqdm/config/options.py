@@ -7,6 +7,7 @@ stages name the parts they take, in `vqdm/stages/graph.py`.
 
 import dataclasses
 
+from vqdm.config.acceleration import CacheConfig
 from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.ranges import MOST, SEEDS, number
 
@@ -179,6 +180,7 @@ class EvaluateConfig:
     weights: str = "data/metrics"  # folder searched for the other families' files, before the hub's cache
     reference: str | None = None  # statistics of real images (scripts/make_reference_stats.py), or .npz with mu, sigma
     steps: int | None = number(None, least=1, most=10_000)  # sampling steps; None = model.sampler.steps
+    original_steps: int | None = number(None, least=1, most=10_000)  # of the originals; None = as many as the images'
     batch_size: int = number(32, least=1, most=65_536)  # images sampled, and looked at, at once
     seed: int = number(0, least=0, most=SEEDS)  # image i starts from the noise drawn from (seed, prompt i)
     # resamples for the standard errors of FID, KID and CMMD, which are not means over images
@@ -235,6 +237,7 @@ class Config:
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     tiny_train: TinyTrainConfig = dataclasses.field(default_factory=TinyTrainConfig)

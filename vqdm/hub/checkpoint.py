@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vqdm.acceleration.stored_cache import CACHE_NAME
 from vqdm.errors import UserError
 from vqdm.models.finite import LARGEST_STORED, fault_of, is_storable
 from vqdm.weights.base import SHARED_NAME, STORED, Scheme
@@ -23,7 +24,8 @@ from vqdm.weights.registry import scheme_from_dict
 
 METADATA = "vqdm"
 CODES = ".weight.codes"
-FORMAT_VERSIONS = (1, 2)  # that are read; a file is of the lowest that will do
+FORMAT_VERSIONS = (1, 2, 3)  # that are read; a file is of the lowest that will do
+BESIDE = 3  # the first version that has tensors of what is beside the weights
 CHECKSUM_DIGITS = 16
 _NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 _ORDER = list(_NAMES)  # safetensors puts the last of these first in a file
@@ -123,7 +125,7 @@ def checksum(name: str, tensor: Tensor) -> str:
 def _metadata(layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mapping[str, str]) -> dict[str, str]:
     """A file's metadata. Checksums are one text: those of all the checkpoint's tensors, sorted by name."""
     about = {
-        "version": needed_version(groups),
+        "version": needed_version(groups, layout.table),
         "groups": described(groups),
         "checksums": "".join(checksums[name] for name in sorted(checksums)),
         "padding": " " * layout.padding(),
@@ -294,9 +296,10 @@ def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...]]:
     return groups, tuple(sums)
 
 
-def needed_version(groups: Sequence[LayerGroup]) -> int:
-    """The lowest version of the format that has all of these."""
-    return max((group.scheme.format_version for group in groups), default=FORMAT_VERSIONS[0])
+def needed_version(groups: Sequence[LayerGroup], names: Iterable[str] = ()) -> int:
+    """The lowest version of the format that has all of these groups and tensors."""
+    beside = BESIDE if any(name.startswith(f"{CACHE_NAME}.") for name in names) else FORMAT_VERSIONS[0]
+    return max([beside, *(group.scheme.format_version for group in groups)])
 
 
 def check_version(where: str, version: object) -> None:

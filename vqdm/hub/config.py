@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from vqdm.acceleration.stored_cache import CACHE_NAME, Schedule, StoredCache
 from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import LayerGroup, check_version, layer_groups, needed_version
 from vqdm.runs.files import canonical_json
+from vqdm.weights.base import LARGEST_COUNT
 from vqdm.weights.layers import check_decode
 
 METHOD = "vqdm"
@@ -30,7 +32,7 @@ class VQDMConfig(QuantizationConfigMixin):
     for the layers to quantize; None takes those that go with the model's class.
     groups: the quantized layers of a saved checkpoint. decode: `per_call` or `cached`, for all layers.
     options: those the model was built with when it was quantized; config.json says them too, but unprotected.
-    metrics: known scores of the model, for its card.
+    metrics: known scores of the model, for its card. cache: of a saved checkpoint, that of `vqdm.enable_cache`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class VQDMConfig(QuantizationConfigMixin):
         decode: str = "per_call",
         options: dict | None = None,
         metrics: dict[str, float] | None = None,
+        cache: dict | None = None,
         **others: object,
     ):
         if version is not None:
@@ -54,12 +57,13 @@ class VQDMConfig(QuantizationConfigMixin):
             if strange := sorted(set(others) - {"quant_method"}):  # a checkpoint of a later vqdm may have more
                 raise UserError(f"VQDMConfig knows no {strange[0]}: it takes scheme, layers and decode")
         check_decode(decode)
-        for name, value in (("metrics", metrics), ("options", options)):
+        for name, value in (("metrics", metrics), ("options", options), ("cache", cache)):
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{name} of a quantization_config are values by name, not {str(value)[:80]!r}")
         self.quant_method = _Method.VQDM
         described = () if groups is None else _groups(groups)
-        needed = needed_version(described)
+        self.cache = None if cache is None else dict(cache)
+        needed = needed_version(described, self._beside())
         if version is not None and version < needed:
             raise UserError(f"quantization_config is of version {version}, its groups of {needed}: it is damaged")
         self.version = needed if version is None else version
@@ -70,6 +74,20 @@ class VQDMConfig(QuantizationConfigMixin):
         self.options = dict(options or {})
         self.metrics = dict(metrics or {})
 
+    def _beside(self) -> list[str]:
+        """Names of tensors that a checkpoint has beside its layers'."""
+        stored = self.stored_cache()
+        return [] if stored is None else [f"{CACHE_NAME}.{name}" for name in stored.state_dict()]
+
+    def stored_cache(self) -> StoredCache | None:
+        """The checkpoint's cache, with empty corrections to load into; UserError if it is none."""
+        if self.cache is None:
+            return None
+        channels = self.cache.get("channels", 0)
+        if type(channels) is not int or not 0 <= channels <= LARGEST_COUNT:
+            raise UserError(f"the cache of a quantization_config has {str(channels)[:40]} channels: it is damaged")
+        return StoredCache(Schedule.from_dict(self.cache), channels)
+
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         return tuple(LayerGroup.from_dict(group) for group in self.groups or ())
 
@@ -77,6 +95,7 @@ class VQDMConfig(QuantizationConfigMixin):
         """The config as config.json holds it, without `decode`, which is up to whoever loads."""
         fields = {"quant_method": METHOD, "version": self.version, "options": self.options}
         fields |= {"metrics": self.metrics} if self.metrics else {}
+        fields |= {"cache": self.cache} if self.cache else {}
         return fields | ({"scheme": self.scheme} if self.groups is None else {"groups": self.groups})
 
     def to_diff_dict(self) -> dict:
@@ -118,7 +137,9 @@ def check_options(model: nn.Module, saved: dict) -> None:
 def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None = None) -> VQDMConfig:
     """The config that describes a model with quantized layers."""
     groups = [group.to_dict() for group in layer_groups(model)]
-    return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics)
+    stored = model._modules.get(CACHE_NAME)
+    cache = None if stored is None else stored.to_dict()
+    return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics, cache=cache)
 
 
 for _table, _ours in (

@@ -12,6 +12,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from vqdm.acceleration.stored_cache import CACHE_NAME, store_cache
 from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import Contents, LayerGroup, is_plain, read_contents, round_to_stored_, stored_with_metadata
@@ -60,6 +61,8 @@ class VQDMQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         check_options(model, config.options)
         empty_layers(model, config.layer_groups(), decode=config.decode)
+        if (stored := config.stored_cache()) is not None:
+            store_cache(model, stored)
         state = model.state_dict()
         self._contents.check_names(state)
         self._contents.check_shapes(state)
@@ -107,6 +110,7 @@ class VQDMQuantizer(DiffusersQuantizer):
         if self.plain:
             return model
         dequantize_layers(model)
+        model._modules.pop(CACHE_NAME, None)
         become_plain(model)
         _forget(model)
         return model

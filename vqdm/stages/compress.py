@@ -3,11 +3,15 @@
 import logging
 from pathlib import Path
 
+from vqdm.acceleration.stored_cache import store_cache
 from vqdm.config.options import Config
 from vqdm.hub.pipelines import check_place, save_pipeline
+from vqdm.hub.quantizer import attach
+from vqdm.models.loader import denoiser_of
 from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
+from vqdm.stages.accelerate import ensure_cache, stored_cache
 from vqdm.stages.graph import Quantization
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
@@ -29,9 +33,14 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
     quantized = ensure_denoiser(
         config, store, stages, models, environment=environment_of(config, device), tracker=tracker
     )
+    ensure_cache(config, store, stages, models, compressed=quantized, environment=environment_of(config, device))
     summary = store.summary(stages.denoiser)
     if processes.is_main():
         pipeline = models.student(quantized, decode="per_call")
+        if config.cache.kind != "none":
+            denoiser = denoiser_of(pipeline)
+            store_cache(denoiser, stored_cache(config, store, stages, pipeline))
+            attach(denoiser, metrics=denoiser.hf_quantizer.quantization_config.metrics)
         save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
     processes.wait_for_all()
     log.info(

@@ -6,14 +6,15 @@ import json
 import logging
 from pathlib import Path
 
-from vqdm.config.options import Config
+from vqdm.config.options import Config, SamplerConfig
 from vqdm.metrics.families import FAMILIES
 from vqdm.models.location import full_precision_bytes
 from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
-from vqdm.stages.graph import Graph, image_list, image_sampler
+from vqdm.stages.accelerate import accelerated_pipeline, ensure_cache
+from vqdm.stages.graph import Graph, image_list, image_sampler, original_sampler
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
@@ -26,16 +27,22 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     for reason in graph.scoring.reasons():
         log.info("not run: %s", reason)
     environment = environment_of(config, device)
-    models, quantized = Models(config, device.name), None
-    if graph.quantization is not None:
-        quantized = ensure_denoiser(config, store, graph.quantization, models, environment=environment, tracker=tracker)
+    models, stages, compressed = Models(config, device.name), graph.quantization, None
+    if stages is not None:
+        compressed = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
+        ensure_cache(config, store, stages, models, compressed=compressed, environment=environment)
     versions = {name: importlib.metadata.version(name) for name in MADE_BY}
     made = {"environment": {"device": device.name, "dtype": config.model.dtype, **versions}}
     with processes.opened(store, graph.teacher_images or graph.images) as originals:
-        _generate(config, graph, originals, lambda: models.teacher, **made)
+        sampler = image_sampler(config) if graph.teacher_images is None else original_sampler(config)
+        _generate(config, graph, originals, lambda: models.teacher, sampler=sampler, **made)
     if graph.teacher_images is not None:
+
+        def pipeline():
+            return models.teacher if stages is None else accelerated_pipeline(config, store, stages, models, compressed)
+
         with processes.opened(store, graph.images) as images:
-            _generate(config, graph, images, lambda: models.student(quantized), **made)
+            _generate(config, graph, images, pipeline, sampler=image_sampler(config), **made)
     models.release()
     _look(config, store, graph, device=device)
     scores = _evaluate(config, store, graph, environment=environment)
@@ -45,14 +52,16 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     return {"bits": _bits(config, store, graph)}
 
 
-def _generate(config: Config, graph: Graph, directory: Path, make_pipeline, *, environment: dict) -> None:
+def _generate(
+    config: Config, graph: Graph, directory: Path, make_pipeline, *, sampler: SamplerConfig, environment: dict
+) -> None:
     from vqdm.stages.generate import generate
 
     generate(
         directory,
         make_pipeline,
         image_list(config, graph.prompts),
-        sampler=image_sampler(config),
+        sampler=sampler,
         batch_size=config.evaluate.batch_size,
         seed=config.evaluate.seed,
         environment=environment,
@@ -135,7 +144,7 @@ def _scores(directory: Path) -> dict:
 
 def _bits(config: Config, store: Store, graph: Graph) -> dict:
     """Bits and file size, from the last stage that makes a denoiser, or of the model as it is, all in 16 bit."""
-    if graph.quantization is not None:
+    if graph.quantization is not None and graph.quantization.denoiser is not None:
         return store.summary(graph.quantization.denoiser)
     return {
         "bits_per_weight": 16.0,

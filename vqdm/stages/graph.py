@@ -18,6 +18,7 @@ from vqdm.models.location import check_pipeline_directory, configs_directory, de
 from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
 from vqdm.runs.store import Stage
+from vqdm.stages import accelerated
 from vqdm.stages.caption_images import images_identity
 
 VERSIONS = {
@@ -36,25 +37,33 @@ VERSIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """The stages that lead to a quantized denoiser; None = not needed."""
+    """The stages that lead to a compressed denoiser, and to how it is sampled; None = not needed."""
 
-    prompts: PromptList
-    calibrate: Stage
-    sensitivity: Stage | None
-    quantize: Stage
+    prompts: PromptList | None  # of the calibration, where a stage needs them
+    calibrate: Stage | None = None
+    sensitivity: Stage | None = None
+    quantize: Stage | None = None
     tune_blocks: Stage | None = None
     finetune_prompts: PromptList | None = None
     trajectories: Stage | None = None
     finetune: Stage | None = None
+    schedule: Stage | None = None
+    correct: Stage | None = None
 
     @property
-    def denoiser(self) -> Stage:
-        """The last stage that makes a denoiser."""
+    def denoiser(self) -> Stage | None:
+        """The last stage that makes a denoiser; None: it is the model's own."""
         return self.finetune or self.tune_blocks or self.quantize
+
+    @property
+    def sampling(self) -> Stage | None:
+        """The last stage that images depend on; None: only on the model."""
+        return self.correct or self.schedule or self.denoiser
 
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
-        return _there(self, "calibrate", "sensitivity", "quantize", "tune_blocks", "trajectories", "finetune")
+        trained = ("tune_blocks", "trajectories", "finetune")
+        return _there(self, "calibrate", "sensitivity", "quantize", *trained, "schedule", "correct")
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -229,20 +238,36 @@ def samplers(config: Config) -> list[SamplerConfig]:
     """Every way in which a run samples: for calibration, for the images to score, for trajectories."""
     own = config.model.sampler
     counts = config.finetune.trajectories.sampler_steps or [] if config.finetune.steps else []
-    return [own, image_sampler(config), *(dataclasses.replace(own, steps=count) for count in counts)]
+    return [
+        own,
+        image_sampler(config),
+        original_sampler(config),
+        *(dataclasses.replace(own, steps=count) for count in counts),
+    ]
 
 
-def _images(config: Config, model: str, denoiser: Stage | None, source: str) -> Stage:
+def original_sampler(config: Config) -> SamplerConfig:
+    """The sampler of the full-precision images that the others are compared with."""
+    steps = config.evaluate.original_steps
+    return image_sampler(config) if steps is None else dataclasses.replace(config.model.sampler, steps=steps)
+
+
+def _images(
+    config: Config, sampler: SamplerConfig, model: str, source: str, *, quantization: Quantization | None
+) -> Stage:
     """The images stage, without the number of images, as it is extendable; every batch keeps its prompts beside it.
 
     source: identity of the whole list that prompts are taken from.
     """
-    settings = {"sampler": asdict(image_sampler(config)), "dtype": config.model.dtype}
+    settings = {"sampler": asdict(sampler), "dtype": config.model.dtype}
     settings |= _pick(config.evaluate, "batch_size", "images_per_prompt", "seed")
     settings |= {"rescale": asdict(config.model.rescale), "prompts": source}
-    if denoiser is None:
+    if quantization is None:
         return _stage("generate", f"{config.model.name}-fp", settings, model=model)
-    return _stage("generate", denoiser.label, settings, model=model, **{denoiser.name: denoiser})
+    denoiser, last = quantization.denoiser, quantization.sampling
+    label = f"{config.model.name}-fp" if denoiser is None else denoiser.label
+    upstream = {} if last is None else {last.name: last}
+    return _stage("generate", label, settings | accelerated.settings(config), model=model, **upstream)
 
 
 def _features(config: Config, family: str, weights: tuple[str, ...], **images: Stage) -> Stage:
@@ -267,27 +292,46 @@ def _looks(config: Config, scoring: Scoring, images: Stage, originals: Stage | N
 
 
 def build_quantization(config: Config, *, cache: Path) -> Quantization:
-    """Build the stages up to the quantized denoiser. Missing prompts or models are reported here, before any work."""
+    """Build the stages up to the compressed denoiser. Missing prompts or models are reported here, before any work."""
     model = model_identity(config.model, cache=cache)
-    prompts = read_prompts(config.calibration)
-    calibrate = _calibrate(config, prompts, model)
-    sensitivity = _sensitivity(config, calibrate, model)
-    quantized = Quantization(prompts, calibrate, sensitivity, _quantize(config, calibrate, sensitivity, model))
-    return _distilled(config, quantized, model)
+    found = Quantization(None)
+    if config.quantize.kind != "none" or accelerated.looks_at_prompts(config):
+        found = Quantization(read_prompts(config.calibration))
+    if config.quantize.kind != "none":
+        calibrate = _calibrate(config, found.prompts, model)
+        sensitivity = _sensitivity(config, calibrate, model)
+        quantize = _quantize(config, calibrate, sensitivity, model)
+        found = dataclasses.replace(found, calibrate=calibrate, sensitivity=sensitivity, quantize=quantize)
+        found = _distilled(config, found, model)
+    return _cached(config, found, model)
+
+
+def _cached(config: Config, found: Quantization, model: str) -> Quantization:
+    """Add the stages of a cache that look at features."""
+    upstream = {"model": model} if found.denoiser is None else {"model": model, found.denoiser.name: found.denoiser}
+    label, sampler = (
+        f"{config.model.name}-fp" if found.denoiser is None else found.denoiser.label,
+        image_sampler(config),
+    )
+    schedule = accelerated.schedule(config, found.prompts, label, sampler=sampler, upstream=upstream)
+    correct = accelerated.correct(config, found.prompts, label, sampler=sampler, upstream=upstream, schedule=schedule)
+    return dataclasses.replace(found, schedule=schedule, correct=correct)
 
 
 def build_graph(config: Config, *, cache: Path) -> Graph:
     """Build the stages of a whole experiment, including the prompts and evaluators that score it."""
     model = model_identity(config.model, cache=cache)
-    quantized = config.quantize.kind != "none"
-    quantization = build_quantization(config, cache=cache) if quantized else None
+    changed = config.quantize.kind != "none" or config.cache.kind != "none"
+    quantization = build_quantization(config, cache=cache) if changed else None
+    compared = changed or original_sampler(config) != image_sampler(config)
     prompts = read_prompts(config.evaluate.prompts)
     if "tiny" in config.evaluate.metrics:
         _needs_tiny_captions(prompts)
     source = prompts.source_id
-    images = _images(config, model, quantization.denoiser if quantized else None, source)
-    teacher_images = _images(config, model, None, source) if quantized else None
-    scoring = find_scoring(config.evaluate, originals=quantized, cache=cache)
+    images = _images(config, image_sampler(config), model, source, quantization=quantization)
+    originals = _images(config, original_sampler(config), model, source, quantization=None)
+    teacher_images = originals if compared else None
+    scoring = find_scoring(config.evaluate, originals=compared, cache=cache)
     features, teacher_features = _looks(config, scoring, images, teacher_images)
     upstream = {"images": images} | {f"features/{name}": stage for name, stage in features.items()}
     upstream |= {f"originals/{name}": stage for name, stage in teacher_features.items()}

@@ -67,8 +67,25 @@ class Models:
 
 def ensure_denoiser(
     config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
+) -> Path | None:
+    """Make all missing stages up to the last one that makes a denoiser; returns that one's directory.
+
+    None: the denoiser is the model's own.
+    """
+    if stages.denoiser is None:
+        return None
+    quantized = ensure_quantized(config, store, stages, models, environment=environment, tracker=tracker)
+    if stages.denoiser is stages.quantize:
+        return quantized
+    return ensure_distilled(
+        config, store, stages, models, quantized=quantized, environment=environment, tracker=tracker
+    )
+
+
+def ensure_quantized(
+    config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
 ) -> Path:
-    """Make all missing stages up to the last one that makes a denoiser; returns that one's directory."""
+    """Make calibration and what quantizes with it; returns the quantized denoiser's directory."""
 
     def make_calibration(directory: Path) -> dict:
         from vqdm.models.finite import check_storable
@@ -111,18 +128,7 @@ def ensure_denoiser(
     quantized = store.ensure(stages.quantize, make_quantized, environment=environment, scratch=SCRATCH["quantize"])
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
     tracker.table("quantize/layers", layers)
-    if stages.denoiser is stages.quantize:
-        return quantized
-    return ensure_distilled(
-        config,
-        store,
-        stages,
-        models,
-        quantized=quantized,
-        calibration=calibration,
-        environment=environment,
-        tracker=tracker,
-    )
+    return quantized
 
 
 def ensure_distilled(
@@ -132,11 +138,11 @@ def ensure_distilled(
     models: Models,
     *,
     quantized: Path,
-    calibration: Path,
     environment: dict,
     tracker,
 ) -> Path:
     """Tune blocks and finetune, as far as `stages` has these; returns the directory of the resulting denoiser."""
+    calibration = store.directory(stages.calibrate)
 
     def make_tuned(directory: Path) -> dict:
         from vqdm.stages.tune_blocks import tune_all_blocks

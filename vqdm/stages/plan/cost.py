@@ -97,12 +97,22 @@ def stage_costs(
 
 def stage_names(config: Config) -> list[str]:
     """Names of the stages that `config` needs, as fields of `Graph` and in its order."""
-    if config.quantize.kind == "none":
+    cached = [name for name, stage in _of_cache(config).items() if stage]
+    if config.quantize.kind == "none" and config.cache.kind == "none":
         return ["images", "evaluate"]
+    if config.quantize.kind == "none":
+        return [*cached, "teacher_images", "images", "evaluate"]
     sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
     distillation = ["tune_blocks"] if config.finetune.block_steps else []
     distillation += ["trajectories", "finetune"] if config.finetune.steps else []
-    return ["calibrate", *sensitivity, "quantize", *distillation, "teacher_images", "images", "evaluate"]
+    return ["calibrate", *sensitivity, "quantize", *distillation, *cached, "teacher_images", "images", "evaluate"]
+
+
+def _of_cache(config: Config) -> dict[str, bool]:
+    """The stages of a cache that look at features, and whether they are needed."""
+    own = config.cache
+    on = own.kind != "none"
+    return {"schedule": on and own.schedule == "dynamic", "correct": on and own.correction != "none"}
 
 
 def guidance_factor(denoiser: nn.Module, guidance: float) -> int:
@@ -195,6 +205,14 @@ class _Stages(Experiment):
         trained = FORWARD_AND_BACKWARD * config.iterations * batch + 2 * rows
         seconds = blocks.count * recorded * half.seconds(self.cost.sample) + trained * single.seconds(self.cost.sample)
         return self.stage("quantize", used, (seconds, half.origin), note)
+
+    def schedule(self) -> StageCost:
+        """Cost of sampling the cache's captions, without decoding."""
+        used = memory.generate_memory(self.model, self._samples_per_call(), 0, device=self.machine.device)
+        return self.stage("schedule", used, self._sampling(self.config.cache.prompts, image_sampler(self.config)))
+
+    def correct(self) -> StageCost:
+        return dataclasses.replace(self.schedule(), name="correct")
 
     def teacher_images(self) -> StageCost:
         return dataclasses.replace(self.images(), name="teacher_images")

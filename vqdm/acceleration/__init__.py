@@ -1,0 +1,1 @@
+"""Fewer and cheaper calls of a denoiser: cached features, quantized activations, operators that are gone."""

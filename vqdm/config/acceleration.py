@@ -1,0 +1,20 @@
+"""Options of what makes a denoiser's calls fewer or cheaper, beside its weights' codes; kind=none changes nothing."""
+
+import dataclasses
+
+from vqdm.config.ranges import MOST, choice, number
+
+LEAST_CALLS = 8  # of a cache: with fewer, neighbouring features are as far apart as first and last
+
+
+@dataclasses.dataclass
+class CacheConfig:
+    """Features of earlier calls in the place of a U-Net's deeper part (DeepCache, TaylorSeer, CacheQuant)."""
+
+    kind: str = choice("none", "branch")
+    interval: int = number(2, least=1, most=1000)  # calls per full one
+    depth: int = number(1, least=1, most=100)  # residual units of the last up block that run in every call
+    schedule: str = choice("uniform", "quadratic", "dynamic")  # of the full calls; dynamic: by features (CacheQuant)
+    predict: str = choice("linear", "reuse")  # a line through the last two full calls' features, or the last one's
+    correction: str = choice("none", "affine")  # affine: per channel and call, by least squares (CacheQuant's DEC)
+    prompts: int = number(16, least=1, most=MOST)  # of the calibration's, that dynamic and affine look at
