@@ -10,7 +10,8 @@ from vqdm.models.specs import spec_of
 from vqdm.weights.bitpack import pack
 from vqdm.weights.layers import swap
 from vqdm.weights.scalar import ScalarScheme, ScalarWeight
-from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, unpack_states
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
+from vqdm.weights.trellis_codes import unpack_states
 
 CODES = [5, 2, 7, 0, 1]
 TRELLIS_CODES = "e1 00 e2 c4 1b 9d 72 05 3f"

@@ -9,7 +9,8 @@ from vqdm.weights.base import QuantizedWeight, Scheme, widened
 from vqdm.weights.bitpack import pack
 from vqdm.weights.registry import empty_shared, empty_weight
 from vqdm.weights.scalar import decode_scalar
-from vqdm.weights.trellis import TrellisScheme, decode_trellis, unpack_states
+from vqdm.weights.trellis import TrellisScheme
+from vqdm.weights.trellis_codes import decode_trellis, unpack_states
 from vqdm.weights.trellis_format import BYTE, RATE_BITS, WIDE, column_bits, side_bytes
 
 

@@ -16,7 +16,8 @@ from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme, AdditiveWeight
 from vqdm.weights.registry import empty_weight
 from vqdm.weights.scalar import ScalarScheme
-from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, pack_states, unpack_states
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
+from vqdm.weights.trellis_codes import pack_states, unpack_states
 from vqdm.weights.trellis_format import WIDE, WINDOW_BITS, column_bits, sequence_length, side_bytes
 
 SMALL = {"num_codebooks": 2, "codebook_bits": 4, "group_size": 4}

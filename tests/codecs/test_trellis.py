@@ -11,7 +11,8 @@ from vqdm.codecs.trellis import encode, output_error, water_filling
 from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
-from vqdm.weights.trellis import ByteScales, TrellisScheme, TrellisTable
+from vqdm.weights.trellis import TrellisScheme, TrellisTable
+from vqdm.weights.trellis_codes import ByteScales
 from vqdm.weights.trellis_format import HIGHEST_RATE, LOWEST_RATE, column_bits, stream_bytes
 
 RATES = (0, *range(LOWEST_RATE, HIGHEST_RATE + 1))

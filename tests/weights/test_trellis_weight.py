@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from vqdm.errors import UserError
 from vqdm.seeds import torch_generator
 from vqdm.weights.registry import empty_shared, empty_weight, scheme_from_dict
-from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight, byte_scales, pack_states, unpack_states
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
+from vqdm.weights.trellis_codes import byte_scales, pack_states, unpack_states
 from vqdm.weights.trellis_format import (
     BYTE,
     WIDE,

@@ -16,7 +16,8 @@ from vqdm.errors import UserError
 from vqdm.weights.additive import AdditiveWeight, decode_additive
 from vqdm.weights.base import QuantizedWeight, widened
 from vqdm.weights.scalar import ScalarWeight, decode_scalar, per_input
-from vqdm.weights.trellis import TrellisWeight, decode_trellis, pack_states, unpack_states
+from vqdm.weights.trellis import TrellisWeight
+from vqdm.weights.trellis_codes import decode_trellis, pack_states, unpack_states
 from vqdm.weights.trellis_format import sequence_length
 
 BEAM_SIZE = 4  # beam size of the search over a group's codebooks

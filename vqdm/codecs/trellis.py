@@ -23,7 +23,8 @@ from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
 from vqdm.weights.base import LARGEST, STORED, Scheme
-from vqdm.weights.trellis import ByteScales, TrellisScheme, TrellisTable, TrellisWeight, decode_trellis
+from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
+from vqdm.weights.trellis_codes import ByteScales, decode_trellis
 from vqdm.weights.trellis_format import (
     BYTE,
     HIGHEST_RATE,

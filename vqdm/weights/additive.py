@@ -3,23 +3,23 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vqdm.errors import UserError
+from vqdm.weights import ops
 from vqdm.weights.base import (
     FixedWidthWeight,
     Scheme,
     SharedPart,
     check_groups,
     kernels_apply,
-    recomputed_gradients,
     stored_parameter,
     unpack_codes,
     widened,
 )
+
+MOST_BOOKS, LARGEST_GROUP = 16, 128  # that GPU kernels are compiled for, since both are unrolled there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,41 +81,71 @@ def decode_additive(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scal
     return weight if input_scales is None else weight * input_scales
 
 
-def decode_packed(
-    codes: Tensor, width: int, shape: tuple[int, ...], codebooks: Tensor, scales: Tensor, input_scales: Tensor | None
+def decode_by_torch(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, input_scales: Tensor | None, shape: tuple[int, int], width: int
 ) -> Tensor:
-    """Decode packed codes of `width` bits and this shape like `decode_additive`, in torch."""
-    return decode_additive(unpack_codes(codes, width, shape), codebooks, scales, input_scales)
+    """Decode packed codes of `width` bits, [out, in], like `decode_additive`, in torch: in the parameters' dtype."""
+    dtype, factors = widened(codebooks, scales, input_scales)
+    books, _, out_size, size = codebooks.shape
+    return decode_additive(unpack_codes(codes, width, (shape[0] // out_size, shape[1] // size, books)), *factors).to(
+        dtype
+    )
 
 
-class DecodeAdditive(torch.autograd.Function):
-    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
+def _on_cpu(codes, codebooks, scales, input_scales, outputs, inputs, width):
+    from vqdm.weights import kernels  # imports numba, which is not always needed
 
-    @staticmethod
-    def forward(ctx, codes, width, shape, codebooks, scales, input_scales):
-        ctx.width, ctx.shape = width, shape
-        ctx.save_for_backward(codes, codebooks, scales, input_scales)
-        if not kernels_apply(codes, codebooks, scales, input_scales):
-            return decode_packed(codes, width, shape, codebooks, scales, input_scales)
-        from vqdm.weights import kernels  # imports numba, which is not always needed
+    dtype, (words, rows, columns) = widened(codebooks, scales, input_scales)
+    return kernels.decode_additive(codes, width, words, inputs=inputs, scales=rows, input_scales=columns).to(dtype)
 
-        inputs = shape[1] * codebooks.shape[3]
-        return kernels.decode_additive(codes, width, codebooks, inputs=inputs, scales=scales, input_scales=input_scales)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        codes, codebooks, scales, input_scales = ctx.saved_tensors
-        if not kernels_apply(gradient, codes, codebooks, scales, input_scales):
-            arguments = codes, ctx.width, ctx.shape, codebooks, scales, input_scales
-            return recomputed_gradients(decode_packed, arguments, ctx.needs_input_grad, gradient)
-        from vqdm.weights import kernels
+def _on_gpu(codes, codebooks, scales, input_scales, outputs, inputs, width):
+    books, size, shape = codebooks.shape[0], codebooks.shape[3], (outputs, inputs)
+    if books > MOST_BOOKS or size > LARGEST_GROUP or not ops.in_reach(codes, shape):
+        return decode_by_torch(codes, codebooks, scales, input_scales, shape, width)
+    from vqdm.weights import triton_kernels
 
-        wanted = ctx.needs_input_grad[3]
-        found = kernels.additive_gradients(
-            gradient, codes, ctx.width, codebooks, scales=scales, input_scales=input_scales, of_codebooks=wanted
-        )
-        return None, None, None, *found
+    return triton_kernels.decode_additive(
+        codes, width, codebooks, scales=scales, input_scales=input_scales, shape=shape
+    )
+
+
+def _fake(codes, codebooks, scales, input_scales, outputs, inputs, width):
+    return scales.new_empty((outputs, inputs), dtype=widened(codebooks, scales, input_scales)[0])
+
+
+def _save(ctx, inputs, output):
+    codes, codebooks, scales, input_scales, *ctx.others = inputs
+    ctx.save_for_backward(codes, codebooks, scales, input_scales)
+
+
+def _backward(ctx, gradient):
+    codes, *factors = ctx.saved_tensors
+    outputs, inputs, width = ctx.others
+    wanted = ctx.needs_input_grad[:4]
+    if not kernels_apply(gradient, codes, *factors):
+        arguments = codes, *factors, (outputs, inputs), width
+        found = ops.recomputed_gradients(decode_by_torch, arguments, (*wanted, False, False), gradient)
+        return *found[:4], None, None, None
+    from vqdm.weights import kernels
+
+    _, (words, rows, columns) = widened(*factors)
+    found = kernels.additive_gradients(
+        gradient.float(), codes, width, words, scales=rows, input_scales=columns, of_codebooks=wanted[1]
+    )
+    found = [None if f is None else f.to(factor.dtype) for f, factor in zip(found, factors, strict=True)]
+    return None, *found, None, None, None
+
+
+_decode = ops.operator(
+    "decode_additive(Tensor codes, Tensor codebooks, Tensor scales, Tensor? input_scales, "
+    "SymInt outputs, SymInt inputs, int width) -> Tensor",
+    cpu=_on_cpu,
+    gpu=_on_gpu,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 class SharedCodebooks(SharedPart):
@@ -184,9 +214,10 @@ class AdditiveWeight(FixedWidthWeight):
         return self.shared[0]() if self.shared else self.codebooks
 
     def forward(self) -> Tensor:
-        dtype, (codebooks, scales, columns) = widened(self.effective_codebooks(), self.scales, self.input_scales)
-        decode = decode_packed if torch.compiler.is_compiling() else DecodeAdditive.apply
-        return decode(self.codes, self.code_width, self.codes_shape, codebooks, scales, columns).to(dtype)
+        factors = self.effective_codebooks(), self.scales, self.input_scales
+        if ops.apply_to(*factors):
+            return _decode(self.codes, *factors, *self.shape, self.code_width)
+        return ops.by_torch(decode_by_torch, self.codes, *factors, self.shape, self.code_width)
 
     def paper_bits(self) -> int:
         return super().paper_bits() + (0 if self.shared else 16 * self.codebooks.numel())

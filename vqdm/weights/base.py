@@ -6,7 +6,6 @@ empty: ready for `load_state_dict`, or, on the meta device, for a plan that sums
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
@@ -94,33 +93,25 @@ def widened(*parameters: Tensor | None) -> tuple[torch.dtype, list[Tensor | None
 
 
 def kernels_apply(*tensors: Tensor | None) -> bool:
-    """True if `kernels` can compute with these tensors: plain, on the CPU, floats in fp32, and nothing being traced."""
+    """True if `kernels` can compute with these tensors, widened: plain, on the CPU, and nothing being traced."""
     return not torch.compiler.is_compiling() and all(
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.uint8)
+        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
         for tensor in tensors
         if tensor is not None
     )
 
 
-def recomputed_gradients(
-    decode: Callable[..., Tensor], arguments: Sequence, wanted: Sequence[bool], gradient: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the `wanted` arguments, None for others, from the `gradient` of a recomputed decode(*arguments)."""
-    with torch.enable_grad():
-        inputs = [a.detach().requires_grad_() if w else a for a, w in zip(arguments, wanted, strict=True)]
-        weight = decode(*inputs)
-    found = iter(torch.autograd.grad(weight, [i for i, w in zip(inputs, wanted, strict=True) if w], gradient))
-    return tuple(next(found) if w else None for w in wanted)
+def state_of(tensor: Tensor) -> tuple:
+    """A key that changes whenever the tensor is replaced, moved or written to (inference tensors keep no version)."""
+    return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
 
 
 class QuantizedWeight(nn.Module):
     """A weight [out, in] held as packed codes and float parameters; calling it decodes it.
 
     The result has the dtype of the float parameters: fp16 as stored, fp32 after `.float()`, as for training.
-    On a CPU `kernels` decode it, elsewhere torch, to the same weight bit for bit. Gradients need only codes and
-    parameters.
+    An operator of `ops` decodes it, or torch where there is none, to the same weight bit for bit. Gradients need only
+    codes and parameters.
     A shared part is held in a tuple, which nn.Module does not register: it is not in this module's state_dict, and a
     deepcopy of the whole denoiser refers to the copied part.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec, matrix_to_weight
-from vqdm.weights.base import SHARED_NAME, QuantizedWeight, Scheme, SharedPart
+from vqdm.weights.base import SHARED_NAME, QuantizedWeight, Scheme, SharedPart, state_of
 from vqdm.weights.registry import empty_shared, empty_weight
 
 DECODE_MODES = ("per_call", "cached")
@@ -48,7 +48,7 @@ class _QuantizedLayer(nn.Module):
         if self.decode == "per_call" or (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources())):
             return matrix_to_weight(self.weight(), self.spec).to(dtype)
         # A weight decoded in inference mode must not be used where gradients are recorded.
-        state = (dtype, torch.is_inference_mode_enabled(), *(_state(tensor) for tensor in self._sources()))
+        state = (dtype, torch.is_inference_mode_enabled(), *(state_of(tensor) for tensor in self._sources()))
         if self._cache is None or self._cache[0] != state:
             self._cache = (state, matrix_to_weight(self.weight(), self.spec).detach().to(dtype))
         return self._cache[1]
@@ -87,11 +87,6 @@ class _QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.kind}, bias={self.bias is not None}, decode={self.decode}"
-
-
-def _state(tensor: Tensor) -> tuple:
-    """A key that changes whenever the tensor is replaced, moved or written to (inference tensors keep no version)."""
-    return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
 
 
 class QuantizedLinear(_QuantizedLayer, nn.Linear):

@@ -5,15 +5,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqdm.errors import UserError
+from vqdm.weights import ops
 from vqdm.weights.base import (
     FixedWidthWeight,
     Scheme,
     check_groups,
-    kernels_apply,
-    recomputed_gradients,
     stored_parameter,
     unpack_codes,
     widened,
@@ -75,31 +73,55 @@ def decode_scalar(codes: Tensor, scales: Tensor, zeros: Tensor, *, split: int | 
     return ((grouped - zeros[..., None]) * scales[..., None]).view(codes.shape)
 
 
-def decode_packed(codes: Tensor, scheme: ScalarScheme, shape: tuple[int, int], scales: Tensor, zeros: Tensor) -> Tensor:
-    """Decode the packed codes of a scheme and this shape like `decode_scalar`, in torch."""
-    return decode_scalar(unpack_codes(codes, scheme.bits, shape), scales, zeros, split=scheme.split)
+def decode_by_torch(
+    codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, int], width: int, split: int | None
+) -> Tensor:
+    """Decode packed codes of `width` bits, [out, in], like `decode_scalar`, in torch: in the parameters' dtype."""
+    dtype, factors = widened(scales, zeros)
+    return decode_scalar(unpack_codes(codes, width, shape), *factors, split=split).to(dtype)
 
 
-class DecodeScalar(torch.autograd.Function):
-    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but its arguments."""
+def _on_cpu(codes, scales, zeros, outputs, inputs, width, split):
+    from vqdm.weights import kernels  # imports numba, which is not always needed
 
-    @staticmethod
-    def forward(ctx, codes, scheme, shape, scales, zeros):
-        ctx.scheme, ctx.shape = scheme, shape
-        ctx.save_for_backward(codes, scales, zeros)
-        if not kernels_apply(codes, scales, zeros):
-            return decode_packed(codes, scheme, shape, scales, zeros)
-        from vqdm.weights import kernels  # imports numba, which is not always needed
+    dtype, (scales, zeros) = widened(scales, zeros)
+    return kernels.decode_scalar(codes, width, inputs=inputs, scales=scales, zeros=zeros, split=split).to(dtype)
 
-        width, split = scheme.bits, scheme.split
-        return kernels.decode_scalar(codes, width, inputs=shape[1], scales=scales, zeros=zeros, split=split)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        codes, scales, zeros = ctx.saved_tensors
-        arguments = codes, ctx.scheme, ctx.shape, scales, zeros
-        return recomputed_gradients(decode_packed, arguments, ctx.needs_input_grad, gradient)
+def _on_gpu(codes, scales, zeros, outputs, inputs, width, split):
+    shape = outputs, inputs
+    if not ops.in_reach(codes, shape):
+        return decode_by_torch(codes, scales, zeros, shape, width, split)
+    from vqdm.weights import triton_kernels
+
+    return triton_kernels.decode_scalar(codes, width, scales=scales, zeros=zeros, shape=shape, split=split)
+
+
+def _fake(codes, scales, zeros, outputs, inputs, width, split):
+    return scales.new_empty((outputs, inputs), dtype=torch.promote_types(scales.dtype, zeros.dtype))
+
+
+def _save(ctx, inputs, output):
+    codes, scales, zeros, *ctx.others = inputs
+    ctx.save_for_backward(codes, scales, zeros)
+
+
+def _backward(ctx, gradient):
+    outputs, inputs, width, split = ctx.others
+    arguments = *ctx.saved_tensors, (outputs, inputs), width, split
+    wanted = *ctx.needs_input_grad[:3], False, False, False
+    return *ops.recomputed_gradients(decode_by_torch, arguments, wanted, gradient)[:3], None, None, None, None
+
+
+_decode = ops.operator(
+    "decode_scalar(Tensor codes, Tensor scales, Tensor zeros, SymInt outputs, SymInt inputs, int width, int? split)"
+    " -> Tensor",
+    cpu=_on_cpu,
+    gpu=_on_gpu,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 class ScalarWeight(FixedWidthWeight):
@@ -128,6 +150,7 @@ class ScalarWeight(FixedWidthWeight):
         return weight
 
     def forward(self) -> Tensor:
-        dtype, (scales, zeros) = widened(self.scales, self.zeros)
-        decode = decode_packed if torch.compiler.is_compiling() else DecodeScalar.apply
-        return decode(self.codes, self.scheme, self.shape, scales, zeros).to(dtype)
+        scales, zeros, scheme = self.scales, self.zeros, self.scheme
+        if ops.apply_to(scales, zeros):
+            return _decode(self.codes, scales, zeros, *self.shape, scheme.bits, scheme.split)
+        return ops.by_torch(decode_by_torch, self.codes, scales, zeros, self.shape, scheme.bits, scheme.split)

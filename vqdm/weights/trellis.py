@@ -16,26 +16,33 @@ Format, for a matrix [out, in] (design after QTIP's bitshift trellis; rates per 
 - weight[o, j] = row_scales[o] · column_scales[j] · value; columns of rate 0 are 0.
 """
 
-import functools
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqdm.errors import UserError
+from vqdm.weights import ops, trellis_op
 from vqdm.weights.base import (
     QuantizedWeight,
     Scheme,
     SharedPart,
-    kernels_apply,
-    recomputed_gradients,
+    state_of,
     stored_parameter,
     widened,
 )
-from vqdm.weights.bitpack import pack, unpack
+from vqdm.weights.bitpack import pack
+from vqdm.weights.trellis_codes import (
+    ByteScales,
+    decode_by_torch,
+    locate,
+    pack_states,
+    split_codes,
+    split_scales,
+    unpack_rates,
+)
 from vqdm.weights.trellis_format import (
     BYTE,
     HIGHEST_RATE,
@@ -43,17 +50,13 @@ from vqdm.weights.trellis_format import (
     RATE_BITS,
     WIDE,
     WINDOW_BITS,
-    byte_scale,
     column_bits,
     columns_bytes,
     reason_to_skip,
     scales_count,
-    sequence_length,
     side_of,
     stream_bytes,
 )
-
-CHUNK = 1 << 22  # weights decoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,8 @@ class TrellisWeight(QuantizedWeight):
         size = columns_bytes(self.shape[1], scheme.side) + stream_bytes(self.shape, scheme.bits, scheme.side)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
         self.scales = stored_parameter(scales_count(self.shape, scheme.side))
+        self._starts = self._rates = self._located_codes = None  # of `located`
+        self._located_state: tuple = ()
 
     @classmethod
     def from_parts(
@@ -137,7 +142,7 @@ class TrellisWeight(QuantizedWeight):
         *,
         table: TrellisTable,
         row_scales: Tensor,
-        column_scales: "Tensor | ByteScales",
+        column_scales: Tensor | ByteScales,
     ) -> "TrellisWeight":
         """Build a weight from states int [in, out], a trellis path per sequence, and rates, quarter bits [in].
 
@@ -158,12 +163,12 @@ class TrellisWeight(QuantizedWeight):
     @property
     def columns(self) -> Tensor:
         """What is kept of the columns, packed: a view of the codes."""
-        return self.codes[: columns_bytes(self.shape[1], self.scheme.side)]
+        return split_codes(self.codes, self.shape[1], self.scheme.side)[0]
 
     @property
     def stream(self) -> Tensor:
         """The bit stream, a view of the codes."""
-        return self.codes[columns_bytes(self.shape[1], self.scheme.side) :]
+        return split_codes(self.codes, self.shape[1], self.scheme.side)[1]
 
     @property
     def row_scales(self) -> Tensor:
@@ -177,8 +182,7 @@ class TrellisWeight(QuantizedWeight):
     def factors(self) -> tuple[torch.dtype, Tensor, Tensor, Tensor]:
         """The dtype of the decoded weight, and the table, row scales and column scales that it is computed from."""
         dtype, (table, scales) = widened(self.shared[0](), self.scales)
-        rows, columns = scales[: self.shape[0]], scales[self.shape[0] :]
-        return dtype, table, rows, byte_scales(self.columns).to(rows.dtype) if self.scheme.side == BYTE else columns
+        return dtype, table, *split_scales(scales, self.columns, self.shape[0], self.scheme.side)
 
     def fault(self) -> str | None:
         """A spacing of scales or a rate that the format lacks, or columns that reach beyond the stream."""
@@ -191,152 +195,41 @@ class TrellisWeight(QuantizedWeight):
         held = 8 * len(self.stream)
         return f"its columns take {bits} bits where the stream holds {held}" if bits > held else None
 
+    def located(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What `locate` finds, for kernels of devices (none on a CPU); made anew when codes are moved or written to.
+
+        It is renewed in place, so that a recorded CUDA graph reads the new one. A traced call takes what is there:
+        after writing to codes, call the weight or this once outside.
+        """
+        codes, traced = self.codes, torch.compiler.is_compiling()
+        if codes.device.type == "cpu":
+            return None, None
+        there = self._starts is not None and self._starts.device == codes.device
+        if traced and there:
+            return self._starts, self._rates
+        if traced:
+            return locate(codes, self.shape, self.scheme.side)
+        state = state_of(codes)
+        if not there or self._located_codes() is not codes or self._located_state != state:
+            with torch.inference_mode(False), torch.no_grad():
+                starts, rates = locate(codes, self.shape, self.scheme.side)
+                if there and type(codes) is type(self._starts) is Tensor:
+                    starts, rates = self._starts.copy_(starts), self._rates.copy_(rates)
+            self._starts, self._rates = starts, rates
+            self._located_codes, self._located_state = weakref.ref(codes), state
+        return self._starts, self._rates
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.codes.device.type != "meta":
+            self.located()  # before a compiled call asks
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, "_starts": None, "_rates": None, "_located_codes": None}
+
     def forward(self) -> Tensor:
-        dtype, *factors = self.factors()
-        decode = decode_packed if torch.compiler.is_compiling() else DecodeTrellis.apply
-        return decode(self.columns, self.scheme.side, self.stream, *factors).to(dtype)
-
-
-class DecodeTrellis(torch.autograd.Function):
-    """`decode_packed`, through `kernels` where they apply; its gradients need nothing but codes and parameters."""
-
-    @staticmethod
-    def forward(ctx, packed, side, stream, table, row_scales, column_scales):
-        ctx.side = side
-        ctx.save_for_backward(packed, stream, table, row_scales, None if side == BYTE else column_scales)
-        if not kernels_apply(packed, stream, table, row_scales, column_scales):
-            return decode_packed(packed, side, stream, table, row_scales, column_scales)
-        from vqdm.weights import kernels  # imports numba, which is not always needed
-
-        return kernels.decode_trellis(packed, side, stream, table, row_scales=row_scales, column_scales=column_scales)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        packed, stream, table, rows, columns = ctx.saved_tensors  # once: under checkpointing they may be asked for once
-        columns = byte_scales(packed).to(rows.dtype) if ctx.side == BYTE else columns
-        if not kernels_apply(gradient, packed, stream, table, rows, columns):
-            decode = functools.partial(decode_packed, packed, ctx.side, stream)
-            wanted = ctx.needs_input_grad[3:]
-            return None, None, None, *recomputed_gradients(decode, (table, rows, columns), wanted, gradient)
-        from vqdm.weights import kernels
-
-        found = kernels.trellis_gradients(
-            gradient,
-            packed,
-            ctx.side,
-            stream,
-            table,
-            row_scales=rows,
-            column_scales=columns,
-            of_table=ctx.needs_input_grad[3],
-        )
-        return None, None, None, *found
-
-
-@dataclass(frozen=True)
-class ByteScales:
-    """Scales of BYTE columns. codes: 0 to 15, uint8 [in]; fine: spaced by 2^(1/4), else by 2^(1/2)."""
-
-    codes: Tensor
-    fine: bool
-
-    def values(self) -> Tensor:
-        """fp32 [in]."""
-        return byte_scale(self.codes.int(), int(self.fine)).float()
-
-
-def byte_scales(packed: Tensor) -> Tensor:
-    """The scales of packed BYTE columns: uint8 [1 + in] to fp32 [in]."""
-    return byte_scale((packed[1:] >> 4).int(), packed[0].int()).float()
-
-
-def unpack_rates(packed: Tensor, columns: int, side: str) -> Tensor:
-    """Unpack the rate of every column, in quarter bits per weight: uint8 to int64 [columns]."""
-    if side == BYTE:
-        stored = (packed[1:] & 15).long()
-        return torch.where(stored > 0, 2 * stored + LOWEST_RATE - 2, 0)
-    stored = unpack(packed, RATE_BITS, columns).long()
-    return torch.where(stored > 0, stored + LOWEST_RATE - 1, 0)
-
-
-def decode_packed(
-    packed: Tensor, side: str, stream: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor
-) -> Tensor:
-    """Decode the two packed parts of the codes like `decode_trellis`, in torch."""
-    rates = unpack_rates(packed, len(column_scales), side)
-    return decode_trellis(unpack_states(stream, rates, len(row_scales)), rates, table, row_scales, column_scales)
-
-
-def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
-    """The weight row_scale · (column_scale · table[state]): states int [in, out] to [out, in] in the scales' dtype."""
-    columns = F.embedding(states, table[:, None])[..., 0]
-    return (columns * (column_scales * (rates > 0))[:, None]).T * row_scales[:, None]
-
-
-def _positions(rates: Tensor, out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Place of every window: first bit of its sequence, offset in it, the sequence's length in bits; int64 [in, out].
-
-    The offset is (rate · t) // 4; the other two broadcast over the values of a sequence.
-    """
-    length = sequence_length(out)
-    rows = torch.arange(out, device=rates.device)
-    sequence, t = rows // length, rows % length
-    lengths = (out - sequence * length).clamp(max=length)  # length of the sequence that each row is in
-    column_starts = column_bits(out, rates).cumsum(0) - column_bits(out, rates)
-    starts = column_starts[:, None] + sequence * (rates * length // 4)[:, None]
-    return starts, rates[:, None] * t // 4, rates[:, None] * lengths // 4
-
-
-def unpack_states(codes: Tensor, rates: Tensor, out: int) -> Tensor:
-    """Unpack the state of every weight, each on its own: uint8 [bytes] and quarter bits [in] to int32 [in, out]."""
-    padded = F.pad(codes, (0, 3)).to(torch.int32)
-    words = padded[:-2] | padded[1:-1] << 8 | padded[2:] << 16  # the 24 bits from every byte on
-    ends = column_bits(out, rates).cumsum(0)
-    step = max(1, CHUNK // out)
-    parts = []
-    for first in range(0, len(rates), step):
-        part = rates[first : first + step]
-        start = 0 if first == 0 else ends[first - 1]
-        parts.append(_states(words, part, out, start))
-    return torch.cat(parts)
-
-
-def _states(words: Tensor, rates: Tensor, out: int, first_bit: int | Tensor) -> Tensor:
-    """The states of neighbouring columns whose bits begin at `first_bit`: int32 [columns, out]."""
-    starts, offsets, lengths = _positions(rates, out)
-    starts = starts + first_bit
-    ahead = lengths - offsets  # bits from here to the end of the sequence, where reading wraps to its start
-    window = _read(words, starts + offsets)
-    rest = ahead.clamp(max=WINDOW_BITS)  # the whole window, or what is left of it before it wraps
-    tail = window & ((1 << rest) - 1)
-    # for all windows, not only those that wrap: shapes that depend on data stall a GPU and break torch.compile
-    return (tail | _read(words, starts) << rest & (1 << WINDOW_BITS) - 1).to(torch.int32)
-
-
-def _read(words: Tensor, bit: Tensor) -> Tensor:
-    """The WINDOW_BITS bits from every bit position on: int32."""
-    return words[bit >> 3] >> (bit & 7).to(torch.int32) & (1 << WINDOW_BITS) - 1
-
-
-def pack_states(states: Tensor, rates: Tensor, size: int) -> Tensor:
-    """Pack states int [in, out] into a stream of `size` bytes: from each state, the bits that its successor drops.
-
-    ValueError if the stream is too short, or if the states are not a path of the trellis.
-    """
-    total = int(column_bits(states.shape[1], rates).sum())
-    if total > 8 * size:
-        raise ValueError(f"{total} bits do not fit into {size} bytes")
-    bits = torch.zeros(8 * size, dtype=torch.uint8, device=states.device)
-    starts, offsets, lengths = _positions(rates, states.shape[1])
-    following = torch.cat([offsets[:, 1:], lengths[:, -1:]], 1)
-    following = torch.where(following <= offsets, lengths, following)  # the sequence's end follows its last window
-    for k in range(-(-HIGHEST_RATE // 4)):
-        new = offsets + k < following
-        bits[(starts + offsets + k)[new]] = (states >> k & 1)[new].to(torch.uint8)
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=states.device)
-    codes = (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
-    used = rates > 0
-    if not torch.equal(unpack_states(codes, rates, states.shape[1])[used], states[used].to(torch.int32)):
-        raise ValueError("the states are no path of the trellis")
-    return codes
+        table, scales, side = self.shared[0](), self.scales, self.scheme.side
+        if ops.apply_to(table, scales):
+            return trellis_op.decode(self.codes, *self.located(), table, scales, *self.shape, side)
+        return ops.by_torch(decode_by_torch, self.codes, table, scales, self.shape, side)
