@@ -12,13 +12,12 @@ from pathlib import Path
 
 from vqdm.runs.command_line import run_script
 
+from vqdm.config.places import EXPERIMENTS
 from vqdm.errors import UserError
 from vqdm.report.experiments import read_table
 from vqdm.report.formats import table_content, write_table
 from vqdm.report.records import newest_records
 from vqdm.report.report import write_report
-
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
 def main() -> None:

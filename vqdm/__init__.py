@@ -11,7 +11,7 @@ import importlib
 
 from vqdm._imports import wait_for_imports
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _PUBLIC = {
     "VQDMConfig": "vqdm.hub.config",
     "compress": "vqdm.api",

@@ -265,7 +265,9 @@ def test_the_second_tokenizer_reads_exclamation_marks_as_padding():
 def test_clips_merges_are_all_there():
     package = Path(importlib.util.find_spec("open_clip").origin).parent
     lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
-    last = "".join(lines[single_file.BPE_MERGES].split())
+    used = 49152 - 256 - 2  # of its merges, as in open_clip's SimpleTokenizer
+    assert gzip.decompress(single_file.MERGES.read_bytes()).decode() == "\n".join([*lines[: 1 + used], ""])
+    last = "".join(lines[used].split())
     assert clip_tokenizer(shipped_configs("sdxl") / "tokenizer").convert_tokens_to_ids(last) == 49405
 
 

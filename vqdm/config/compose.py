@@ -131,12 +131,12 @@ class NamedSweep(Callback):
             sys.exit("\n".join(lines))
 
 
-def run_as_job(script: Path) -> None:
-    """Run the job that Hydra has just composed as a command of its own that does the same."""
+def run_as_job(program: list[str]) -> None:
+    """Run the job that Hydra has just composed as a command of its own that does the same: Python with `program`."""
     hydra = HydraConfig.get()
     overrides, directory = list(hydra.overrides.task), Path(hydra.runtime.output_dir)
     label = sweeps.job_label(directory.parent, overrides)
-    command = [sys.executable, str(script), *_flags(hydra), *overrides, *_method(label, overrides)]
+    command = [sys.executable, *program, *_flags(hydra), *overrides, *_method(label, overrides)]
     one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # several at once would all print
     _say(f"— job {hydra.job.num}: {label}" + ("" if one_by_one else f"; its log: {directory / sweeps.LOG}"))
     error = sweeps.run_job(command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one)

@@ -6,7 +6,6 @@ and SDXL-Turbo. The file's header is compared with it before anything is read, s
 
 import functools
 import gzip
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -36,7 +35,7 @@ CONFIG_FILES = (
     *(f"{component}/config.json" for component in COMPONENTS),
     *(f"{tokenizer}/tokenizer_config.json" for tokenizer in TOKENIZERS),
 )
-BPE_MERGES = 49152 - 256 - 2  # the number of the file's merges that CLIP uses
+MERGES = CONFIGS / "clip_merges.txt.gz"  # of openai/CLIP (MIT), bpe_simple_vocab_16e6: the merges that CLIP uses
 # part of a key, and the kind of file that has such keys; the first that fits names the file
 KINDS = (
     ("lora_", "a LoRA"),
@@ -120,14 +119,12 @@ def denoiser_bytes(path: Path) -> int:
 def clip_tokenizer(directory: Path):
     """CLIP's tokenizer with the special tokens of `directory`/tokenizer_config.json.
 
-    Vocabulary and merges come from the BPE file that open_clip ships; ids are those of openai/clip-vit-large-patch14.
+    Vocabulary and merges come from the start of OpenAI's BPE file; ids are those of openai/clip-vit-large-patch14.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    package = Path(importlib.util.find_spec("open_clip").origin).parent  # not imported: that takes seconds
-    lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
-    merges = lines[1 : 1 + BPE_MERGES]
+    merges = gzip.decompress(MERGES.read_bytes()).decode().removesuffix("\n").split("\n")[1:]
     letters = sorted(ByteLevel.alphabet())
     words = ["".join(merge.split()) for merge in merges]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *words, "<|startoftext|>", "<|endoftext|>"]

@@ -3,6 +3,7 @@
 import configparser
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import netrc
@@ -168,6 +169,11 @@ def start_tracker(
     kind, mode, project, group: as in `TrackerConfig`.
     """
     if kind == "none" or not processes.is_main():
+        return NullTracker()
+    if importlib.util.find_spec("wandb") is None:
+        if mode != "auto":
+            raise UserError(f"tracker.mode={mode}: wandb is not installed; pip install wandb, or use tracker=none")
+        log.info("tracker: wandb is not installed, so nothing is tracked; pip install wandb, or use tracker=none")
         return NullTracker()
     import wandb
 
