@@ -101,7 +101,7 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
 
     UserError names all that is missing, before any work.
     """
-    from vqdm.models.location import download, model_directory
+    from vqdm.models.location import configs_directory, download
     from vqdm.models.samplers import check_sampler
 
     if config.finetune.steps:
@@ -122,9 +122,9 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     if config.model.hub_id is not None or fetched:
         stages = build_stages(config, cache=store.hashes)  # again, now that the files tell which layers the model has
     for sampler in samplers(config):
-        check_sampler(model_directory(config.model), sampler)
+        check_sampler(configs_directory(config.model), sampler)
     if config.finetune.steps:
-        _check_finetune(config, model_directory(config.model))
+        _check_finetune(config, configs_directory(config.model))
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)

@@ -50,7 +50,7 @@ def test_an_experiment_makes_what_its_tables_row_makes(experiment, compose, tmp_
 
 def test_every_experiment_on_sdxl_is_a_row():
     named = {path.stem for path in (ROOT / "conf" / "experiment").glob("sdxl_*.yaml")}
-    assert named == {*ROWS, "sdxl_codec"}  # which has no codec of its own
+    assert named == {*ROWS, "sdxl_codec", "sdxl_random"}  # which have no codec, or no weights, of their own
 
 
 def test_the_papers_three_bits_are_by_its_recipe(compose):

@@ -75,6 +75,11 @@ def check(config: Config) -> None:
     if config.task != "tiny_train" and len(sources) != 1:
         found = ", ".join(f"model.{k}" for k in sources) or "none of them"
         raise UserError(f"give exactly one of model.builtin, model.path, model.hub_id; found {found}")
+    if config.model.random_seed is not None and None in (config.model.path, config.model.configs):
+        raise UserError(
+            f"model.random_seed={config.model.random_seed} draws a model: give model.configs, such as sdxl, and "
+            "model.path, the folder to make"
+        )
     if config.model.hub_id is not None and config.model.revision is None:
         raise UserError(
             f"model.hub_id={config.model.hub_id} needs model.revision=<commit>, so that results can be repeated"

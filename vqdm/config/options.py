@@ -81,6 +81,8 @@ class ModelConfig:
     builtin: str | None = None  # a model shipped with the package
     path: str | None = None  # or a local diffusers directory or .safetensors file with the original key names
     configs: str | None = None  # configs for a file, or to plan a hub model: a name or directory; None = found
+    # seed of random weights for `configs`, drawn into `path` (sdxl: 7 GB); None: the files that are there
+    random_seed: int | None = number(None, least=0, most=SEEDS)
     hub_id: str | None = None  # or a hub id with a pinned revision
     revision: str | None = None
     variant: str | None = None  # variant of the weight files, e.g. fp16

@@ -11,7 +11,15 @@ from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.models.finite import check_finite, check_images
 from vqdm.models.foreign import json_object, loading
-from vqdm.models.location import DENOISERS, configs_directory, denoiser_directory, model_directory, single_file
+from vqdm.models.location import (
+    DENOISERS,
+    configs_directory,
+    decodes_sliced,
+    denoiser_directory,
+    model_directory,
+    single_file,
+)
+from vqdm.models.placement import put_on, visits
 from vqdm.models.rescale import rescale_
 from vqdm.models.samplers import check_sampler, set_sampler
 from vqdm.models.single_file import load_single_file
@@ -29,38 +37,48 @@ def denoiser_of(pipeline) -> nn.Module:
     return getattr(pipeline, denoiser_part(pipeline))
 
 
-def load_pipeline(config: ModelConfig, *, device: str):
-    """A diffusers text-to-image pipeline in evaluation mode, with the model's sampler and rescaling applied."""
+def load_pipeline(config: ModelConfig, *, device: str, denoiser: nn.Module | None = None):
+    """A diffusers text-to-image pipeline in evaluation mode, with the model's sampler and rescaling applied.
+
+    denoiser: takes the place of the model's own, which is then not read, and is not rescaled.
+    """
     directory = model_directory(config)
     check_sampler(directory, config.sampler)
-    pipeline = _from_files(config, directory)
+    given = {} if denoiser is None else {denoiser_directory(directory).name: denoiser}
+    pipeline = _from_files(config, directory, **given)
     place = single_file(config) or directory
     _check_whole(pipeline, place)
     check_finite(pipeline, place)
     pipeline.set_progress_bar_config(disable=True)
     set_sampler(pipeline, config.sampler)
-    denoiser = denoiser_of(pipeline)
-    denoiser.eval().requires_grad_(False)
-    if config.rescale.sigma and not rescale_(denoiser, sigma=config.rescale.sigma, seed=config.rescale.seed):
+    denoiser_of(pipeline).eval().requires_grad_(False)
+    if decodes_sliced(config):
+        pipeline.vae.enable_slicing()
+    if config.rescale.sigma and not given:
+        _rescale(pipeline, config)
+    return put_on(pipeline, device)
+
+
+def _rescale(pipeline, config: ModelConfig) -> None:
+    denoiser, sigma = denoiser_of(pipeline), config.rescale.sigma
+    if not rescale_(denoiser, sigma=sigma, seed=config.rescale.seed):
         raise UserError(
-            f"model.rescale.sigma={config.rescale.sigma:g}: {type(denoiser).__name__} has nothing to rescale, "
-            "only U-Nets have; set it to 0"
+            f"model.rescale.sigma={sigma:g}: {type(denoiser).__name__} has nothing to rescale, only U-Nets have; set "
+            "it to 0"
         )
-    if config.rescale.sigma:
-        check_finite(pipeline, f"model.rescale.sigma={config.rescale.sigma:g} in {config.dtype}")
-    return pipeline.to(device)
+    check_finite(pipeline, f"model.rescale.sigma={sigma:g} in {config.dtype}")
 
 
-def _from_files(config: ModelConfig, directory: Path):
-    """A pipeline directory, or a single file with the configs of `directory`."""
+def _from_files(config: ModelConfig, directory: Path, **given: nn.Module):
+    """A pipeline directory, or a single file with the configs of `directory`; parts that are `given` are not read."""
     from diffusers import DiffusionPipeline
 
     dtype = getattr(torch, config.dtype)
     if (file := single_file(config)) is not None:
-        return load_single_file(file, configs=directory, dtype=dtype)
+        return load_single_file(file, configs=directory, dtype=dtype, **given)
     with loading(directory):
         pipeline = DiffusionPipeline.from_pretrained(
-            directory, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True
+            directory, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True, **given
         )
     call_parameters(pipeline)
     return pipeline
@@ -134,6 +152,7 @@ def sample(
         "use_resolution_binning": False,
     }
     known = inspect.signature(pipeline.__call__).parameters
-    made = pipeline(**{name: value for name, value in arguments.items() if name in known}).images
+    with visits(pipeline):
+        made = pipeline(**{name: value for name, value in arguments.items() if name in known}).images
     check_images([torch.as_tensor(image) for image in made], texts)
     return pipeline.image_processor.numpy_to_pil(made) if output == "pil" else made

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
+from vqdm.models.drawn import drawn_identity, make_drawn
 from vqdm.models.foreign import json_object
 from vqdm.models.parts import DENOISERS, check_parts, parts_of, weight_files
 from vqdm.models.shipped import builtin_directory, named_configs
 from vqdm.runs.files import canonical_json
 from vqdm.runs.identity import files_identity
+
+DECODED_TOGETHER, LATENT = 512, 8  # pixels of the largest images of which a batch is decoded at once; of a latent
 
 
 def check_pipeline_directory(directory: Path) -> Path:
@@ -62,11 +65,14 @@ def _file_configs(config: ModelConfig, file: Path) -> Path:
 
 
 def local_directory(config: ModelConfig) -> Path | None:
-    """The checked directory of a shipped or local model; None for a model of the hub."""
+    """The checked directory of a shipped or local model, made now if it is to be drawn; None for a model of the hub."""
     if config.builtin is not None:
         return check_parts(check_original(builtin_directory(config.builtin)))
     if config.path is None:
         return None
+    if config.random_seed is not None:
+        made = make_drawn(named_configs(config.configs), Path(config.path), seed=config.random_seed)
+        return check_parts(check_original(made))
     file = single_file(config)
     if file is not None:
         return check_original(_file_configs(config, file))
@@ -74,7 +80,9 @@ def local_directory(config: ModelConfig) -> Path | None:
 
 
 def configs_directory(config: ModelConfig) -> Path:
-    """The directory of the model's configs; for a hub model not downloaded yet, the one that model.configs names."""
+    """The directory of the model's configs; for one not downloaded or drawn yet, that which model.configs names."""
+    if config.random_seed is not None:
+        return named_configs(config.configs)
     if config.hub_id is None or config.configs is None:
         return model_directory(config, allow_network=False)
     try:
@@ -83,13 +91,25 @@ def configs_directory(config: ModelConfig) -> Path:
         return named_configs(config.configs)
 
 
+def decodes_sliced(config: ModelConfig) -> bool:
+    """True if a batch's images are decoded one after the other: those of 1024² take 4 GiB each on the way, in fp32."""
+    size = config.sampler.size
+    if size is None:
+        latents = json_object(denoiser_directory(configs_directory(config)) / "config.json").get("sample_size")
+        sides = [side for side in (latents if isinstance(latents, list) else [latents]) if isinstance(side, int)]
+        size = LATENT * max(sides, default=128)
+    return size > DECODED_TOGETHER
+
+
 def model_directory(config: ModelConfig, *, allow_network: bool = True) -> Path:
     """The directory of the model's files, downloaded if need be."""
     return local_directory(config) or check_original(download(config, allow_network=allow_network))
 
 
 def model_identity(config: ModelConfig, *, cache: Path) -> str:
-    """Identity of a model: sha256 of its files, or its hub id at the pinned revision."""
+    """Identity of a model: sha256 of its files, or its hub id at the pinned revision, or what it is drawn from."""
+    if config.random_seed is not None:
+        return drawn_identity(named_configs(config.configs), config.random_seed)
     directory, file = local_directory(config), single_file(config)
     if directory is None:
         return f"{config.hub_id}@{config.revision}"

@@ -49,8 +49,11 @@ KINDS = (
 PARTS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "first text encoder", "text_encoder_2": "second text encoder"}
 
 
-def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
-    """Load the pipeline class named by `configs`/model_index.json from one file, in evaluation mode, on the CPU."""
+def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype, **given: nn.Module):
+    """Load the pipeline class named by `configs`/model_index.json from one file, in evaluation mode, on the CPU.
+
+    given: parts that are not read.
+    """
     import diffusers
 
     check_single_file(path, configs)
@@ -60,7 +63,7 @@ def load_single_file(path: Path, *, configs: Path, dtype: torch.dtype):
         raise UserError(f"{configs}/model_index.json names {name}, which diffusers cannot load from a single file")
     own = {name: clip_tokenizer(configs / name) for name in TOKENIZERS if not _has_vocabulary(configs / name)}
     with loading(path, f"an SDXL-type checkpoint with the configs of {configs}"):
-        return kind.from_single_file(str(path), config=str(configs), dtype=dtype, local_files_only=True, **own)
+        return kind.from_single_file(str(path), config=str(configs), dtype=dtype, local_files_only=True, **own, **given)
 
 
 def check_single_file(path: Path, configs: Path) -> None:

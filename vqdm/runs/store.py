@@ -40,6 +40,7 @@ from vqdm.runs.items import read_item, write_item
 from vqdm.runs.locks import LOCK, lock_if_free, locked
 from vqdm.runs.provenance import git_state, versions
 from vqdm.runs.texts import check_file_name, is_file_name
+from vqdm.runs.usage import Usage
 
 __all__ = ["Stage", "StageEntry", "Store", "atomic_write", "read_item", "sha256_file", "write_item", "write_json"]
 
@@ -157,11 +158,11 @@ class Store:
                 _announce(directory, faults)
                 _clear(directory, faults)
                 _write_config(directory, stage, extendable=False)
-                started = time.monotonic()
+                usage = Usage()
                 summary = make(directory)
-                seconds = round(time.monotonic() - started, 3)
+                used = usage.so_far()
                 files = [relative for relative in _files(directory) if not _matches(relative, scratch)]
-                _write_manifest(directory, stage, files, seconds=seconds, environment=environment, summary=summary)
+                _write_manifest(directory, stage, files, used=used, environment=environment, summary=summary)
             _remove_scratch(directory, scratch)
         return directory
 
@@ -288,13 +289,13 @@ def _write_config(directory: Path, stage: Stage, *, extendable: bool) -> None:
 
 
 def _write_manifest(
-    directory: Path, stage: Stage, files: list[str], *, seconds: float, environment: dict, summary: dict | None
+    directory: Path, stage: Stage, files: list[str], *, used: dict, environment: dict, summary: dict | None
 ) -> None:
     manifest = {
         "stage": stage.name,
         "fingerprint": stage.fingerprint,
         "files": {relative: describe_file(directory / relative) for relative in files},
-        "seconds": seconds,
+        **used,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(),
         "versions": versions(),

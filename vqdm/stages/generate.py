@@ -12,6 +12,7 @@ from vqdm.runs import processes
 from vqdm.runs.items import batches
 from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
+from vqdm.runs.usage import Usage
 from vqdm.seeds import torch_generator
 from vqdm.stages.layout import image_path, png_bytes, readable
 
@@ -42,7 +43,7 @@ def generate(
         return
     from vqdm.models.loader import sample
 
-    pipeline = make_pipeline()
+    usage, pipeline = Usage(), make_pipeline()
     with threads_that_are_free() as adjust_threads:
         for name, batch, rows in tqdm(pending, desc=f"generate {directory.name}", unit="batch"):
             adjust_threads()
@@ -51,7 +52,7 @@ def generate(
             made = sample(pipeline, [p.text for p, _ in filled], sampler=sampler, generators=generators)[: len(batch)]
             paths = (image_path(Path(), index).as_posix() for index in rows)
             files = {path: png_bytes(image) for path, image in zip(paths, made, strict=True)}
-            record = {"prompts": _texts(batch), "seed": seed, "environment": environment}
+            record = {"prompts": _texts(batch), "seed": seed, "environment": environment} | usage.so_far()
             write_item(directory, name, files, record)
 
 

@@ -14,7 +14,13 @@ from vqdm.errors import UserError
 from vqdm.metrics.available import Scoring, find_scoring
 from vqdm.metrics.families import FAMILIES
 from vqdm.models.foreign import json_object
-from vqdm.models.location import check_pipeline_directory, configs_directory, denoiser_directory, model_identity
+from vqdm.models.location import (
+    check_pipeline_directory,
+    configs_directory,
+    decodes_sliced,
+    denoiser_directory,
+    model_identity,
+)
 from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
 from vqdm.runs.store import Stage
@@ -149,6 +155,14 @@ def _denoiser_class(config: ModelConfig) -> str:
     return str(json_object(directory / "config.json").get("_class_name"))
 
 
+def _decodes_sliced(config: ModelConfig) -> bool:
+    """`decodes_sliced`; a hub model without configs counts as large until it is downloaded: ask again then."""
+    try:
+        return decodes_sliced(config)
+    except UserError:
+        return True
+
+
 def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
     """The sensitivity stage, one for all bit-widths of a model; None if bits are uniform."""
     settings = config.quantize.sensitivity()
@@ -262,6 +276,8 @@ def _images(
     settings = {"sampler": asdict(sampler), "dtype": config.model.dtype}
     settings |= _pick(config.evaluate, "batch_size", "images_per_prompt", "seed")
     settings |= {"rescale": asdict(config.model.rescale), "prompts": source}
+    if _decodes_sliced(config.model):  # a batch's convolutions sum in another order
+        settings["decoding"] = "sliced"
     if quantization is None:
         return _stage("generate", f"{config.model.name}-fp", settings, model=model)
     denoiser, last = quantization.denoiser, quantization.sampling

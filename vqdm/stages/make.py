@@ -44,25 +44,36 @@ class Models:
         self.release()
         return load_pipeline(self.config.model, device=self.device)
 
-    def student(self, quantized: Path | None, *, decode: str = "cached"):
-        """The teacher itself, or a separate pipeline with the denoiser that a stage made."""
-        if quantized is None:
-            return self.teacher
-        return self.student_and_teacher(quantized, decode=decode)[0]
-
-    def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
-        """A pipeline with the denoiser that a stage made, and the full-precision denoiser it replaces.
+    def student(self, quantized: Path | None, *, decode: str = "cached", dtype=None):
+        """The teacher itself, or a separate pipeline with the denoiser that a stage made; the teacher's is not read.
 
         dtype: that of the student's floats; None: the model's.
         """
-        from vqdm.hub.pipelines import load_denoiser, replace_denoiser
+        from vqdm.models.loader import load_pipeline
+
+        if quantized is None:
+            return self.teacher
+        self.release()
+        return load_pipeline(self.config.model, device=self.device, denoiser=self._denoiser(quantized, decode, dtype))
+
+    def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
+        """A student's pipeline, and the full-precision denoiser it replaces; arguments as for `student`."""
+        from vqdm.hub.pipelines import replace_denoiser
         from vqdm.models.loader import denoiser_of
 
         pipeline = self.own()
         teacher = denoiser_of(pipeline)
-        student = load_denoiser(quantized / DENOISER, dtype=dtype or pipeline.dtype, decode=decode)
-        replace_denoiser(pipeline, student.to(self.device))
+        replace_denoiser(pipeline, self._denoiser(quantized, decode, dtype).to(self.device))
         return pipeline, teacher
+
+    def _denoiser(self, quantized: Path, decode: str, dtype):
+        """The denoiser that a stage made, on the CPU."""
+        import torch
+
+        from vqdm.hub.pipelines import load_denoiser
+
+        dtype = getattr(torch, self.config.model.dtype) if dtype is None else dtype
+        return load_denoiser(quantized / DENOISER, dtype=dtype, decode=decode)
 
 
 def ensure_denoiser(
@@ -147,7 +158,7 @@ def ensure_distilled(
     def make_tuned(directory: Path) -> dict:
         from vqdm.stages.tune_blocks import tune_all_blocks
 
-        pipeline, teacher = _student_in_fp32(models, quantized)
+        pipeline, teacher = models.student_and_teacher(quantized, **_in_fp32())
         return tune_all_blocks(directory, pipeline, teacher, calibration, config=config.finetune, device=models.device)
 
     def make_trajectories(directory: Path) -> dict:
@@ -164,9 +175,10 @@ def ensure_distilled(
     def make_finetuned(directory: Path) -> dict:
         from vqdm.stages.finetune import finetune, teacher_runs_along
 
-        pipeline, teacher = _student_in_fp32(models, tuned)
-        if not teacher_runs_along(config.finetune):
-            teacher = None  # its memory is free now
+        if teacher_runs_along(config.finetune):
+            pipeline, teacher = models.student_and_teacher(tuned, **_in_fp32())
+        else:
+            pipeline, teacher = models.student(tuned, **_in_fp32()), None
         return finetune(
             directory,
             pipeline,
@@ -190,8 +202,8 @@ def ensure_distilled(
     return processes.together(store, stages.finetune, make_finetuned, environment=environment)
 
 
-def _student_in_fp32(models: Models, directory: Path):
-    """(pipeline of the student, the teacher's denoiser). No decoded weights are kept: a small GPU lacks the room."""
+def _in_fp32() -> dict:
+    """How a student is loaded to be trained. No decoded weights are kept: a small GPU lacks the room."""
     import torch
 
-    return models.student_and_teacher(directory, decode="per_call", dtype=torch.float32)
+    return {"decode": "per_call", "dtype": torch.float32}

@@ -19,6 +19,7 @@ from vqdm.config.options import SamplerConfig, TrajectoriesConfig
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of
+from vqdm.models.placement import visits
 from vqdm.prompts import Prompt, PromptList
 from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
@@ -121,10 +122,11 @@ def _latents(pipeline, captions: list[Prompt], config: TrajectoriesConfig, *, si
     """Latents of the captions' images, `size` pixels wide: fp32 [captions, channels, h, w]."""
     vae, dtype = pipeline.vae, pipeline.vae.dtype
     vae.to(torch.float32)  # SDXL's overflows in fp16
-    latents = []
-    for prompt in captions:  # one at a time: encoding an image of 1024 pixels takes gigabytes
-        image = torch.from_numpy(_pixels(prompt, config, size)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        latents.append(vae.encode(image.to(vae.device)).latent_dist.mode().cpu())
+    latents, device = [], denoiser_of(pipeline).device
+    with visits(pipeline):
+        for prompt in captions:  # one at a time: encoding an image of 1024 pixels takes gigabytes
+            image = torch.from_numpy(_pixels(prompt, config, size)).permute(2, 0, 1)[None].float() / 127.5 - 1
+            latents.append(vae.encode(image.to(device)).latent_dist.mode().cpu())
     vae.to(dtype)
     return torch.cat(latents) * vae.config.scaling_factor
 

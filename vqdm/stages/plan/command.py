@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.errors import UserError
-from vqdm.models.location import local_directory
+from vqdm.models.location import configs_directory
 from vqdm.models.samplers import check_sampler
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
@@ -23,7 +23,7 @@ def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> Non
     """
     if config.model.hub_id is None:  # a model from the hub may not be downloaded yet
         for sampler in samplers(config):
-            check_sampler(local_directory(config.model), sampler)
+            check_sampler(configs_directory(config.model), sampler)
     try:
         stages = build_stages(config, cache=store.hashes)
     except UserError as error:
