@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqdm.tiny.attributes import KINDS, VALUES, AttributeNet, Seen, as_seen, fidelity, look, targets_of
+from vqdm.tiny.attributes import KINDS, AttributeNet, Seen, as_seen, fidelity, look, targets_of, values_of
 from vqdm.tiny.captions import Request, RequestedThing, caption_of, requested
-from vqdm.tiny.scenes import BACKGROUNDS, COLOURS, LAYOUTS, PATTERNS, RADII, SHAPES, draw_scene
+from vqdm.tiny.scenes import BACKGROUNDS, COLOURS, LAYOUTS, PATTERNS, RADII, SHAPES, TINY, draw_scene
 
 RED_CIRCLE, BLUE_SQUARE = ("circle", "red", "small"), ("square", "blue", "large")
 
@@ -169,7 +169,7 @@ def test_looking_at_logits_of_the_targets_gives_back_the_truth():
     """targets_of and look are inverse: features that hold the target classes are read as the scene."""
     scenes = [draw_scene(4, "train", i) for i in range(60)]
     targets = targets_of(scenes)
-    assert targets.keys() == VALUES.keys()
+    assert targets.keys() == values_of(TINY).keys()
     single = [scene.layout == "single" for scene in scenes]
     assert [bool(t) for t in targets["shape1"] == -100] == single
 
@@ -177,7 +177,7 @@ def test_looking_at_logits_of_the_targets_gives_back_the_truth():
         def logits(self, features):
             rows = features[:, 0].long()
             return {
-                name: torch.nn.functional.one_hot(target[rows].clamp(min=0), len(VALUES[name])).float()
+                name: torch.nn.functional.one_hot(target[rows].clamp(min=0), len(values_of(TINY)[name])).float()
                 for name, target in targets.items()
             }
 
@@ -193,4 +193,4 @@ def test_net_gives_64_features_and_a_logit_for_every_value():
         logits = net.logits(features)
         assert torch.allclose(net(images[1:2]), features[1:2], atol=1e-5)  # an image's features are its own
     assert features.shape == (3, 64)
-    assert {name: tuple(v.shape) for name, v in logits.items()} == {name: (3, len(v)) for name, v in VALUES.items()}
+    assert {name: tuple(v.shape) for name, v in logits.items()} == {name: (3, len(v)) for name, v in values_of(TINY).items()}

@@ -179,7 +179,7 @@ def test_captions_fit_and_are_a_token_a_word(tokenizer, captions):
 
 def test_open_clip_pools_at_the_end_token_which_has_the_highest_id(tokenizer, captions):
     texts = [caption for _, caption in captions[:50]] + [LONGEST, "word " * 40]
-    tokens = clip_tokens(tokenizer, texts)
+    tokens = clip_tokens(tokenizer, texts, length=MAX_TOKENS)
     assert tokens.shape == (52, CLIP_CONFIG["text_cfg"]["context_length"])
     places = [min(len(text.split()) + 1, 23) for text in texts]
     assert tokens.argmax(1).tolist() == places

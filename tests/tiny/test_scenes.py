@@ -186,7 +186,7 @@ def test_backgrounds_and_patterns_are_told_apart_by_the_pixels_around_a_thing():
     assert len({image.tobytes() for image in images}) == 16
 
 
-@pytest.mark.parametrize("change", [{"shape": "star"}, {"pattern": "wavy"}, {"colour": "teal"}, {"size": "medium"}])
+@pytest.mark.parametrize("change", [{"shape": "heart"}, {"pattern": "wavy"}, {"colour": "teal"}, {"size": "medium"}])
 def test_unknown_attributes_are_refused(change):
     with pytest.raises((ValueError, KeyError)):
         images = render([alone(**change)])

@@ -8,6 +8,7 @@ from vqdm.config.options import (
     PLAN_CARDS,
     PROMPT_ORDERS,
     PROMPT_SOURCES,
+    TINY_WORLDS,
     Config,
     EvaluateConfig,
     TrajectoriesConfig,
@@ -33,6 +34,7 @@ CHOICES = {
     "finetune.loss": ("guided", "halves"),
     "finetune.weighting": ("uniform", "min_snr"),
     "finetune.precision": ("float32", "bfloat16"),
+    "tiny_train.world": TINY_WORLDS,
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
 }

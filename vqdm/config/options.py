@@ -11,6 +11,7 @@ from vqdm.config.acceleration import CacheConfig
 from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.ranges import MOST, SEEDS, number
 
+TINY_WORLDS = ("tiny", "small")
 PROMPT_SOURCES = ("tiny", "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
 METRIC_FAMILIES = (  # vqdm/metrics/families.py says what each gives and needs
@@ -199,8 +200,9 @@ class TrackerConfig:
 
 @dataclasses.dataclass
 class TinyTrainConfig:
-    """Retrain the tiny world from nothing; step counts are those of the shipped weights."""
+    """Train a world from nothing; step counts are those of the shipped weights of tiny."""
 
+    world: str = "tiny"  # TINY_WORLDS
     seed: int = number(0, least=0, most=SEEDS)
     scenes: int = number(150_000, least=1, most=MOST)
     batch_size: int = number(128, least=1, most=65_536)
@@ -216,6 +218,9 @@ class TinyTrainConfig:
     clip_steps: int = number(1500, least=1, most=MOST)
     evaluator_scenes: int = number(80_000, least=1, most=MOST)  # plus a quarter as many with unseen pairs
     reference_scenes: int = number(4096, least=1, most=MOST)
+    unet_batch_size: int | None = number(None, least=1, most=65_536)  # None = batch_size
+    growth_every: int | None = number(None, least=1, most=MOST)  # steps of the U-Net between two looks at its images
+    growth_captions: int = number(128, least=1, most=MOST)
     init_from: str | None = None  # diffusers directory with a U-Net to train on from
 
 

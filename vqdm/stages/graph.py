@@ -382,6 +382,9 @@ def _needs_tiny_captions(prompts: PromptList) -> None:
 
 def tiny_train_stage(config: TinyTrainConfig, *, cache: Path) -> Stage:
     settings = asdict(config)
+    first = {"world": "tiny", "unet_batch_size": None, "growth_every": None, "growth_captions": 128}
+    # these came after the first trainings, which are valid still
+    settings = {name: value for name, value in settings.items() if name not in first or value != first[name]}
     start = settings.pop("init_from")
     upstream = {} if start is None else {"init_from": files_identity(check_pipeline_directory(Path(start)), cache)}
-    return _stage("tiny_train", f"tiny-seed{config.seed}", settings, **upstream)
+    return _stage("tiny_train", f"{config.world}-seed{config.seed}", settings, **upstream)

@@ -1,31 +1,35 @@
-"""A network that reads the attributes of a picture of the tiny world, and their agreement with the caption.
+"""A network that reads the attributes of a picture of a world, and their agreement with the caption.
 
-`AttributeNet` is the tiny world's evaluator: its 64 features serve FID and KID, its heads serve caption fidelity.
+`AttributeNet` is the worlds' evaluator: its features serve FID and KID, its heads serve caption fidelity.
 It takes part in no training loss of the denoiser, the VAE or the text encoders.
 """
 
 import dataclasses
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqdm.tiny.captions import Request
-from vqdm.tiny.scenes import BACKGROUNDS, COLOURS, LAYOUTS, PATTERNS, RADII, SHAPES, Scene
+from vqdm.tiny.captions import Request, RequestedThing
+from vqdm.tiny.scenes import TINY
+from vqdm.tiny.world import Scene, World
 
-NUM_FEATURES = 64
-VALUES = {
-    "layout": LAYOUTS,
-    "background": tuple(BACKGROUNDS),
-    "pattern": PATTERNS,
-    **{
-        f"{kind}{slot}": v
-        for slot in (0, 1)
-        for kind, v in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("size", tuple(RADII)))
-    },
-}
-KINDS = ("count", "relation", "shape", "colour", "size", "background", "pattern")
-MISSING = (None, None, None)  # counterpart of a requested thing that is not in the picture: agrees in nothing
+WIDTHS = {"tiny": (32, 48, 96, 128), "small": (32, 48, 96, 128, 160)}  # channels; each but the first halves the size
+NUM_FEATURES = {"tiny": 64, "small": 96}
+KINDS = ("count", "relation", "shape", "colour", "size", "background", "pattern")  # those of every world
+
+
+def values_of(world: World) -> dict[str, tuple[str, ...]]:
+    """{attribute: its values} of a picture; things are counted as a scene does: the left or upper one is number 0."""
+    things = {f"{kind}{slot}": v for slot in range(world.most_things) for kind, v in world.thing_kinds.items()}
+    ground = {"layout": world.layouts, "background": tuple(world.backgrounds), "pattern": world.patterns}
+    return ground | things
+
+
+def kinds_of(world: World) -> tuple[str, ...]:
+    """The kinds of attributes that a caption can ask for."""
+    return (*KINDS, *(kind for kind in world.thing_kinds if kind not in KINDS))
 
 
 class _Residual(nn.Module):
@@ -40,15 +44,18 @@ class _Residual(nn.Module):
 
 
 class AttributeNet(nn.Module):
-    """float [n, 3, 32, 32] in [-1, 1] -> features [n, 64]; `heads` maps features to logits by attribute."""
+    """float [n, 3, size, size] in [-1, 1] -> features [n, 64]; `heads` maps features to logits by attribute.
 
-    def __init__(self):
+    The features are 64 in tiny (32×32 pixels), 96 in small (64×64).
+    """
+
+    def __init__(self, world: World = TINY):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, 1, 1), nn.SiLU(), _Residual(32, 48), _Residual(48, 96), _Residual(96, 128)
-        )
-        self.to_features = nn.Linear(128 * 16, NUM_FEATURES)
-        self.heads = nn.ModuleDict({name: nn.Linear(NUM_FEATURES, len(v)) for name, v in VALUES.items()})
+        widths, features = WIDTHS[world.name], NUM_FEATURES[world.name]
+        blocks = (_Residual(inner, outer) for inner, outer in itertools.pairwise(widths))
+        self.body = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1), nn.SiLU(), *blocks)
+        self.to_features = nn.Linear(widths[-1] * 16, features)
+        self.heads = nn.ModuleDict({name: nn.Linear(features, len(v)) for name, v in values_of(world).items()})
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return F.silu(self.to_features(self.body(images).flatten(1)))
@@ -59,88 +66,84 @@ class AttributeNet(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """The attributes the network sees: things are (shape, colour, size); the first is left of or above the second."""
+    """The attributes the network sees: things are (shape, colour, size) and, where the world has them, texture.
+
+    The first thing is left of or above the second.
+    """
 
     layout: str
-    things: tuple[tuple[str, str, str], ...]
+    things: tuple[tuple[str, ...], ...]
     background: str
     pattern: str
 
 
 @torch.no_grad()
 def labels(net: AttributeNet, features: torch.Tensor) -> torch.Tensor:
-    """Most probable value of each attribute for each row of features: int64 [n, attributes], in the order of VALUES."""
-    logits = net.logits(features)
-    return torch.stack([logits[name].argmax(-1) for name in VALUES], dim=1)
+    """Most probable value of each attribute for each row of features: int64 [n, attributes], as in `values_of`."""
+    return torch.stack([logits.argmax(-1) for logits in net.logits(features).values()], dim=1)
 
 
-def seen_by(found: torch.Tensor) -> list[Seen]:
+def seen_by(found: torch.Tensor, *, world: World = TINY) -> list[Seen]:
     """The indices of `labels` turned into words."""
-    columns = zip(VALUES.values(), found.T.tolist(), strict=True)
-    named = dict(zip(VALUES, ([values[i] for i in indices] for values, indices in columns), strict=True))
-    slots = [list(zip(named[f"shape{s}"], named[f"colour{s}"], named[f"size{s}"], strict=True)) for s in (0, 1)]
-    return [
-        Seen(layout, (first,) if layout == "single" else (first, second), background, pattern)
-        for layout, first, second, background, pattern in zip(
-            named["layout"], *slots, named["background"], named["pattern"], strict=True
-        )
-    ]
+    values = values_of(world)
+    counts = {"single": 1} | {layout: len(order) for layout, order in world.readings.values()}
+    pictures = []
+    for row in found.tolist():
+        named = {name: words[i] for (name, words), i in zip(values.items(), row, strict=True)}
+        things = [tuple(named[f"{kind}{slot}"] for kind in world.thing_kinds) for slot in range(world.most_things)]
+        layout = named["layout"]
+        pictures.append(Seen(layout, tuple(things[: counts[layout]]), named["background"], named["pattern"]))
+    return pictures
 
 
-def look(net: AttributeNet, features: torch.Tensor) -> list[Seen]:
+def look(net: AttributeNet, features: torch.Tensor, *, world: World = TINY) -> list[Seen]:
     """Most probable attributes for each row of features."""
-    return seen_by(labels(net, features))
+    return seen_by(labels(net, features), world=world)
 
 
-def as_seen(scene: Scene) -> Seen:
+def as_seen(scene: Scene, *, world: World = TINY) -> Seen:
     """The true attributes of a scene, in the form in which the network reports what it sees."""
-    things = tuple((t.shape, t.colour, t.size) for t in scene.things)
+    things = tuple(tuple(getattr(thing, kind) for kind in world.thing_kinds) for thing in scene.things)
     return Seen(scene.layout, things, scene.background, scene.pattern)
 
 
-def targets_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """Class indices by attribute, -100 (ignored by cross entropy) where there is no second thing."""
-    columns: dict[str, list[int]] = {name: [] for name in VALUES}
-    for scene in map(as_seen, scenes):
+def targets_of(scenes: list[Scene], *, world: World = TINY) -> dict[str, torch.Tensor]:
+    """Class indices by attribute, -100 (ignored by cross entropy) where there is no such thing."""
+    values = values_of(world)
+    columns: dict[str, list[int]] = {name: [] for name in values}
+    for scene in scenes:
         for name in ("layout", "background", "pattern"):
-            columns[name].append(VALUES[name].index(getattr(scene, name)))
-        for slot in (0, 1):
-            for position, kind in enumerate(("shape", "colour", "size")):
-                name = f"{kind}{slot}"
-                there = slot < len(scene.things)
-                columns[name].append(VALUES[name].index(scene.things[slot][position]) if there else -100)
-    return {name: torch.tensor(values) for name, values in columns.items()}
+            columns[name].append(values[name].index(getattr(scene, name)))
+        for slot, kind in itertools.product(range(world.most_things), world.thing_kinds):
+            name = f"{kind}{slot}"
+            there = slot < len(scene.things)
+            columns[name].append(values[name].index(getattr(scene.things[slot], kind)) if there else -100)
+    return {name: torch.tensor(column) for name, column in columns.items()}
 
 
-def _pairings(request: Request, seen: Seen) -> list[list[tuple]]:
-    """Ways to pair the requested things with those seen, the pairing that fits the layout first."""
-    if len(request.things) == 1:
-        return [[(request.things[0], thing)] for thing in seen.things]
-    first, second = seen.things if len(seen.things) == 2 else (*seen.things, MISSING)
-    return [list(zip(request.things, order, strict=True)) for order in ((first, second), (second, first))]
+def _agreements(wanted: RequestedThing, seen: tuple | None, world: World) -> list[tuple[str, bool]]:
+    """(kind, whether it is as asked) of each attribute asked of a thing; None, a missing thing, agrees in nothing."""
+    asked = ((place, kind, getattr(wanted, kind)) for place, kind in enumerate(world.thing_kinds))
+    return [(kind, seen is not None and seen[place] == value) for place, kind, value in asked if value is not None]
 
 
-def _agreements(pairs: list[tuple]) -> list[tuple[str, bool]]:
-    found = []
-    for wanted, (shape, colour, size) in pairs:
-        found += [("shape", wanted.shape == shape), ("colour", wanted.colour == colour)]
-        if wanted.size is not None:
-            found.append(("size", wanted.size == size))
-    return found
-
-
-def fidelity(request: Request, seen: Seen) -> dict[str, tuple[int, int]]:
+def fidelity(request: Request, seen: Seen, *, world: World = TINY) -> dict[str, tuple[int, int]]:
     """(found, asked) for each kind of attribute. Things are paired the best way: a swap costs the relation only."""
-    options = _pairings(request, seen)
-    scored = [(sum(ok for _, ok in _agreements(pairs)), -order, pairs) for order, pairs in enumerate(options)]
-    _, order, pairs = max(scored, key=lambda option: option[:2])
-    results = [("count", len(request.things) == len(seen.things)), *_agreements(pairs)]
+    count = len(request.things)
+    padded = (*seen.things, *[None] * (count - len(seen.things)))
+    best, in_place = None, True
+    for place, order in enumerate(itertools.permutations(padded, count)):  # the first is in the order of the scene
+        pairs = zip(request.things, order, strict=True)
+        found = [agreement for wanted, thing in pairs for agreement in _agreements(wanted, thing, world)]
+        if best is None or sum(ok for _, ok in found) > sum(ok for _, ok in best):
+            best, in_place = found, place == 0
+    results = [("count", count == len(seen.things)), *best]
     if request.layout != "single":
-        results.append(("relation", seen.layout == request.layout and order == 0))
+        results.append(("relation", seen.layout == request.layout and in_place))
     for kind in ("background", "pattern"):
         if getattr(request, kind) is not None:
             results.append((kind, getattr(request, kind) == getattr(seen, kind)))
-    tally = {kind: (0, 0) for kind in KINDS}
+    tally = {kind: (0, 0) for kind in kinds_of(world)}
     for kind, ok in results:
         found, asked = tally[kind]
         tally[kind] = (found + ok, asked + 1)

@@ -10,26 +10,11 @@ import functools
 import numpy as np
 
 from vqdm.seeds import numpy_generator
-from vqdm.tiny.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Scene, Thing
+from vqdm.tiny.scenes import TINY
+from vqdm.tiny.world import Scene, Thing, World
 
-SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
 OPENINGS = ("", "", "", "a picture of", "a drawing of", "there is", "we see", "this is", "here is", "an image of")
-# {0} is the left (upper) thing, {1} the right (lower) one
-RELATIONS = {
-    "left": ("{0} left of {1}", "{0} to the left of {1}", "{1} right of {0}", "{1} to the right of {0}"),
-    "above": ("{0} above {1}", "{0} over {1}", "{1} below {0}", "{1} under {0}"),
-}
 GROUNDS = ("on a {} background", "in front of a {} wall", "on a {} floor", "against a {} background")
-PATTERN_WORDS = {
-    "plain": ("plain", "simple"),
-    "striped": ("striped",),
-    "dotted": ("dotted", "spotted"),
-    "checkered": ("checkered",),
-}
-_SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
-_PATTERN_OF = {word: pattern for pattern, words in PATTERN_WORDS.items() for word in words}
-_SWAPS = {"right", "below", "under"}  # the thing named first is the second one
-_LAYOUT_OF = {"left": "left", "right": "left", "above": "above", "over": "above", "below": "above", "under": "above"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +22,7 @@ class RequestedThing:
     shape: str
     colour: str
     size: str | None
+    texture: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,68 +39,76 @@ def _pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
 
-def _noun_phrase(thing: Thing, rng: np.random.Generator) -> str:
-    size = _pick(rng, SIZE_WORDS[thing.size]) + " " if rng.random() < 0.75 else ""
-    phrase = f"{size}{thing.colour} {thing.shape}"
+def _noun_phrase(thing: Thing, rng: np.random.Generator, world: World) -> str:
+    size = _pick(rng, world.size_words[thing.size]) + " " if rng.random() < 0.75 else ""
+    words = world.texture_words[thing.texture]
+    texture = _pick(rng, words) + " " if words and rng.random() < 0.75 else ""
+    phrase = f"{size}{texture}{thing.colour} {thing.shape}"
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption for a scene, at most 22 words."""
-    things = [_noun_phrase(thing, rng) for thing in scene.things]
-    text = things[0] if scene.layout == "single" else _pick(rng, RELATIONS[scene.layout]).format(*things)
+def describe(scene: Scene, rng: np.random.Generator, *, world: World = TINY) -> str:
+    """A caption for a scene, at most 22 words in tiny and 33 in small."""
+    things = [_noun_phrase(thing, rng, world) for thing in scene.things]
+    text = things[0] if scene.layout == "single" else _pick(rng, world.relations[scene.layout]).format(*things)
     if rng.random() < 0.85:
-        ground = f"{_pick(rng, PATTERN_WORDS[scene.pattern])} {scene.background}"
+        ground = f"{_pick(rng, world.pattern_words[scene.pattern])} {scene.background}"
         if rng.random() < 0.5:
             ground = " ".join(reversed(ground.split()))
         text = f"{text} {_pick(rng, GROUNDS).format(ground)}"
     return f"{_pick(rng, OPENINGS)} {text}".strip()
 
 
-def caption_of(scene: Scene, *, seed: int, split: str, index: int) -> str:
+def caption_of(scene: Scene, *, seed: int, split: str, index: int, world: World = TINY) -> str:
     """The caption of scene number `index` of a split: the same in training, calibration and evaluation."""
-    return describe(scene, numpy_generator(seed, f"caption/{split}", index))
+    return describe(scene, numpy_generator(seed, f"caption/{split}", index), world=world)
 
 
-def requested(caption: str) -> Request | None:
-    """The attributes that a caption asks for, or None if it is not a caption of the tiny world."""
+def requested(caption: str, *, world: World = TINY) -> Request | None:
+    """The attributes that a caption asks for, or None if it is not a caption of the world."""
+    lexicon = _lexicon(world)
     things: list[RequestedThing] = []
-    size = colour = background = pattern = relation = None
-    words = caption.lower().split()
-    if not set(words) <= _words():
-        return None
-    for word in words:
-        if word in _SIZE_OF:
-            size = _SIZE_OF[word]
-        elif word in COLOURS:
-            colour = word
-        elif word in SHAPES:
-            if colour is None:
+    said: dict[str, str] = {}  # since the last thing, and of the background
+    relation = None
+    for word in caption.lower().split():
+        if word not in lexicon:
+            return None
+        kind, value = lexicon[word]
+        if kind == "shape":
+            if "colour" not in said:
                 return None
-            things.append(RequestedThing(word, colour, size))
-            size = colour = None
-        elif word in BACKGROUNDS:
-            background = word
-        elif word in _PATTERN_OF:
-            pattern = _PATTERN_OF[word]
-        elif word in _LAYOUT_OF:
+            about = {name: said.pop(name, None) for name in ("colour", "size", "texture")}
+            things.append(RequestedThing(value, **about))
+        elif kind == "relation":
             relation = word
+        elif kind != "":
+            said[kind] = value
+    ground = {"background": said.get("background"), "pattern": said.get("pattern")}
     if len(things) == 1 and relation is None:
-        return Request(tuple(things), "single", background, pattern)
-    if len(things) == 2 and relation is not None:
-        ordered = tuple(reversed(things)) if relation in _SWAPS else tuple(things)
-        return Request(ordered, _LAYOUT_OF[relation], background, pattern)
-    return None
+        return Request(tuple(things), "single", **ground)
+    if (relation, len(things)) not in world.readings:
+        return None
+    layout, places = world.readings[relation, len(things)]
+    return Request(tuple(things[places.index(i)] for i in range(len(things))), layout, **ground)
 
 
 @functools.cache
-def _words() -> frozenset[str]:
-    return frozenset(vocabulary())
+def _lexicon(world: World) -> dict[str, tuple[str, str]]:
+    """{word: (the kind of attribute it names, its value)} of every word a caption can hold; ("", "") names none."""
+    phrases = [*OPENINGS, *GROUNDS, *(p for group in world.relations.values() for p in group)]
+    lexicon = {word: ("", "") for phrase in [*phrases, "a an"] for word in phrase.split() if "{" not in word}
+    lexicon |= {word: ("relation", word) for word in world.relation_words}
+    for kind, words in (
+        ("size", world.size_words),
+        ("texture", world.texture_words),
+        ("pattern", world.pattern_words),
+        *((kind, {v: (v,) for v in values}) for kind, values in (("shape", world.shapes), ("colour", world.colours))),
+        ("background", {v: (v,) for v in world.backgrounds}),
+    ):
+        lexicon |= {word: (kind, value) for value, group in words.items() for word in group}
+    return lexicon
 
 
-def vocabulary() -> list[str]:
+def vocabulary(world: World = TINY) -> list[str]:
     """Every word a caption can hold, sorted."""
-    phrases = [*OPENINGS, *GROUNDS, *(p for group in RELATIONS.values() for p in group)]
-    words = {w for p in phrases for w in p.split() if "{" not in w}
-    words |= {"a", "an", *SHAPES, *COLOURS, *BACKGROUNDS, *PATTERNS, *_SIZE_OF, *_PATTERN_OF}
-    return sorted(words)
+    return sorted(_lexicon(world))

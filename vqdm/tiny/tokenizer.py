@@ -1,4 +1,4 @@
-"""A real CLIPTokenizer whose merges make every word of the tiny world one token."""
+"""A real CLIPTokenizer whose merges make every word of a world one token."""
 
 import itertools
 from collections import Counter
@@ -6,8 +6,10 @@ from collections import Counter
 from transformers import CLIPTokenizer
 
 from vqdm.tiny.captions import vocabulary
+from vqdm.tiny.scenes import TINY
+from vqdm.tiny.world import World
 
-MAX_TOKENS = 24
+MAX_TOKENS = TINY.max_tokens
 
 
 def _byte_alphabet() -> list[str]:
@@ -39,11 +41,11 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(world: World = TINY) -> CLIPTokenizer:
     """Build the tokenizer: all bytes, all bytes that end a word, then the merges, so that no text is unknown."""
     alphabet = _byte_alphabet()
-    merges = _learn_merges(vocabulary())
+    merges = _learn_merges(vocabulary(world))
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=world.max_tokens)

@@ -1,4 +1,4 @@
-"""Train the tiny world's two evaluators: an attribute network and an open_clip model.
+"""Train a world's two evaluators: an attribute network and an open_clip model.
 
 They see only renders: scenes from a seed of their own, unseen pairs included (an evaluator must know everything that
 could appear), never the scenes of the test captions.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from vqdm.seeds import seeded_initialisation
 from vqdm.stages.tiny_train.loop import fit
 from vqdm.tiny.attributes import AttributeNet, targets_of
-from vqdm.tiny.clip import CLIP_CONFIG, CLIP_NAME, clip_tokens
+from vqdm.tiny.clip import CLIP_CONFIGS, clip_tokens
 from vqdm.tiny.data import SceneSet
 
 
@@ -27,8 +27,8 @@ def _roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def train_attribute_net(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int) -> AttributeNet:
     with seeded_initialisation(seed, "attribute_net"):
-        net = AttributeNet()
-    targets = targets_of(scenes.scenes)
+        net = AttributeNet(scenes.world)
+    targets = targets_of(scenes.scenes, world=scenes.world)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = scenes.pick(batch_size, generator)
@@ -56,11 +56,12 @@ def train_clip(scenes: SceneSet, tokenizer, *, directory: Path, steps: int, batc
     """Train an open_clip model with our own config on captions and renders."""
     config_dir = directory / "open_clip_config"
     config_dir.mkdir(parents=True, exist_ok=True)
-    (config_dir / f"{CLIP_NAME}.json").write_text(json.dumps(CLIP_CONFIG))
+    name = f"vqdm-{scenes.world.name}"
+    (config_dir / f"{name}.json").write_text(json.dumps(CLIP_CONFIGS[name]))
     open_clip.add_model_config(config_dir)
     with seeded_initialisation(seed, "clip"):
-        model = open_clip.create_model(CLIP_NAME)
-    tokens = clip_tokens(tokenizer, scenes.captions)
+        model = open_clip.create_model(name)
+    tokens = clip_tokens(tokenizer, scenes.captions, length=scenes.world.max_tokens)
     targets = torch.arange(batch_size)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The tiny world's two text encoders, trained contrastively against renders.
+"""A world's two text encoders, trained contrastively against renders.
 
 They are built like SDXL's: a CLIPTextModel and a CLIPTextModelWithProjection whose penultimate hidden states are
 joined. The image tower exists for this training only; no evaluator takes part.
@@ -15,18 +15,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from vqdm.seeds import seeded_initialisation
 from vqdm.stages.tiny_train.loop import fit
 from vqdm.tiny.data import SceneSet
-from vqdm.tiny.tokenizer import MAX_TOKENS, build_tokenizer
+from vqdm.tiny.tokenizer import build_tokenizer
+from vqdm.tiny.world import World
+
+SIZES = {  # widths of the two encoders, projection of the second; layers of each; channels of the image tower
+    "tiny": {"widths": (64, 128), "layers": 3, "channels": (3, 32, 64, 128)},
+    "small": {"widths": (96, 128), "layers": 4, "channels": (3, 32, 64, 96, 128)},
+}
 
 
-def _config(width: int, tokenizer) -> CLIPTextConfig:
+def _config(width: int, tokenizer, *, layers: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=128,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=width // 32,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -37,11 +43,13 @@ def _config(width: int, tokenizer) -> CLIPTextConfig:
 class ContrastivePair(nn.Module):
     """Both text encoders and a small convolutional image tower with one head for each."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, world: World):
         super().__init__()
-        self.text_encoder = CLIPTextModel(_config(64, tokenizer))
-        self.text_encoder_2 = CLIPTextModelWithProjection(_config(128, tokenizer))
-        channels = (3, 32, 64, 128)
+        sizes = SIZES[world.name]
+        self.widths, channels = sizes["widths"], sizes["channels"]
+        one, two = (_config(width, tokenizer, layers=sizes["layers"]) for width in self.widths)
+        self.text_encoder = CLIPTextModel(one)
+        self.text_encoder_2 = CLIPTextModelWithProjection(two)
         blocks = [
             nn.Sequential(
                 nn.Conv2d(a, b, 3, stride=2, padding=1),
@@ -53,13 +61,13 @@ class ContrastivePair(nn.Module):
             )
             for a, b in itertools.pairwise(channels)
         ]
-        self.image_tower = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 192))
+        self.image_tower = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, sum(self.widths)))
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Sum of the two symmetric contrastive losses."""
         targets = torch.arange(len(images))
-        seen = self.image_tower(images).split((64, 128), dim=-1)
+        seen = self.image_tower(images).split(self.widths, dim=-1)
         read = (self.text_encoder(ids).pooler_output, self.text_encoder_2(ids).text_embeds)
         loss = 0.0
         for image, text in zip(seen, read, strict=True):
@@ -69,17 +77,15 @@ class ContrastivePair(nn.Module):
 
 
 def token_ids(tokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids int64 [n, MAX_TOKENS], padded and cut as the pipeline does it."""
-    return tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    """Token ids int64 [n, the tokenizer's length], padded and cut as the pipeline does it."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def train_text_encoders(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int):
     """Train and return (tokenizer, text_encoder, text_encoder_2), in evaluation mode."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(scenes.world)
     with seeded_initialisation(seed, "text_encoders"):
-        pair = ContrastivePair(tokenizer)
+        pair = ContrastivePair(tokenizer, scenes.world)
     ids = token_ids(tokenizer, scenes.captions)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""Train the whole tiny world: VAE, text encoders, denoiser, few-step student, evaluators, reference features.
+"""Train a whole world, tiny or small: VAE, text encoders, denoiser, few-step student, evaluators, reference features.
 
 Finished parts are kept, and a killed run goes on from its last checkpoint. The result is laid out as the package
-ships it: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
+ships it, for the world tiny: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_evaluators/.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -27,14 +28,17 @@ from vqdm.config.options import TinyTrainConfig
 from vqdm.models.location import check_pipeline_directory
 from vqdm.runs.store import atomic_write, write_json
 from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
+from vqdm.stages.tiny_train.growth import Growth
 from vqdm.stages.tiny_train.text import train_text_encoders
 from vqdm.stages.tiny_train.turbo import distil_turbo
 from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, train_unet
 from vqdm.stages.tiny_train.vae import train_vae
 from vqdm.tiny.attributes import AttributeNet
-from vqdm.tiny.clip import CLIP_CONFIG, CLIP_NAME
+from vqdm.tiny.clip import CLIP_CONFIGS
 from vqdm.tiny.data import SceneSet
 from vqdm.tiny.evaluator import TinyWorld
+from vqdm.tiny.world import World
+from vqdm.tiny.worlds import WORLDS
 
 log = logging.getLogger("vqdm")
 DDIM = SCHEDULE | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # as SDXL's
@@ -65,15 +69,17 @@ def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     tokenizer, text_encoder, text_encoder_2 = _text_encoders(work, config, start)
     _train_evaluators(directory, work, tokenizer, config=config)
     shared = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    unet, turbo = _denoisers(work, config, start, shared=shared)
-    save_pipeline(directory / "tiny", unet, DDIMScheduler(**DDIM), **shared)
-    save_pipeline(directory / "tiny_turbo", turbo, EulerAncestralDiscreteScheduler(**TRAILING), **shared)
+    unet, turbo = _denoisers(directory, work, config, start=start, shared=shared)
+    save_pipeline(directory / config.world, unet, DDIMScheduler(**DDIM), **shared)
+    save_pipeline(directory / f"{config.world}_turbo", turbo, EulerAncestralDiscreteScheduler(**TRAILING), **shared)
+    for losses in (work / "checkpoints").glob("*.jsonl"):
+        losses.replace(work / losses.name)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
     return {"steps": {name: value for name, value in vars(config).items() if name.endswith("_steps")}}
 
 
 def _scenes(config: TinyTrainConfig, count: int) -> SceneSet:
-    return SceneSet(seed=config.seed, split="train", n=count)
+    return SceneSet(seed=config.seed, split="train", n=count, world=WORLDS[config.world])
 
 
 def _vae(work: Path, config: TinyTrainConfig, start: Path | None) -> AutoencoderKL:
@@ -121,22 +127,27 @@ def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> t
     )
 
 
-def _denoisers(work: Path, config: TinyTrainConfig, start: Path | None, *, shared: dict) -> tuple:
+def _denoisers(directory: Path, work: Path, config: TinyTrainConfig, *, start: Path | None, shared: dict) -> tuple:
     """Train and return (unet, turbo)."""
-    settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
+    batch_size = config.batch_size if config.unet_batch_size is None else config.unet_batch_size
+    settings = {"directory": work / "checkpoints", "batch_size": batch_size, "seed": config.seed}
 
     @functools.cache
     def latents() -> LatentSet:
         path = work / "checkpoints" / "latents.safetensors"
-        return LatentSet(_scenes(config, config.scenes), **shared, path=path)
+        return LatentSet(lambda: _scenes(config, config.scenes), **shared, path=path)
 
-    unet = _part(
-        work / "unet",
-        lambda: train_unet(
-            latents(), steps=config.unet_steps, init_from=None if start is None else start / "unet", **settings
-        ),
-        UNet2DConditionModel.from_pretrained,
-    )
+    def make_unet() -> UNet2DConditionModel:
+        return train_unet(
+            latents(),
+            world=WORLDS[config.world],
+            steps=config.unet_steps,
+            init_from=None if start is None else start / "unet",
+            after_step=_growth(directory, work, config, shared),
+            **settings,
+        )
+
+    unet = _part(work / "unet", make_unet, UNet2DConditionModel.from_pretrained)
     turbo = _part(
         work / "turbo",
         lambda: distil_turbo(unet, latents(), steps=config.turbo_steps, guidance=config.turbo_guidance, **settings),
@@ -145,10 +156,29 @@ def _denoisers(work: Path, config: TinyTrainConfig, start: Path | None, *, share
     return unet, turbo
 
 
-def evaluator_scenes(count: int) -> SceneSet:
+def _growth(directory: Path, work: Path, config: TinyTrainConfig, shared: dict) -> Growth | None:
+    if config.growth_every is None:
+        return None
+
+    def save(path: Path, unet: UNet2DConditionModel) -> None:
+        save_pipeline(path, unet, DDIMScheduler(**DDIM), **shared)
+
+    return Growth(
+        work,
+        every=config.growth_every,
+        captions=config.growth_captions,
+        evaluators=directory / f"{config.world}_evaluators",
+        scheduler=DDIM,
+        seed=config.seed,
+        shared=shared,
+        save=save,
+    )
+
+
+def evaluator_scenes(count: int, *, world: World) -> SceneSet:
     """Scenes from the evaluators' own seed, a fifth of them with pairs that the denoiser never sees."""
-    seen = SceneSet(seed=EVALUATOR_SEED, split="train", n=count)
-    unseen = SceneSet(seed=EVALUATOR_SEED, split="unseen_pairs", n=max(1, count // 4))
+    seen = SceneSet(seed=EVALUATOR_SEED, split="train", n=count, world=world)
+    unseen = SceneSet(seed=EVALUATOR_SEED, split="unseen_pairs", n=max(1, count // 4), world=world)
     seen.scenes += unseen.scenes
     seen.captions += unseen.captions
     seen.pixels = np.concatenate([seen.pixels, unseen.pixels])
@@ -156,14 +186,14 @@ def evaluator_scenes(count: int) -> SceneSet:
 
 
 def _train_evaluators(directory: Path, work: Path, tokenizer, *, config: TinyTrainConfig) -> None:
-    folder = directory / "tiny_evaluators"
+    folder = directory / f"{config.world}_evaluators"
     if (folder / "reference.safetensors").exists():  # written last
         return
-    scenes = evaluator_scenes(config.evaluator_scenes)
+    scenes = evaluator_scenes(config.evaluator_scenes, world=WORLDS[config.world])
     settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
     net = train_attribute_net(scenes, steps=config.attribute_steps, **settings)
     clip = train_clip(scenes, tokenizer, steps=config.clip_steps, **settings)
-    save_evaluators(folder, net, clip, tokenizer, reference_scenes=config.reference_scenes)
+    save_evaluators(folder, net, clip, tokenizer, world=scenes.world, reference_scenes=config.reference_scenes)
 
 
 def _half(module: torch.nn.Module) -> bytes:
@@ -171,46 +201,46 @@ def _half(module: torch.nn.Module) -> bytes:
 
 
 @torch.no_grad()
-def save_evaluators(folder: Path, net: AttributeNet, clip, tokenizer, *, reference_scenes: int) -> None:
+def save_evaluators(folder: Path, net: AttributeNet, clip, tokenizer, *, world: World, reference_scenes: int) -> None:
     """Save fp16 weights, and their features of real renders, the reference of FID, KID and CMMD."""
     (folder / "open_clip").mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder / "tokenizer")
-    write_json(folder / "open_clip" / f"{CLIP_NAME}.json", CLIP_CONFIG)
-    atomic_write(folder / "open_clip" / f"{CLIP_NAME}.safetensors", _half(clip))
+    name = f"vqdm-{world.name}"
+    write_json(folder / "open_clip" / f"{name}.json", CLIP_CONFIGS[name])
+    atomic_write(folder / "open_clip" / f"{name}.safetensors", _half(clip))
     atomic_write(folder / "attribute_net.safetensors", _half(net))
     write_reference(folder, scenes=reference_scenes)
 
 
 def write_reference(folder: Path, *, scenes: int) -> None:
     """Write `reference.safetensors` with the folder's evaluators: features and CLIP vectors in fp16."""
-    world, renders = TinyWorld(folder), SceneSet(seed=0, split="reference", n=scenes).pixels
-    parts = [world.columns(list(renders[start : start + 256])) for start in range(0, scenes, 256)]
+    evaluators = TinyWorld(folder)
+    renders = SceneSet(seed=0, split="reference", n=scenes, world=evaluators.world).pixels
+    parts = [evaluators.columns(list(renders[start : start + 256])) for start in range(0, scenes, 256)]
     seen = {name: torch.cat([part[name] for part in parts]).half() for name in ("features", "image")}
     about = {"split": "reference", "seed": 0, "scenes": scenes}
-    about |= {"features": "AttributeNet, 64, fp16", "image": "unit vectors of open_clip, 64, fp16"}
+    sizes = {name: tensor.shape[1] for name, tensor in seen.items()}
+    about |= {"features": f"AttributeNet, {sizes['features']}, fp16"}
+    about |= {"image": f"unit vectors of open_clip, {sizes['image']}, fp16"}
     write_json(folder / "reference.json", about)
     atomic_write(folder / "reference.safetensors", to_bytes(seen))
 
 
 def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_encoder, text_encoder_2) -> None:
-    """Save a StableDiffusionXLPipeline in fp16 safetensors."""
+    """Save a StableDiffusionXLPipeline in fp16 safetensors; the parts given stay as they are."""
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
+        **{name: torch.nn.Module.to(copy.deepcopy(part), torch.float16) for name, part in parts.items()},
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=unet,
         scheduler=scheduler,
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    parts = (unet, vae, text_encoder, text_encoder_2)
-    for part in parts:
-        torch.nn.Module.to(part, torch.float16)
-    shutil.rmtree(directory, ignore_errors=True)
-    pipeline.save_pretrained(directory)
-    for path in directory.glob("*/config.json"):  # diffusers notes where a part came from: a local path
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    for path in partial.glob("*/config.json"):  # diffusers notes where a part came from: a local path
         write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
-    for part in parts:
-        torch.nn.Module.to(part, torch.float32)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.replace(directory)

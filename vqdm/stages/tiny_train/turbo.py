@@ -1,4 +1,4 @@
-"""tiny_turbo: a guidance-free student of 1–4 steps, by latent consistency distillation (Luo et al. 2023).
+"""tiny_turbo, small_turbo: guidance-free students of 1–4 steps, by latent consistency distillation (Luo et al. 2023).
 
 The student's clean-image estimate at one timestep must agree with its own estimate one teacher step further down
 (without an average of the student as the target: Song & Dhariwal 2023, section 3.2). Teacher steps are guided DDIM,
@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from vqdm.stages.tiny_train.loop import fit
-from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, conditions
+from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, conditions, guided_noise
 
 GRID = 20  # teacher steps from pure noise to a clean latent
 
@@ -27,15 +27,6 @@ def _levels() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _clean(noisy: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return (noisy - (1 - level).sqrt() * noise) / level.sqrt()
-
-
-def _guided_noise(teacher, noisy, timesteps, text, pooled, *, guidance: float) -> torch.Tensor:
-    """The teacher's prediction under guidance away from the empty caption."""
-    both = conditions(torch.cat([pooled, torch.zeros_like(pooled)]))
-    double = torch.cat([text, torch.zeros_like(text)])
-    time = timesteps.repeat(2)
-    noise, empty = teacher(noisy.repeat(2, 1, 1, 1), time, double, added_cond_kwargs=both).sample.float().chunk(2)
-    return empty + guidance * (noise - empty)
 
 
 def distil_turbo(
@@ -58,7 +49,7 @@ def distil_turbo(
     @torch.no_grad()
     def teacher_step(noisy, index, text, pooled):
         """Take a guided DDIM step from grid point `index` to the next."""
-        noise = _guided_noise(teacher, noisy, timesteps[index], text, pooled, guidance=guidance)
+        noise = guided_noise(teacher, noisy, timesteps[index], text, pooled, guidance=guidance)
         clean, after = _clean(noisy, noise, levels[index]), levels[index + 1]
         return after.sqrt() * clean + (1 - after).sqrt() * noise
 
@@ -67,7 +58,7 @@ def distil_turbo(
         """The student's own clean estimate, without gradient; at the end of the grid the latent is already clean."""
         last = (index == GRID).view(-1, 1, 1, 1)
         inside = index.clamp(max=GRID - 1)
-        noise = student(noisy, timesteps[inside], text, added_cond_kwargs=conditions(pooled)).sample.float()
+        noise = student(noisy, timesteps[inside], text, added_cond_kwargs=conditions(student, pooled)).sample.float()
         return torch.where(last, noisy, _clean(noisy, noise, levels[inside]))
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
@@ -81,7 +72,7 @@ def distil_turbo(
             further = teacher_step(noisy, index, text, pooled)
             aim = estimate_further_down(further, index + 1, text, pooled)
         with torch.autocast("cpu", torch.bfloat16):  # anew: weights cast under no_grad stay cached without gradient
-            predicted = student(noisy, timesteps[index], text, added_cond_kwargs=conditions(pooled)).sample
+            predicted = student(noisy, timesteps[index], text, added_cond_kwargs=conditions(student, pooled)).sample
         error = _clean(noisy, predicted.float(), levels[index]) - aim
         return ((error.square() + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber loss, as in the method's paper
 

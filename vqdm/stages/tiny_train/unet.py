@@ -1,5 +1,6 @@
-"""The tiny world's denoiser: a small version of SDXL's U-Net, trained to predict noise on VAE latents."""
+"""A world's denoiser: a small version of SDXL's U-Net, trained to predict noise on VAE latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,30 +13,39 @@ from vqdm.seeds import derive, seeded_initialisation
 from vqdm.stages.tiny_train.loop import fit
 from vqdm.stages.tiny_train.text import token_ids
 from vqdm.tiny.data import SceneSet
-from vqdm.tiny.scenes import IMAGE_SIZE
+from vqdm.tiny.world import World
 
-TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)  # SDXL's size and crop conditioning, constant here
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SIZES = {  # heads of 32; the first level has no transformers, as in SDXL
+    "tiny": {"block_out_channels": (32, 64, 112), "transformer_layers_per_block": [1, 1, 1]},
+    "small": {"block_out_channels": (64, 96, 128), "transformer_layers_per_block": [1, 2, 2]},
+}
+HEADS = {"tiny": [1, 2, 4], "small": [2, 3, 4]}  # numbers of heads, which SDXL's config calls attention_head_dim
+TEXT_WIDTHS = {"tiny": 64 + 128, "small": 96 + 128}
+LEARNING_RATES = {"tiny": 8e-4, "small": 6e-4}
+CHECKPOINT_EVERY = {"tiny": 500, "small": 250}  # steps
 
 
-def build_unet(*, block_out_channels: tuple[int, ...] = (32, 64, 112)) -> UNet2DConditionModel:
-    """Build a U-Net with SDXL's block types, `text_time` conditioning and linear projections; 3.59 M parameters."""
+def build_unet(world: World) -> UNet2DConditionModel:
+    """Build a U-Net with SDXL's block types, `text_time` conditioning and linear projections.
+
+    tiny: 3.59 M parameters, latents 8×8; small: 7.98 M, latents 16×16.
+    """
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=world.image_size // 4,
         in_channels=4,
         out_channels=4,
-        block_out_channels=block_out_channels,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[1, 2, 4],  # number of heads, as in SDXL's config
-        cross_attention_dim=192,
+        attention_head_dim=HEADS[world.name],
+        cross_attention_dim=TEXT_WIDTHS[world.name],
         norm_num_groups=16,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=128 + 6 * 8,
+        **SIZES[world.name],
     )
 
 
@@ -55,19 +65,19 @@ def gaussian_initialisation(model: nn.Module, *, seed: int) -> None:
 
 @torch.no_grad()
 def encode_text(text_encoder, text_encoder_2, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Penultimate states of both encoders [n, tokens, 64 + 128], and pooled text of the second [n, 128]."""
+    """Penultimate states of both encoders [n, tokens, sum of widths], and pooled text of the second [n, 128]."""
     first = text_encoder(ids, output_hidden_states=True).hidden_states[-2]
     second = text_encoder_2(ids, output_hidden_states=True)
     return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
 
 class LatentSet:
-    """Latents and text states of a SceneSet, computed once and kept beside the checkpoints."""
+    """Latents and text states of the SceneSet that `scenes` makes, computed once and kept beside the checkpoints."""
 
-    def __init__(self, scenes: SceneSet, *, vae, tokenizer, text_encoder, text_encoder_2, path: Path):
+    def __init__(self, scenes: Callable[[], SceneSet], *, vae, tokenizer, text_encoder, text_encoder_2, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            self._compute(scenes, vae, tokenizer, text_encoder, text_encoder_2, path)
+            self._compute(scenes(), vae, tokenizer, text_encoder, text_encoder_2, path)
         tensors = load_file(path)
         self.latents, self.text, self.pooled = tensors["latents"], tensors["text"], tensors["pooled"]
 
@@ -94,25 +104,36 @@ class LatentSet:
         return self.latents[rows], self.text[rows].float(), self.pooled[rows]
 
 
-def conditions(pooled: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The `added_cond_kwargs` of SDXL's U-Net."""
-    return {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS], dtype=torch.float32).repeat(len(pooled), 1)}
+def conditions(unet: UNet2DConditionModel, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The `added_cond_kwargs` of SDXL's U-Net: size and crop conditioning is constant here."""
+    size = 4 * unet.config.sample_size  # pixels
+    ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
+    return {"text_embeds": pooled, "time_ids": ids.repeat(len(pooled), 1)}
+
+
+def guided_noise(unet, noisy, timesteps, text, pooled, *, guidance: float) -> torch.Tensor:
+    """The prediction under guidance away from the empty caption."""
+    both = conditions(unet, torch.cat([pooled, torch.zeros_like(pooled)]))
+    double = torch.cat([text, torch.zeros_like(text)])
+    time = timesteps.repeat(2)
+    noise, empty = unet(noisy.repeat(2, 1, 1, 1), time, double, added_cond_kwargs=both).sample.float().chunk(2)
+    return empty + guidance * (noise - empty)
 
 
 def train_unet(
     latents: LatentSet,
     *,
+    world: World,
     directory: Path,
     steps: int,
     batch_size: int,
     seed: int,
     init_from: Path | None = None,
-    learning_rate: float = 8e-4,
     after_step=None,
 ) -> UNet2DConditionModel:
     """Train noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 9) and 10 % empty (zero) conditions."""
     with seeded_initialisation(seed, "unet"):
-        unet = build_unet()
+        unet = build_unet(world)
     gaussian_initialisation(unet, seed=seed)
     if init_from is not None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(init_from).state_dict())
@@ -128,9 +149,8 @@ def train_unet(
         level = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(
-                noisy, timesteps, text * keep.view(-1, 1, 1), added_cond_kwargs=conditions(pooled * keep.view(-1, 1))
-            ).sample
+            about = conditions(unet, pooled * keep.view(-1, 1))
+            predicted = unet(noisy, timesteps, text * keep.view(-1, 1, 1), added_cond_kwargs=about).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))
         return (weights[timesteps] * error).mean()
 
@@ -140,9 +160,10 @@ def train_unet(
         purpose="unet",
         directory=directory,
         steps=steps,
-        learning_rate_peak=learning_rate,
+        learning_rate_peak=LEARNING_RATES[world.name],
         seed=seed,
         warmup=min(500, steps),
+        checkpoint_every=CHECKPOINT_EVERY[world.name],
         weight_decay=0.01,
         after_step=after_step,
     )

@@ -1,4 +1,4 @@
-"""The tiny world's AutoencoderKL: 32×32×3 -> 8×8×4, latent channels normalised to mean 0 and variance 1."""
+"""A world's AutoencoderKL, 32×32×3 -> 8×8×4 in tiny: latent channels normalised to mean 0 and variance 1."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from vqdm.stages.tiny_train.loop import fit
 from vqdm.tiny.data import SceneSet
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(image_size: int) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -21,7 +21,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=16,
-        sample_size=32,
+        sample_size=image_size,
         scaling_factor=1.0,
         force_upcast=False,
     )
@@ -30,7 +30,7 @@ def build_vae() -> AutoencoderKL:
 def train_vae(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int, kl_weight: float = 1e-5):
     """Train a VAE on mean absolute plus squared error of pixels and of their gradients, and a light KL term."""
     with seeded_initialisation(seed, "vae"):
-        vae = build_vae()
+        vae = build_vae(scenes.world.image_size)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         images = scenes.images(scenes.pick(batch_size, generator))
