@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_world import FEW, ROOT, SMALL, command, environment, run, run_process
 
@@ -161,6 +162,24 @@ def test_tiny_train_runs_in_seconds(tmp_path):
     world = (f"model.path={directory}/tiny", f"evaluate.evaluators={directory}/tiny_evaluators", "model.builtin=null")
     done = run("+experiment=tiny_rtn3", *FEW, *world, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_world_small_is_trained_looked_at_and_scored(tmp_path):
+    done = run("+experiment=tiny_train", "tiny_train=small_smoke", "threads=1", f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    directory = next((tmp_path / "stages" / "tiny_train").glob("small-*"))
+    (point,) = map(json.loads, (directory / "training" / "growth.jsonl").read_text().splitlines())
+    assert point["step"] == 2 and 0 <= point["fidelity"] <= 1
+    assert (directory / "training" / "unet.jsonl").is_file() and not (directory / "training" / "checkpoints").exists()
+    assert Image.open(directory / "training" / "growth.png").size == (128, 64)
+    for model in ("small", "training/snapshot"):
+        path = ("model=small", "model.builtin=null", f"model.path={directory}/{model}", "model.sampler.steps=2")
+        world = (*path, f"evaluate.evaluators={directory}/small_evaluators")
+        done = run("+experiment=tiny_rtn3", *FEW, *world, f"results_dir={tmp_path}")
+        assert done.returncode == 0, done.stderr
+    scores = json.loads(next((tmp_path / "stages" / "evaluate").glob("*/metrics.json")).read_text())["metrics"]
+    assert {"fidelity_texture", "psnr_to_fp"} <= set(scores)
 
 
 @pytest.mark.slow

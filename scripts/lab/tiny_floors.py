@@ -22,7 +22,7 @@ from vqdm.seeds import numpy_generator
 from vqdm.stages.tiny_train.vae import reconstruction_psnr
 from vqdm.tiny.attributes import as_seen, seen_by
 from vqdm.tiny.data import SceneSet
-from vqdm.tiny.evaluator import load_reference, to_tensor
+from vqdm.tiny.evaluator import TinyWorld, load_reference, to_tensor
 
 SHOWN = ("fid", "kid", "cmmd", "clip_score", "fidelity", "all_right")
 
@@ -57,8 +57,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=package / "tiny")
     parser.add_argument("--evaluators", type=Path, default=package / "tiny_evaluators")
     options = parser.parse_args()
-    scenes = SceneSet(seed=0, split="test", n=options.n)
     extractor = make_extractor("tiny", [options.evaluators], device="cpu")
+    world = TinyWorld(options.evaluators).world
+    scenes = SceneSet(seed=0, split="test", n=options.n, world=world)
     reference = load_reference(options.evaluators)
     vae = load_pipeline(ModelConfig(path=str(options.model)), device="cpu").vae
     order = numpy_generator(0, "shuffled captions").permutation(options.n)
@@ -69,17 +70,19 @@ def main() -> None:
         "real renders": scores_of(rendered, scenes.captions, reference),
         "VAE reconstructions": scores_of(reconstructed, scenes.captions, reference),
         "real renders, captions shuffled": scores_of(look(extractor, scenes.pixels, shuffled), shuffled, reference),
-        "perfect attribute network": fidelity_scores(scenes.captions, [as_seen(s) for s in scenes.scenes]),
+        "perfect attribute network": fidelity_scores(
+            scenes.captions, [as_seen(s, world=world) for s in scenes.scenes], world=world
+        ),
     }
     print("| images |" + "".join(f" {name} |" for name in SHOWN) + "\n|---" + "|---" * len(SHOWN) + "|")
     for name, scores in rows.items():
         cells = (f"{scores[m]['value']:.4f} ± {scores[m]['se']:.4f}" if m in scores else "–" for m in SHOWN)
         print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
-    seen = seen_by(rendered["labels"])
-    exact = np.mean([one == as_seen(scene) for one, scene in zip(seen, scenes.scenes, strict=True)])
+    seen = seen_by(rendered["labels"], world=world)
+    exact = np.mean([one == as_seen(scene, world=world) for one, scene in zip(seen, scenes.scenes, strict=True)])
     about = {"n": options.n, "attribute_net_exact": round(float(exact), 4)}
     about["vae_psnr_db"] = round(reconstruction_psnr(vae, scenes.images(torch.arange(options.n))), 2)
-    train = set(SceneSet(seed=0, split="train", n=150_000).captions)
+    train = set(SceneSet(seed=0, split="train", n=150_000, world=world).captions)
     about["captions_seen_verbatim_in_training"] = round(float(np.mean([c in train for c in scenes.captions])), 4)
     print(json.dumps(about))
 

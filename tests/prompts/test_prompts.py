@@ -225,7 +225,7 @@ def test_a_malformed_file_gives_one_clear_line(tmp_path, name, content, problem)
 
 
 REQUESTS = [
-    ({"source": "web"}, "unknown source 'web'; choose one of tiny, builtin, file"),
+    ({"source": "web"}, "unknown source 'web'; choose one of tiny, small, builtin, file"),
     ({"source": "builtin", "order": "last"}, "unknown order 'last'"),
     ({"source": "builtin", "n": 0}, "n=0 is not a number of prompts"),
     ({"source": "builtin", "n": -3}, "n=-3 is not"),

@@ -193,4 +193,6 @@ def test_net_gives_64_features_and_a_logit_for_every_value():
         logits = net.logits(features)
         assert torch.allclose(net(images[1:2]), features[1:2], atol=1e-5)  # an image's features are its own
     assert features.shape == (3, 64)
-    assert {name: tuple(v.shape) for name, v in logits.items()} == {name: (3, len(v)) for name, v in values_of(TINY).items()}
+    assert {name: tuple(v.shape) for name, v in logits.items()} == {
+        name: (3, len(v)) for name, v in values_of(TINY).items()
+    }

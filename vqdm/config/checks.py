@@ -35,6 +35,7 @@ CHOICES = {
     "finetune.weighting": ("uniform", "min_snr"),
     "finetune.precision": ("float32", "bfloat16"),
     "tiny_train.world": TINY_WORLDS,
+    "model.world": TINY_WORLDS,
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
 }
@@ -157,7 +158,7 @@ def check_finetune(config: Config) -> None:
 def _check_trajectories(config: TrajectoriesConfig) -> None:
     if config.images is not None and config.along != "data":
         raise UserError("finetune.trajectories.images is for finetune.trajectories.along=data")
-    if config.along == "data" and config.images is None and config.source != "tiny":
+    if config.along == "data" and config.images is None and config.source not in TINY_WORLDS:
         raise UserError(
             "finetune.trajectories.along=data needs the captions' images: give finetune.trajectories.images=<folder>"
         )

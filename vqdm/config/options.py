@@ -12,7 +12,7 @@ from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.ranges import MOST, SEEDS, number
 
 TINY_WORLDS = ("tiny", "small")
-PROMPT_SOURCES = ("tiny", "builtin", "file")
+PROMPT_SOURCES = (*TINY_WORLDS, "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
 METRIC_FAMILIES = (  # vqdm/metrics/families.py says what each gives and needs
     "tiny", "paired", "lpips", "fid_paper", "fid_standard", "cmmd", "clip_h14", "clip_l14", "pickscore", "hpsv2",
@@ -44,10 +44,10 @@ def layer_pattern(denoiser: str, layers: str | None) -> str:
 class PromptsConfig:
     """A list of prompts: the first n, or the first n of a seeded shuffle."""
 
-    source: str = "builtin"  # tiny | builtin | file
+    source: str = "builtin"  # tiny | small | builtin | file
     path: str | None = None  # a .json (COCO, Karpathy), .csv, .tsv, .jsonl or .txt file; giving it sets source=file
     column: str | None = None  # column of a table; None = the first of captions, caption, prompt, text
-    split: str = "train"  # source=tiny: train | validation | test | reference | unseen_pairs; Karpathy's file:
+    split: str = "train"  # source=tiny, small: train | validation | test | reference | unseen_pairs; Karpathy's file:
     # train (without restval) | val | test | restval; other files have no splits
     n: int | None = number(64, least=1, most=MOST)
     order: str = "first"  # first | shuffled
@@ -79,7 +79,8 @@ class RescaleConfig:
 @dataclasses.dataclass
 class ModelConfig:
     name: str = "tiny"
-    builtin: str | None = None  # a model shipped with the package
+    builtin: str | None = None  # a model shipped with the package, or with the repository beside it
+    world: str = "tiny"  # whose captions and evaluators calibration=tiny and evaluate=tiny take: TINY_WORLDS
     path: str | None = None  # or a local diffusers directory or .safetensors file with the original key names
     configs: str | None = None  # configs for a file, or to plan a hub model: a name or directory; None = found
     # seed of random weights for `configs`, drawn into `path` (sdxl: 7 GB); None: the files that are there
@@ -179,7 +180,7 @@ class EvaluateConfig:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     metrics: list[str] = dataclasses.field(default_factory=lambda: ["tiny", "paired"])  # families: METRIC_FAMILIES
     images_per_prompt: int = number(1, least=1, most=65_536)
-    evaluators: str | None = None  # directory of family tiny's evaluators; None = those shipped with the package
+    evaluators: str | None = None  # of family tiny: a directory or one of TINY_WORLDS; None = those of tiny
     weights: str = "data/metrics"  # folder searched for the other families' files, before the hub's cache
     reference: str | None = None  # statistics of real images (scripts/make_reference_stats.py), or .npz with mu, sigma
     steps: int | None = number(None, least=1, most=10_000)  # sampling steps; None = model.sampler.steps

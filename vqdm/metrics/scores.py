@@ -10,6 +10,7 @@ from vqdm.metrics import tiny_world
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
 from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
 from vqdm.tiny.attributes import seen_by
+from vqdm.tiny.worlds import world_of
 
 SMALLEST_FID = 2048  # images; with fewer, Inception's covariance does not have full rank
 SUBSETS, SUBSET_SIZE, SPLITS = 100, 1000, 10  # for KID and the Inception score, by convention
@@ -37,7 +38,9 @@ def score(
     if resamples.prompts == 1:  # all draws are the same, which says nothing about the error
         sets = {name: found | {"se": float("nan")} for name, found in sets.items()}
     if family == "tiny":
-        sets |= tiny_world.fidelity_scores(captions, seen_by(own["labels"]), copies=resamples.copies)
+        world = world_of(own["labels"].shape[1])
+        seen = seen_by(own["labels"], world=world)
+        sets |= tiny_world.fidelity_scores(captions, seen, world=world, copies=resamples.copies)
     if family == "fid_standard":
         sets["inception_score"] = inception_score(own["logits"])
         if reference is not None and "features" in reference:

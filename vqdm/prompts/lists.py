@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vqdm.config.options import PROMPT_ORDERS as ORDERS
 from vqdm.config.options import PROMPT_SOURCES as SOURCES
+from vqdm.config.options import TINY_WORLDS
 from vqdm.prompts.readers import READERS, Prompt, read_file
 from vqdm.prompts.text_files import decode, fault, is_text, json_lines, listed, read_bytes, short_hash
 from vqdm.seeds import numpy_generator
@@ -96,9 +97,9 @@ def load_prompts(
 ) -> PromptList:
     """The first n prompts of a source, in its own order or in one drawn from `seed`; n = None takes all.
 
-    `path` and `column` belong to source "file", `split` to source "tiny" and to Karpathy's file. With `sha256` the
-    prompts must be the list with that hash, or its beginning, or come from a file with that hash. It is cheap enough to
-    call before any long work, so that a bad path fails first. Raises UserError.
+    `path` and `column` belong to source "file", `split` to the worlds and to Karpathy's file. With `sha256` the prompts
+    must be the list with that hash, or its beginning, or come from a file with that hash. It is cheap enough to call
+    before any long work, so that a bad path fails first. Raises UserError.
     """
     _check_request(source, path, column, n=n, order=order, sha256=sha256)
     whole = _source(source, path, column, split=split, n=n)
@@ -161,8 +162,8 @@ def _check_request(
 
 
 def _source(source: str, path: str | None, column: str | None, *, split: str, n: int | None) -> _Source:
-    if source == "tiny":
-        return _tiny(split, n)
+    if source in TINY_WORLDS:
+        return _of_world(source, split, n)
     if source == "builtin":
         return _finite(_builtin(), "list shipped with vqdm")
     file = read_file(Path(path), column=column, split=split)
@@ -174,21 +175,24 @@ def _finite(prompts: Sequence[Prompt], what: str, file_sha256: str | None = None
     return _Source(len(prompts), prompts.__getitem__, what, identity, file_sha256=file_sha256)
 
 
-def _tiny(split: str, n: int | None) -> _Source:
+def _of_world(name: str, split: str, n: int | None) -> _Source:
     from vqdm.tiny.captions import caption_of
     from vqdm.tiny.scenes import SPLITS, WORLD_SEED, draw_scene
+    from vqdm.tiny.worlds import WORLDS
 
+    world = WORLDS[name]
     if split not in SPLITS:
-        raise fault("tiny prompts", f"unknown split {split!r}", f"choose one of {listed(SPLITS)}")
+        raise fault(f"{name} prompts", f"unknown split {split!r}", f"choose one of {listed(SPLITS)}")
     if n is None:
-        raise fault("tiny prompts", f"the split {split!r} never ends", "set n, the number of prompts")
+        raise fault(f"{name} prompts", f"the split {split!r} never ends", "set n, the number of prompts")
 
     def prompt_at(index: int) -> Prompt:
-        scene = draw_scene(WORLD_SEED, split, index)
-        return Prompt(f"{split}-{index:06d}", caption_of(scene, seed=WORLD_SEED, split=split, index=index))
+        scene = draw_scene(WORLD_SEED, split, index, world=world)
+        text = caption_of(scene, seed=WORLD_SEED, split=split, index=index, world=world)
+        return Prompt(f"{split}-{index:06d}", text)
 
-    what = f"tiny world, split {split}, seed {WORLD_SEED}"
-    return _Source(TINY_LENGTH, prompt_at, what, f"tiny-{split}-seed{WORLD_SEED}", endless=True)
+    what = f"{name} world, split {split}, seed {WORLD_SEED}"
+    return _Source(TINY_LENGTH, prompt_at, what, f"{name}-{split}-seed{WORLD_SEED}", endless=True)
 
 
 def _builtin() -> list[Prompt]:

@@ -342,7 +342,7 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     compared = changed or original_sampler(config) != image_sampler(config)
     prompts = read_prompts(config.evaluate.prompts)
     if "tiny" in config.evaluate.metrics:
-        _needs_tiny_captions(prompts)
+        _needs_captions_of(config.model.world, prompts)
     source = prompts.source_id
     images = _images(config, image_sampler(config), model, source, quantization=quantization)
     originals = _images(config, original_sampler(config), model, source, quantization=None)
@@ -369,13 +369,14 @@ def build_stages(config: Config, *, cache: Path) -> Graph | Quantization:
     return (build_quantization if config.task == "compress" else build_graph)(config, cache=cache)
 
 
-def _needs_tiny_captions(prompts: PromptList) -> None:
+def _needs_captions_of(world: str, prompts: PromptList) -> None:
     from vqdm.tiny.captions import requested
+    from vqdm.tiny.worlds import WORLDS
 
-    strange = next((p for p in prompts.prompts if requested(p.text) is None), None)
+    strange = next((p for p in prompts.prompts if requested(p.text, world=WORLDS[world]) is None), None)
     if strange is not None:
         raise UserError(
-            f"evaluate.metrics: tiny is for captions of the tiny world, and prompt {strange.id} "
+            f"evaluate.metrics: tiny is for captions of the {world} world, and prompt {strange.id} "
             f"({strange.text[:60]!r}) is none; use evaluate.metrics=[paired]"
         )
 

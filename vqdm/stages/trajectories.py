@@ -135,8 +135,9 @@ def _pixels(prompt: Prompt, config: TrajectoriesConfig, size: int) -> np.ndarray
     """The caption's scene of the tiny world, or its file cut to a central square: uint8 [size, size, 3]."""
     if config.images is None:
         from vqdm.tiny.data import scene_pixels
+        from vqdm.tiny.worlds import WORLDS
 
-        return scene_pixels(prompt.id)
+        return scene_pixels(prompt.id, world=WORLDS[config.source])
     path = caption_image(config.images, prompt)
     try:
         image = Image.open(path).convert("RGB")
