@@ -90,3 +90,18 @@ def test_idle_time_is_that_of_our_cores_or_unknown(monkeypatch, text, idle):
     monkeypatch.setattr(threads.os, "sysconf", lambda name: 1)
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     assert threads._idle_seconds() == idle
+
+
+def test_layers_are_encoded_on_the_cores_that_are_this_processs_share(four_threads):
+    assert threads.workers() == 4
+    four_threads.setattr(threads, "usable_cores", lambda: 64)
+    four_threads.setenv("OMP_NUM_THREADS", "1")  # torchrun sets both
+    four_threads.setenv("LOCAL_WORLD_SIZE", "8")
+    torch.set_num_threads(1)
+    threads.set_threads(None)
+    assert (threads.workers(), torch.get_num_threads()) == (8, 1)
+    threads.set_threads(2)
+    assert threads.workers() == 2
+    four_threads.setattr(threads, "usable_cores", lambda: 4)
+    threads.set_threads(None)
+    assert threads.workers() == 2, "no core is left over: torch's own threads stay"

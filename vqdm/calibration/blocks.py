@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vqdm.calibration.recording import Call, play_back
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
+from vqdm.runs.device import one_order_of_sums
 
 RESIDUAL_UNITS = ("ResnetBlock2D", "BasicTransformerBlock")  # class names; each one's output is its input + something
 CALL_IN_MEMORY, IN_MEMORY = 4 << 20, 1 << 30  # bytes from which a call's tensor, or all calls', is a mapped file
@@ -319,7 +320,7 @@ def reconstruct(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss, device = loss or relative_squared_error(targets), device_of(module)
     losses: list[Tensor] = []
-    with torch.enable_grad(), only_these_train(module, trained):
+    with torch.enable_grad(), one_order_of_sums(device), only_these_train(module, trained):
         for step, rows in zip(range(steps), _minibatches(len(inputs), batch_size, generator), strict=False):
             if rate is not None:
                 optimizer.param_groups[0]["lr"] = rate(step)
@@ -334,7 +335,7 @@ def reconstruct(
                 after_step(step + 1)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
                 _look(losses[step - step % CHECK_EVERY :], step + 1, name=name, progress=progress)
-    return torch.stack(losses).float().cpu() if losses else torch.zeros(0)
+    return torch.stack(losses).float().cpu() if losses else torch.zeros(0, device="cpu")
 
 
 def _look(recent: list[Tensor], steps: int, *, name: str, progress: Callable[[int, float], None] | None) -> None:
@@ -352,7 +353,7 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
     """Row numbers without end: passes over range(count), each in a new order, cut into batches of min(size, count)."""
     size = min(size, count)
     while True:
-        order = torch.randperm(count, generator=generator)
+        order = torch.randperm(count, generator=generator, device="cpu")
         yield from order[: count - count % size].split(size)
 
 

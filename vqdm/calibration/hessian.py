@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqdm.errors import UserError
 from vqdm.models.specs import ConvGeometry, LayerSpec
+from vqdm.runs.device import exact_tf32
 from vqdm.seeds import torch_generator
 
 CHUNK = 1 << 24  # fp32 numbers held at once as patches or rows
@@ -163,7 +164,7 @@ class _Problem:
         count = token_count(inputs, self.conv)
         chosen = None
         if limit is not None and count > limit:
-            chosen = torch.randperm(count, generator=generator)[:limit].sort().values.to(inputs.device)
+            chosen = torch.randperm(count, generator=generator, device="cpu")[:limit].sort().values.to(inputs.device)
         add_second_moment(total, inputs, self.conv, chosen=chosen)
         self._present = (total, tokens + count)
 
@@ -216,11 +217,13 @@ def add_second_moment(
     """
     weight = 1.0 if chosen is None else token_count(inputs, conv) / len(chosen)
     if chosen is None and conv is not None and by_displacement(inputs, conv):
-        _add_by_displacement(total, inputs.reshape(-1, *inputs.shape[-3:]), conv)
+        with exact_tf32(inputs.dtype):
+            _add_by_displacement(total, inputs.reshape(-1, *inputs.shape[-3:]), conv)
         return
     for part in _rows(inputs, chosen) if conv is None else _patches(inputs, conv, chosen):
         part = part.float()
-        total.addmm_(part.T, part, alpha=weight)
+        with exact_tf32(inputs.dtype):
+            total.addmm_(part.T, part, alpha=weight)
 
 
 def _rows(inputs: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:

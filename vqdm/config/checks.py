@@ -19,7 +19,6 @@ from vqdm.runs.texts import check_file_name
 
 CHOICES = {
     "task": ("experiment", "compress", "tiny_train"),
-    "device": ("auto", "cpu", "cuda"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.sampler.timestep_spacing": (None, "leading", "linspace", "trailing"),
     "model.sampler.scheduler": ("ddim", "euler", "euler_ancestral", "dpm_solver", "native"),
@@ -39,6 +38,8 @@ CHOICES = {
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
 }
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def _value(config: Config, key: str):
@@ -66,6 +67,7 @@ def check(config: Config) -> None:
         if _value(config, key) not in choices:
             known = ", ".join("null" if choice is None else choice for choice in choices)
             raise UserError(f"{key}={_value(config, key)!r} is not one of {known}")
+    _check_device(config.device)
     _check_plan_for(config)
     for key in ("calibration", "evaluate.prompts", "finetune.trajectories"):
         prompts = _value(config, key)
@@ -116,6 +118,18 @@ def _check_samples(config: Config) -> None:
         raise UserError(
             f"quantize.samples={asked} of {recorded} rows that calibration records: raise calibration.n or "
             "calibration.recorded_steps, or give fewer"
+        )
+
+
+def _check_device(name: str) -> None:
+    """Refuse what is neither one of the usual names nor the type of another accelerator that torch sees here."""
+    if name in DEVICES:
+        return
+    from vqdm.runs.device import accelerator
+
+    if name != accelerator():
+        raise UserError(
+            f"device={name!r} is not one of {', '.join(DEVICES)}, and torch sees no accelerator of that name"
         )
 
 

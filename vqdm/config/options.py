@@ -236,7 +236,7 @@ class Config:
     method: str | None = None  # this row's name in tables
     plan: bool = False  # True: only say what is done and what would run
     plan_for: str | None = None  # plan=true: for a GPU that need not be here: PLAN_CARDS; None = this machine
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | the type of another accelerator that torch sees
     threads: int | None = number(None, least=1, most=1024)  # torch's threads on the CPU; None = the free cores
     results_dir: str = "results"
     show_layers: bool = False  # True: print a line for every layer quantized

@@ -24,6 +24,7 @@ from vqdm.distillation.parameters import Trained, trained_parameters
 from vqdm.distillation.trajectories import Batch, Trajectories
 from vqdm.errors import UserError
 from vqdm.runs import processes
+from vqdm.runs.device import one_order_of_sums
 from vqdm.seeds import torch_generator
 
 BUCKETS, TIMESTEPS = 5, 1000  # validation losses are also given by fifths of the training timesteps
@@ -64,7 +65,8 @@ class Distillation:
         checkpoints = Checkpoints(directory, student, trained, optimizer)
         state = checkpoints.restore()
         learned = only_these_train(student, [part.parameter for part in trained])
-        with learned, _checkpointed(student, checkpointing=config.checkpointing):
+        repeatable = one_order_of_sums(device_of(student))
+        with learned, repeatable, _checkpointed(student, checkpointing=config.checkpointing):
             module = _distributed(student)
             steps = tqdm(range(state.step, config.steps), "finetune", initial=state.step, total=config.steps)
             for step in steps:
@@ -133,7 +135,7 @@ class Distillation:
         own = list(samples_of(step, len(trajectories), config))[rank::count]
         size = config.micro_batch_size or len(own)
         parts = [own[start : start + size] for start in range(0, len(own), size)]
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             together = contextlib.nullcontext() if last or module is self.student else module.no_sync()
@@ -172,7 +174,7 @@ class Distillation:
         rank, processes_count = processes.rank_and_count()
         count = min(config.validation_samples, len(self.validation))
         chosen = [int((i + 0.5) * len(self.validation) / count) for i in range(count)][rank::processes_count]
-        sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
+        sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device="cpu")
         size = config.micro_batch_size or config.batch_size
         for start in range(0, len(chosen), size):
             batch = self.validation.batch(chosen[start : start + size], device=device)
@@ -202,7 +204,7 @@ def samples_of(step: int, total: int, config: FinetuneConfig) -> Iterator[int]:
     for position in range(step * config.batch_size, (step + 1) * config.batch_size):
         epoch, place = divmod(position, total)
         if epoch != current:
-            order = torch.randperm(total, generator=torch_generator(config.seed, "finetune/order", epoch))
+            order = torch.randperm(total, generator=torch_generator(config.seed, "finetune/order", epoch), device="cpu")
             current = epoch
         yield int(order[place])
 

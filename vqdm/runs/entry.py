@@ -20,6 +20,7 @@ def prepare() -> None:
         with contextlib.suppress(AttributeError):  # a stream that is no file has none
             stream.reconfigure(errors="backslashreplace")
     bound_spinning()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products; read when a GPU is first used
 
 
 def reader_is_gone() -> bool:

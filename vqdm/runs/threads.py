@@ -87,20 +87,35 @@ def _idle_seconds() -> float | None:
         return None
 
 
-_since_start, _chosen = FreeCores(), False  # of this process, as torch's own number of threads is
+_since_start, _chosen, _asked = FreeCores(), False, False  # of this process, as torch's own number of threads is
 
 
 def set_threads(wanted: int | None) -> int:
     """Set torch's CPU threads for this process and return them: `wanted`, or at most the cores that it may use."""
-    global _chosen
+    global _chosen, _asked
     import torch
 
+    _asked = wanted is not None
     _chosen = wanted is not None or "OMP_NUM_THREADS" in os.environ
     if wanted is not None:
         torch.set_num_threads(wanted)
     elif not _chosen and usable_cores() < torch.get_num_threads():
         torch.set_num_threads(usable_cores())
     return torch.get_num_threads()
+
+
+def workers() -> int:
+    """Number of layers to encode at a time: torch's threads, or this process's share of the cores if that is more.
+
+    torchrun gives each of several processes one OpenMP thread (OMP_NUM_THREADS=1), whatever it may run on; a number of
+    threads that the user asked for (threads=…) stays.
+    """
+    import torch
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if _asked or here == 1:
+        return torch.get_num_threads()
+    return max(torch.get_num_threads(), usable_cores() // here)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,7 @@ def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: Sampl
         "sampler": {name: value for name, value in asdict(sampler).items() if value is not None},
         **({} if config.original_steps is None else {"original_steps": config.original_steps}),
         **{key: _joined(images, key) for key in ("dtype", "device")},
+        **({"float32": _joined(images, "float32", "")} if any("float32" in one for one in images) else {}),
         "standard_errors": f"over prompts: means in closed form, all else by {config.bootstrap} bootstrap resamples",
         "versions": {name: _joined(images, name, importlib.metadata.version(name)) for name in MADE_BY},
     }

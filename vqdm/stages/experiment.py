@@ -32,7 +32,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
         compressed = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
         ensure_cache(config, store, stages, models, compressed=compressed, environment=environment)
     versions = {name: importlib.metadata.version(name) for name in MADE_BY}
-    made = {"environment": {"device": device.name, "dtype": config.model.dtype, **versions}}
+    made = {"environment": {**device.environment(), "dtype": config.model.dtype, **versions}}
     with processes.opened(store, graph.teacher_images or graph.images) as originals:
         sampler = image_sampler(config) if graph.teacher_images is None else original_sampler(config)
         _generate(config, graph, originals, lambda: models.teacher, sampler=sampler, **made)

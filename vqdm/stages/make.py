@@ -18,7 +18,7 @@ from vqdm.stages.layout import DENOISER, SCRATCH
 
 def environment_of(config: Config, device: Device) -> dict:
     """The environment of a stage, for its manifest."""
-    return {"device": device.name, "reason": device.reason, "threads": device.threads, "dtype": config.model.dtype}
+    return device.environment() | {"reason": device.reason, "threads": device.threads, "dtype": config.model.dtype}
 
 
 class Models:

@@ -31,6 +31,7 @@ from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec
+from vqdm.runs import threads
 from vqdm.runs.device import MemoryGate, encoding_room, one_thread_each
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.stages.finished import finished_denoiser
@@ -67,7 +68,12 @@ class Encoder:
     directory: Path
     denoiser: nn.Module
     config: QuantizeConfig
-    shared: dict[str, SharedPart]
+    shared: dict[str, SharedPart]  # on the CPU, where layers are encoded
+
+    @functools.cached_property
+    def placed(self) -> dict[str, SharedPart]:
+        """Copies of the shared parts, which go with the weights to the denoiser's device."""
+        return copy.deepcopy(self.shared)
 
     @property
     def codec(self) -> Codec:
@@ -78,7 +84,7 @@ class Encoder:
         if record is None:
             return None
         scheme = scheme_from_dict(record["scheme"])
-        weight = empty_weight(scheme, spec.shape, self.shared.get(scheme.shared_key))
+        weight = empty_weight(scheme, spec.shape, self.placed.get(scheme.shared_key))
         weight.load_state_dict(load((self.directory / _file(spec)).read_bytes()))
         return weight
 
@@ -215,7 +221,7 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
     student = wanted and config.hessian_from == "student"
     groups = execution_groups(denoiser, assignment.specs, calibration)
     drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
-    workers = torch.get_num_threads()
+    workers = threads.workers()
     for group in groups if student else teacher_groups(groups):
         missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
         progress.skip([spec for spec in group if spec not in missing])

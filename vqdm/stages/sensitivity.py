@@ -1,5 +1,6 @@
 """Sensitivity: the change in the denoiser's output when one layer alone is quantized, measured for all budgets."""
 
+import copy
 import statistics
 from pathlib import Path
 
@@ -78,9 +79,9 @@ def _harm_of(
         scheme = codec.scheme_at(spec, code_bits)
         with one_thread_each():
             weight = codec.encode(matrix, hessian.cpu(), scheme, config=config, shared=shared, layer=spec.name)
-        swap(denoiser, spec, weight, decode="cached")
+        swap(denoiser, spec, copy.deepcopy(weight), decode="cached")  # and its part: `shared` stays on the CPU
         nn.Module.to(denoiser, device=device)
         found[f"{scheme.bits:.6f}"] = output_error(denoiser, calls, device)
         replace_layer(denoiser, spec.name, original)
-    delattr(denoiser, SHARED_NAME)
+        delattr(denoiser, SHARED_NAME)
     return {"harm": found}

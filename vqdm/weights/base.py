@@ -71,6 +71,9 @@ class SharedPart(nn.Module):
         It is returned as a view, since diffusers' group offloading takes the data out of the parameter after the call.
         """
         (parameter,) = self.parameters()
+        if parameter.device.type not in ("cpu", "meta", "mps") and not torch.compiler.is_compiling():
+            # offloading by a stream of its own frees the memory after the call, while kernels queued here still read it
+            parameter.data.record_stream(torch.accelerator.current_stream())
         return parameter.view_as(parameter)
 
 
