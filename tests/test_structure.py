@@ -40,6 +40,10 @@ INNER_LOOPS = {  # nested loops that numba compiles as one: each works on buffer
     "vqdm.codecs.additive_kernels.search_groups",
     "vqdm.codecs.additive_kernels.search_rows",
 }
+FACTORIES = (
+    "eye", "zeros", "ones", "empty", "full", "arange", "linspace", "tensor", "scalar_tensor", "normal", "rand", "randn",
+    "randint", "randperm",
+)  # fmt: skip
 CODEC_NAMES = re.compile(r'"(rtn|gptq|adaround|additive|trellis)"')
 TABLES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 
@@ -234,6 +238,22 @@ def test_options_that_make_no_sense_are_refused(overrides, said):
         compose(*overrides)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named():
+    """torch.set_default_device would make it elsewhere, and a GPU refuses a generator of the CPU's."""
+    unnamed = [
+        f"{_module(path)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+    modules = [name.split(":")[0] for name in unnamed]
+    assert set(modules) == {"vqdm.weights.base", "vqdm.weights.trellis"}, (
+        unnamed
+    )  # empty weights: where the denoiser is
 
 
 def test_what_a_plan_needs_imports_no_torch():

@@ -65,7 +65,7 @@ def record_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> Call:
             plain[name] = described
     if plain:
         text = json.dumps(plain, separators=(",", ":"), sort_keys=True)
-        call[PLAIN] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        call[PLAIN] = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
     return call
 
 

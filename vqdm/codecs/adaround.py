@@ -260,8 +260,10 @@ def drawn_rows(calls: Iterable[Call], samples: int, *, seed: int) -> list[Tensor
             f"quantize.samples={samples} of {sum(counts)} recorded rows: raise calibration.n or "
             "calibration.recorded_steps, or give fewer"
         )
-    drawn = torch.zeros(sum(counts), dtype=torch.bool)
-    drawn[torch.randperm(len(drawn), generator=torch_generator(seed, "adaround", "samples"))[:samples]] = True
+    drawn = torch.zeros(sum(counts), dtype=torch.bool, device="cpu")
+    drawn[
+        torch.randperm(len(drawn), generator=torch_generator(seed, "adaround", "samples"), device="cpu")[:samples]
+    ] = True
     return [part.nonzero()[:, 0] for part in drawn.split(counts)]
 
 

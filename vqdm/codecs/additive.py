@@ -65,7 +65,7 @@ def encode(
     check_hessian(hessian, weight, layer=layer)
     check_shared(scheme, shared)
     matrix, moment = weight.detach().cpu().float(), _conditioned(hessian.detach().cpu().float())
-    columns = _column_scales(matrix) if input_scales else torch.ones(matrix.shape[1])
+    columns = _column_scales(matrix) if input_scales else torch.ones(matrix.shape[1], device="cpu")
     matrix, moment = (matrix / columns).contiguous(), moment * columns * columns[:, None]
     sizes = {
         "num_codebooks": num_codebooks,
@@ -103,7 +103,7 @@ def _conditioned(hessian: Tensor) -> Tensor:
     """The damped Hessian in units of its mean diagonal; the identity if no input was ever seen."""
     mean = hessian.diagonal().mean()
     if not mean > 0:
-        return torch.eye(hessian.shape[0])
+        return torch.eye(hessian.shape[0], device="cpu")
     scaled = hessian / mean
     scaled.diagonal().add_(DAMPING)
     return scaled
@@ -164,8 +164,11 @@ def learn_codebooks(
     """
     size = 1 << scheme.codebook_bits
     codebooks = residual_kmeans(points, scheme.num_codebooks, size, iterations=iterations, generator=generator)
-    codes = torch.zeros(len(points), 1, scheme.num_codebooks, dtype=torch.int32)
-    parts, identity = Parts(codebooks, codes, torch.ones(len(points))), torch.eye(points.shape[1])
+    codes = torch.zeros(len(points), 1, scheme.num_codebooks, dtype=torch.int32, device="cpu")
+    parts, identity = (
+        Parts(codebooks, codes, torch.ones(len(points), device="cpu")),
+        torch.eye(points.shape[1], device="cpu"),
+    )
     for _ in range(refinements):
         search(points, identity, parts, beam_size=REFINEMENT_BEAM)
         parts.codebooks = fit_codebooks(points, identity, parts, steps=REFINEMENT_STEPS)

@@ -51,7 +51,7 @@ def encode_fast(
     """
     energy = group_blocks(hessian, group_size).diagonal(dim1=1, dim2=2).sum(1)
     order = energy.argsort(descending=True, stable=True)  # strong groups first: their errors are fed back to weak ones
-    columns = (order[:, None] * group_size + torch.arange(group_size)).flatten()
+    columns = (order[:, None] * group_size + torch.arange(group_size, device="cpu")).flatten()
     weight, hessian = weight[:, columns].contiguous(), hessian[columns][:, columns].contiguous()
 
     learned = codebooks is None
@@ -62,7 +62,7 @@ def encode_fast(
         codebooks = residual_kmeans(
             points, num_codebooks, codebook_size, iterations=KMEANS_ITERATIONS, generator=generator
         )
-    codes = torch.zeros(weight.shape[0], len(order), num_codebooks, dtype=torch.int32)
+    codes = torch.zeros(weight.shape[0], len(order), num_codebooks, dtype=torch.int32, device="cpu")
     parts = Parts(codebooks, codes, scales)
     coupling = feedback_coupling(hessian, group_size, damping)
     parts = _feedback_passes(weight, hessian, coupling, parts, learned=learned, beam_size=beam_size)
@@ -192,7 +192,7 @@ def fit_codebooks(weight: Tensor, hessian: Tensor, parts: Parts, *, steps: int) 
 def codeword_metrics(hessian: Tensor, parts: Parts) -> Tensor:
     """Metric of every codeword, Σ scale_o² H_jj over the groups (o, j) that use it: [M, K, g, g]."""
     metrics = group_blocks(hessian, parts.codebooks.shape[2])
-    sums = torch.zeros(*parts.codebooks.shape, parts.codebooks.shape[2])
+    sums = torch.zeros(*parts.codebooks.shape, parts.codebooks.shape[2], device="cpu")
     flat = sums.view(*parts.codebooks.shape[:2], -1)
     arrays = (metrics.flatten(1), parts.codes, parts.scales.square(), flat)
     kernels.codeword_metrics(*(a.numpy() for a in arrays))

@@ -68,7 +68,7 @@ def initial_parts(
     codebooks = residual_kmeans(
         residual, num_codebooks, codebook_size, iterations=KMEANS_ITERATIONS, generator=generator
     )
-    codes = torch.empty(len(residual), num_codebooks, dtype=torch.int32)
+    codes = torch.empty(len(residual), num_codebooks, dtype=torch.int32, device="cpu")
     for m, words in enumerate(codebooks):
         codes[:, m] = assign(residual, words)
         residual = residual - words[codes[:, m].long()]
@@ -89,8 +89,8 @@ def set_gradients(weight: Tensor, hessian: Tensor, parts: Parts) -> float:
 def search_rows(weight: Tensor, hessian: Tensor, parts: Parts, *, generator: Generator, beam_size: int) -> None:
     """Run one beam search over every row, its groups and codebooks in random order; changes `parts.codes`."""
     groups, count = parts.codes.shape[1:]
-    order = torch.randperm(groups, generator=generator)
-    turns = torch.stack([torch.randperm(count, generator=generator) for _ in range(groups)])
+    order = torch.randperm(groups, generator=generator, device="cpu")
+    turns = torch.stack([torch.randperm(count, generator=generator, device="cpu") for _ in range(groups)])
     product = (weight - parts.decoded()) @ hessian
     images, norms = codeword_tables(parts.codebooks, group_blocks(hessian, parts.codebooks.shape[2]))
     tables = [t.numpy() for t in (parts.codebooks, padded_words(parts.codebooks), images, norms)]

@@ -28,14 +28,14 @@ class Parts:
 
 def decode(codebooks: Tensor, codes: Tensor) -> Tensor:
     """Decode Σ_m codebook_m[code_m]: [M, K, g] and [out, groups, M] to [out, groups · g]."""
-    decoded = torch.empty(codes.shape[0], codes.shape[1] * codebooks.shape[2])
+    decoded = torch.empty(codes.shape[0], codes.shape[1] * codebooks.shape[2], device="cpu")
     kernels.gather(codebooks.contiguous().numpy(), codes.numpy(), decoded.numpy())
     return decoded
 
 
 def decode_transposed(gradient: Tensor, codes: Tensor, size: int) -> Tensor:
     """The transpose of `decode`, and so its gradient: [out, in] to [M, size = K, g], a sum for every codeword."""
-    sums = torch.zeros(codes.shape[2], size, gradient.shape[1] // codes.shape[1])
+    sums = torch.zeros(codes.shape[2], size, gradient.shape[1] // codes.shape[1], device="cpu")
     kernels.scatter(gradient.contiguous().numpy(), codes.numpy(), sums.numpy())
     return sums
 
@@ -48,7 +48,7 @@ def row_losses(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
 
 def group_blocks(matrix: Tensor, group_size: int) -> Tensor:
     """The blocks on the diagonal: [in, in] to [groups, g, g]."""
-    groups = torch.arange(matrix.shape[0] // group_size)
+    groups = torch.arange(matrix.shape[0] // group_size, device="cpu")
     return matrix.view(len(groups), group_size, len(groups), group_size)[groups, :, groups].contiguous()
 
 
@@ -84,4 +84,4 @@ def subsample(points: Tensor, count: int, generator: Generator) -> Tensor:
     """Draw `count` different rows of [n, g] in random order, or all of them if there are fewer."""
     if points.shape[0] <= count:
         return points
-    return points[torch.randperm(points.shape[0], generator=generator)[:count]]
+    return points[torch.randperm(points.shape[0], generator=generator, device="cpu")[:count]]

@@ -69,7 +69,7 @@ def quantize_without_data(
         shared = {k: make_shared(denoiser, v, config=config) for k, v in users_of_shared(problems).items()}
         for spec, scheme in tqdm(problems, desc="quantize", unit="layer"):
             matrix = matrix_of(denoiser, spec).cpu()
-            hessian = torch.eye(spec.shape[1]) if codec.needs_hessian(config) else None
+            hessian = torch.eye(spec.shape[1], device="cpu") if codec.needs_hessian(config) else None
             part = shared.get(scheme.shared_key)
             weight = codec.encode(matrix, hessian, scheme, config=config, shared=part, layer=spec.name)
             device = denoiser.get_submodule(spec.name).weight.device

@@ -50,7 +50,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plus_plus(points: Tensor, k: int, generator: Generator) -> Tensor:
     """Draw starting centroids, each with probability ∝ its squared distance (Arthur and Vassilvitskii 2007)."""
-    draws = torch.rand(k, generator=generator, dtype=torch.float64).to(points.device)
+    draws = torch.rand(k, generator=generator, dtype=torch.float64, device="cpu").to(points.device)
     chosen = torch.empty(k, dtype=torch.int64, device=points.device)
     chosen[0] = (draws[0] * points.shape[0]).long()
     errors = torch.full_like(points[:, 0], torch.inf)

@@ -109,7 +109,7 @@ def _values(parities: np.ndarray) -> np.ndarray:
     size = 1 << WINDOW_BITS
     bits = np.arange(size)[:, None] >> np.arange(WINDOW_BITS) & 1
     ranks = (bits @ parities.T % 2) @ (1 << np.arange(WINDOW_BITS)[::-1])
-    quantiles = torch.special.ndtri((torch.arange(size, dtype=torch.float64) + 0.5) / size)
+    quantiles = torch.special.ndtri((torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / size)
     return quantiles.float().numpy()[ranks]
 
 

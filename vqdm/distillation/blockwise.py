@@ -97,7 +97,9 @@ def _tune(
     module: nn.Module, inputs: BlockData, targets: Tensor, *, config: FinetuneConfig, block: Block, progress
 ) -> TuningReport:
     began = time.monotonic()
-    rows = torch.randperm(len(inputs), generator=torch_generator(config.seed, "blocks/judges", block.name))
+    rows = torch.randperm(
+        len(inputs), generator=torch_generator(config.seed, "blocks/judges", block.name), device="cpu"
+    )
     judges, learned = rows[: max(1, len(rows) // JUDGES)], rows[max(1, len(rows) // JUDGES) :]
     loss = relative_squared_error(targets)
     judge = partial(block_loss, module, inputs.part(judges), targets[judges], loss=loss)

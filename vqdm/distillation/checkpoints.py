@@ -40,7 +40,7 @@ class Checkpoints:
         names = {parameter: name for name, parameter in self.parameters.items()}
         tensors = {f"trained.{name}": tensor for name, tensor in self._tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, names)
-        tensors["losses"] = torch.tensor(state.losses, dtype=torch.float64)
+        tensors["losses"] = torch.tensor(state.losses, dtype=torch.float64, device="cpu")
         name = _name(state.step)
         content = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         write_item(self.directory, name, {_file(name): content}, {"step": state.step, "validations": state.validations})

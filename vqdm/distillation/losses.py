@@ -30,7 +30,7 @@ def timestep_weights(timesteps: Tensor, scheduler, *, weighting: str, limit: flo
     matching.
     """
     if weighting == "uniform":
-        return torch.ones(len(timesteps))
+        return torch.ones(len(timesteps), device="cpu")
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(
             f"finetune.weighting={weighting} needs a noise schedule, and {type(scheduler).__name__} has none: "

@@ -53,4 +53,4 @@ def restore_optimizer(
     for parameter, name in names.items():
         if f"{MOMENTS[0]}.{name}" in tensors:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step), device="cpu"), **moments}

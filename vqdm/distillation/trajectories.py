@@ -19,7 +19,7 @@ from vqdm.calibration.recording import OUTPUT, PLAIN, Call, call_arguments, in_f
 
 EACH, ALL = "each.", "all."
 OPEN_FILES = 64
-NOTHING = torch.empty(0)
+NOTHING = torch.empty(0, device="cpu")
 
 
 def pack(calls: Sequence[Call], *, captions: int) -> bytes:

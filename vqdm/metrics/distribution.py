@@ -79,8 +79,8 @@ def cmmd(real: torch.Tensor, fake: torch.Tensor, weights: torch.Tensor | None = 
 
 def _mmd(kernel: Callable, real: torch.Tensor, fake: torch.Tensor, *, weights, unbiased: bool) -> torch.Tensor:
     """Squared maximum mean discrepancy: a scalar, or one value for each row of weights."""
-    once = torch.ones(1, len(real), dtype=torch.float64)
-    drawn = torch.ones(1, len(fake), dtype=torch.float64) if weights is None else weights.double()
+    once = torch.ones(1, len(real), dtype=torch.float64, device="cpu")
+    drawn = torch.ones(1, len(fake), dtype=torch.float64, device="cpu") if weights is None else weights.double()
     between = _between(kernel, fake, real, drawn) / (drawn.sum(1) * len(real))
     found = (
         _within(kernel, fake, drawn, unbiased=unbiased) + _within(kernel, real, once, unbiased=unbiased) - 2 * between
@@ -90,7 +90,7 @@ def _mmd(kernel: Callable, real: torch.Tensor, fake: torch.Tensor, *, weights, u
 
 def _within(kernel: Callable, x: torch.Tensor, weights: torch.Tensor, *, unbiased: bool) -> torch.Tensor:
     """Mean of the kernel over pairs of rows of x, for each row of weights [b, n]; unbiased: without self-pairs."""
-    pairs, alike = (torch.zeros(len(weights), dtype=torch.float64) for _ in range(2))
+    pairs, alike = (torch.zeros(len(weights), dtype=torch.float64, device="cpu") for _ in range(2))
     for start in range(0, len(x), KERNEL_ROWS):
         part, values = weights[:, start : start + KERNEL_ROWS], kernel(x[start : start + KERNEL_ROWS], x)
         pairs += ((part @ values) * weights).sum(1)
@@ -101,7 +101,7 @@ def _within(kernel: Callable, x: torch.Tensor, weights: torch.Tensor, *, unbiase
 
 def _between(kernel: Callable, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum of the kernel over rows of x and y, for each row of weights of x."""
-    total = torch.zeros(len(weights), dtype=torch.float64)
+    total = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
     for start in range(0, len(x), KERNEL_ROWS):
         total += weights[:, start : start + KERNEL_ROWS] @ kernel(x[start : start + KERNEL_ROWS], y).sum(1)
     return total

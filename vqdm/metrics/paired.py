@@ -43,7 +43,7 @@ def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
 def _blurred(maps: torch.Tensor) -> torch.Tensor:
     """Maps [n, c, h, w], each weighed by the window around every pixel."""
     channels = maps.shape[1]
-    window = torch.exp(-torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64).square() / (2 * SIGMA**2))
+    window = torch.exp(-torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64, device="cpu").square() / (2 * SIGMA**2))
     window = (window / window.sum()).to(maps)
     kernel = torch.outer(window, window).expand(channels, 1, -1, -1)
     edge = [RADIUS] * 4

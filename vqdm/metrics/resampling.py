@@ -31,11 +31,11 @@ class Resamples:
     def draws(self) -> torch.Tensor:
         """Indices of the prompts in every draw: int64 [count, prompts]."""
         generator = torch_generator(self.seed, "bootstrap")
-        return torch.randint(self.prompts, (self.count, self.prompts), generator=generator)
+        return torch.randint(self.prompts, (self.count, self.prompts), generator=generator, device="cpu")
 
     def rows(self):
         """Images of every draw, one draw after the other: int64 [prompts × copies]."""
-        of_prompt = self.images.by_prompt(torch.arange(len(self.images)))
+        of_prompt = self.images.by_prompt(torch.arange(len(self.images), device="cpu"))
         for drawn in self.draws():
             yield of_prompt[drawn].flatten()
 
@@ -47,7 +47,7 @@ class Resamples:
 
 def bootstrap(statistic: Callable[[torch.Tensor], float], features: torch.Tensor, resamples: Resamples) -> torch.Tensor:
     """The statistic of the rows of every draw: float64 [count]."""
-    return torch.tensor([statistic(features[rows]) for rows in resamples.rows()], dtype=torch.float64)
+    return torch.tensor([statistic(features[rows]) for rows in resamples.rows()], dtype=torch.float64, device="cpu")
 
 
 SetStatistic = Callable[[Resamples], tuple[float, torch.Tensor]]  # of all images; of every draw: float64 [count]

@@ -37,7 +37,7 @@ def rescale_(denoiser: nn.Module, *, sigma: float, seed: int) -> int:
     for name, module in denoiser.named_modules():
         for pair in _pairs(name, module):
             generator = torch_generator(seed, "rescale", pair.name)
-            normal = torch.randn(pair.divide[0].shape[0], generator=generator, dtype=torch.float64)
+            normal = torch.randn(pair.divide[0].shape[0], generator=generator, dtype=torch.float64, device="cpu")
             _apply(pair, torch.exp(sigma * normal))
             count += 1
     return count

@@ -111,7 +111,7 @@ def noised_calls(pipeline, calls: list[Call], captions: list[Prompt], *, config:
         timestep = call["timestep"].flatten()[0]
         level = scheduler.alphas_cumprod[timestep.long()]
         draws = [torch_generator(config.noise_seed, f"noised/{float(timestep):g}", p.id) for p in captions]
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw, device="cpu") for draw in draws])
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         rows = call[name]
         made.append(call | {name: noisy.repeat(len(rows) // len(noisy), 1, 1, 1).to(rows.dtype)})

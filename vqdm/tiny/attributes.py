@@ -118,7 +118,7 @@ def targets_of(scenes: list[Scene], *, world: World = TINY) -> dict[str, torch.T
             name = f"{kind}{slot}"
             there = slot < len(scene.things)
             columns[name].append(values[name].index(getattr(scene.things[slot], kind)) if there else -100)
-    return {name: torch.tensor(column) for name, column in columns.items()}
+    return {name: torch.tensor(column, device="cpu") for name, column in columns.items()}
 
 
 def _agreements(wanted: RequestedThing, seen: tuple | None, world: World) -> list[tuple[str, bool]]:

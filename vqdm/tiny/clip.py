@@ -28,9 +28,9 @@ CLIP_CONFIGS = {  # open_clip's name of the model: its config
 
 def clip_tokens(tokenizer, captions: list[str], *, length: int) -> torch.Tensor:
     """Token ids int64 [n, length], padded with zeros: open_clip pools at the highest id, the end-of-text token's."""
-    rows = torch.zeros(len(captions), length, dtype=torch.int64)
+    rows = torch.zeros(len(captions), length, dtype=torch.int64, device="cpu")
     for row, ids in zip(rows, tokenizer(captions, truncation=True, max_length=length).input_ids, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
+        row[: len(ids)] = torch.tensor(ids, device="cpu")
     return rows
 
 

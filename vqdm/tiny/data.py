@@ -26,7 +26,7 @@ class SceneSet:
         return len(self.scenes)
 
     def pick(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randint(len(self), (count,), generator=generator)
+        return torch.randint(len(self), (count,), generator=generator, device="cpu")
 
     def images(self, indices: torch.Tensor) -> torch.Tensor:
         """Chosen renders as float [n, 3, size, size] in [-1, 1]."""

@@ -20,9 +20,9 @@ from vqdm.tiny.data import SceneSet
 
 def _roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Add a little noise and change contrast, so that small decoder artefacts do not count as attributes."""
-    strength = 0.08 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    contrast = 1 + 0.1 * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
-    return images * contrast + strength * torch.randn(images.shape, generator=generator)
+    strength = 0.08 * torch.rand(len(images), 1, 1, 1, generator=generator, device="cpu")
+    contrast = 1 + 0.1 * (2 * torch.rand(len(images), 1, 1, 1, generator=generator, device="cpu") - 1)
+    return images * contrast + strength * torch.randn(images.shape, generator=generator, device="cpu")
 
 
 def train_attribute_net(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int) -> AttributeNet:
@@ -62,7 +62,7 @@ def train_clip(scenes: SceneSet, tokenizer, *, directory: Path, steps: int, batc
     with seeded_initialisation(seed, "clip"):
         model = open_clip.create_model(name)
     tokens = clip_tokens(tokenizer, scenes.captions, length=scenes.world.max_tokens)
-    targets = torch.arange(batch_size)
+    targets = torch.arange(batch_size, device="cpu")
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = scenes.pick(batch_size, generator)

@@ -62,11 +62,11 @@ class ContrastivePair(nn.Module):
             for a, b in itertools.pairwise(channels)
         ]
         self.image_tower = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, sum(self.widths)))
-        self.log_scale = nn.Parameter(torch.tensor(2.5))
+        self.log_scale = nn.Parameter(torch.tensor(2.5, device="cpu"))
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Sum of the two symmetric contrastive losses."""
-        targets = torch.arange(len(images))
+        targets = torch.arange(len(images), device="cpu")
         seen = self.image_tower(images).split(self.widths, dim=-1)
         read = (self.text_encoder(ids).pooler_output, self.text_encoder_2(ids).text_embeds)
         loss = 0.0

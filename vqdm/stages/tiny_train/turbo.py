@@ -20,9 +20,9 @@ GRID = 20  # teacher steps from pure noise to a clean latent
 
 def _levels() -> tuple[torch.Tensor, torch.Tensor]:
     """Trailing timesteps [GRID] from 999 down, and cumulative alphas at each of them and after the last (1.0)."""
-    timesteps = torch.arange(1000, 0, -1000 / GRID).round().long() - 1
+    timesteps = torch.arange(1000, 0, -1000 / GRID, device="cpu").round().long() - 1
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod[timesteps]
-    return timesteps, torch.cat([alphas, torch.ones(1)])
+    return timesteps, torch.cat([alphas, torch.ones(1, device="cpu")])
 
 
 def _clean(noisy: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -63,10 +63,10 @@ def distil_turbo(
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         clean, text, pooled = latents.batch(batch_size, generator)
-        index = torch.randint(GRID, (batch_size,), generator=generator)
-        coarse = torch.rand(batch_size, generator=generator) < 0.5
+        index = torch.randint(GRID, (batch_size,), generator=generator, device="cpu")
+        coarse = torch.rand(batch_size, generator=generator, device="cpu") < 0.5
         index = torch.where(coarse, index // 5 * 5, index)  # half of the draws lie on the 4-step grid
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator, device="cpu")
         noisy = levels[index].sqrt() * clean + (1 - levels[index]).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
             further = teacher_step(noisy, index, text, pooled)

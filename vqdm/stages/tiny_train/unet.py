@@ -86,7 +86,7 @@ class LatentSet:
     def _compute(scenes, vae, tokenizer, text_encoder, text_encoder_2, path: Path) -> None:
         columns: dict[str, list[torch.Tensor]] = {"latents": [], "text": [], "pooled": []}
         ids = token_ids(tokenizer, scenes.captions)
-        for rows in tqdm(torch.arange(len(scenes)).split(512), desc="latents", unit="batch"):
+        for rows in tqdm(torch.arange(len(scenes), device="cpu").split(512), desc="latents", unit="batch"):
             text, pooled = encode_text(text_encoder, text_encoder_2, ids[rows])
             columns["latents"].append(vae.encode(scenes.images(rows)).latent_dist.mean)
             columns["text"].append(text.bfloat16())
@@ -100,14 +100,14 @@ class LatentSet:
 
     def batch(self, size: int, generator: torch.Generator):
         """(latents, text, pooled) of random scenes."""
-        rows = torch.randint(len(self), (size,), generator=generator)
+        rows = torch.randint(len(self), (size,), generator=generator, device="cpu")
         return self.latents[rows], self.text[rows].float(), self.pooled[rows]
 
 
 def conditions(unet: UNet2DConditionModel, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
     """The `added_cond_kwargs` of SDXL's U-Net: size and crop conditioning is constant here."""
     size = 4 * unet.config.sample_size  # pixels
-    ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
+    ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device="cpu")
     return {"text_embeds": pooled, "time_ids": ids.repeat(len(pooled), 1)}
 
 
@@ -143,9 +143,9 @@ def train_unet(
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         clean, text, pooled = latents.batch(batch_size, generator)
-        timesteps = torch.randint(len(alphas), (batch_size,), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        keep = (torch.rand(batch_size, generator=generator) >= 0.1).float()
+        timesteps = torch.randint(len(alphas), (batch_size,), generator=generator, device="cpu")
+        noise = torch.randn(clean.shape, generator=generator, device="cpu")
+        keep = (torch.rand(batch_size, generator=generator, device="cpu") >= 0.1).float()
         level = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):

@@ -36,7 +36,7 @@ def train_vae(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int,
         images = scenes.images(scenes.pick(batch_size, generator))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
+            noise = torch.randn(posterior.mean.shape, generator=generator, device="cpu")
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - images
         slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -54,7 +54,7 @@ def train_vae(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int,
     )
     vae.load_state_dict(average)
     vae.eval().requires_grad_(False)
-    normalise_latents(vae, scenes.images(torch.arange(min(2048, len(scenes)))))
+    normalise_latents(vae, scenes.images(torch.arange(min(2048, len(scenes)), device="cpu")))
     return vae
 
 
