@@ -55,7 +55,9 @@ class CorrectionSums:
 
     def take(self, call: int, feature: Tensor) -> None:
         if self.sums is None:
-            self.sums = torch.zeros(5, len(self.schedule.timesteps), feature.shape[1], dtype=torch.float64)
+            self.sums = torch.zeros(
+                5, len(self.schedule.timesteps), feature.shape[1], dtype=torch.float64, device="cpu"
+            )
         if call in self.schedule.full:
             self._full = [*self._full, (call, feature)][-2:]
             return

@@ -146,8 +146,8 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int):
     from vqdm.seeds import torch_generator
 
     if len(shape) < 2:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-    drawn = torch.randn(shape, generator=torch_generator(seed, "drawn model", name))
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16, device="cpu")
+    drawn = torch.randn(shape, generator=torch_generator(seed, "drawn model", name), device="cpu")
     return drawn.mul_((3 * math.prod(shape[1:])) ** -0.5).to(torch.bfloat16)
 
 

@@ -75,7 +75,7 @@ def measure_schedule(
         return costs, lambda: ({}, {"costs": costs.costs})
 
     names = _observe(directory, pipeline, prompts, config=config, calibration=calibration, sampler=sampler, make=make)
-    found = torch.tensor([read_item(directory, name)["costs"] for name in names], dtype=torch.float64)
+    found = torch.tensor([read_item(directory, name)["costs"] for name in names], dtype=torch.float64, device="cpu")
     costs = found.mean(0).tolist()
     schedule = cache_schedule(pipeline, config, sampler, costs=costs)
     write_json(directory / SCHEDULE_FILE, {"costs": costs, "full": list(schedule.full)})
