@@ -251,9 +251,8 @@ def test_every_tensor_is_made_on_a_device_that_is_named():
         and "device" not in {keyword.arg for keyword in node.keywords}
     ]
     modules = [name.split(":")[0] for name in unnamed]
-    assert set(modules) == {"vqdm.weights.base", "vqdm.weights.trellis"}, (
-        unnamed
-    )  # empty weights: where the denoiser is
+    empty = {"vqdm.weights.base", "vqdm.weights.trellis", "vqdm.acceleration.stored_cache"}
+    assert set(modules) <= empty, f"{unnamed}: say device="  # but what is loaded into is made where its module is
 
 
 def test_what_a_plan_needs_imports_no_torch():

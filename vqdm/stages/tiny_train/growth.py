@@ -68,7 +68,7 @@ class Growth:
         self.unet = build_unet(self.world).eval().requires_grad_(False)
         shape = (1, self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         draws = (torch_generator(seed, "growth", i) for i in range(captions))
-        self.noise = torch.cat([torch.randn(shape, generator=draw) for draw in draws])
+        self.noise = torch.cat([torch.randn(shape, generator=draw, device="cpu") for draw in draws])
         self.began = time.process_time() - 3600 * self._hours_before()
 
     def _points(self) -> list[dict]:
