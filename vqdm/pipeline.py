@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vqdm.config.options import Config
-from vqdm.errors import UserError
+from vqdm.errors import NotRunHere, UserError
 from vqdm.report.experiments import Table
 from vqdm.runs import processes
 from vqdm.runs.files import canonical_json, is_writable
@@ -54,7 +54,10 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
         for config in rows[i]:
             log.info("— %s", config.name)
             config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-            made[i].append(_run(config, store, graphs[i, config.name]))
+            try:
+                made[i].append(_run(config, store, graphs[i, config.name]))
+            except NotRunHere as reason:
+                log.warning("not run: %s", reason)
         content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
         if writable := is_writable(store.root):
             text, files = write_table(content, made, results=store.root)
@@ -199,6 +202,9 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
         record |= _work(config, store, stages, device=device, tracker=tracker) | {"tracker": tracker.id}
         store.record_run(config.name, record)
         failed = False
+    except NotRunHere as reason:
+        store.record_run(config.name, record | {"not_run": str(reason)})
+        raise
     finally:
         try:
             _log_stages(tracker, store, stages)  # if the run fails, those that are done by then

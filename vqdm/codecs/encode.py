@@ -27,7 +27,7 @@ def needs_hessians(config: QuantizeConfig) -> bool:
 
 def trains_blocks(config: QuantizeConfig) -> bool:
     """True if a codec learns the layers of a block together instead of encoding each by itself."""
-    return CODECS[config.kind].by_blocks is not None
+    return config.kind in CODECS and CODECS[config.kind].by_blocks is not None
 
 
 def encoder_bytes(shape: tuple[int, int], config: QuantizeConfig) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from vqdm.config.acceleration import LEAST_CALLS
+from vqdm.config.codecs import PeerConfig
 from vqdm.config.options import (
     METRIC_FAMILIES,
     PLAN_CARDS,
@@ -92,6 +93,11 @@ def check(config: Config) -> None:
     check_finetune(config)
     _check_samples(config)
     _check_cache(config)
+    if isinstance(config.quantize, PeerConfig) and (config.task == "compress" or config.finetune.steps):
+        raise UserError(
+            "quantize=peer makes rows to compare with, which are neither saved as a pipeline nor distilled: "
+            f"use {config.quantize.library} itself, or another of conf/quantize"
+        )
     if config.task == "compress" and config.quantize.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
 

@@ -198,8 +198,64 @@ class TrellisConfig(HessianOptions, QuantizeConfig):
         return {key: value for key, value in self.settings().items() if key not in ("kind", "bits")}
 
 
+PEERS = {  # other libraries and the types that they round to, by their own names
+    "sdnq": ("uint2", "uint3", "uint4", "uint5", "uint6", "uint8"),
+    "bitsandbytes": ("nf4", "fp4", "int8"),
+    "torchao": ("int4", "int8"),
+    "quanto": ("int2", "int4", "int8", "float8"),
+    "gguf": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    "autoround": ("int2", "int3", "int4", "int8"),
+}
+
+
+@dataclass(kw_only=True)
+class PeerConfig(QuantizeConfig):
+    """Options of another library, which quantizes the denoiser by diffusers' own loading (`vqdm/hub/peers.py`)."""
+
+    kind: str = "peer"
+    bits: float = 0  # never given: `weights` says it
+    library: str = choice(*PEERS)
+    weights: str = "uint4"  # one of the library's types in PEERS
+    svd: bool = False  # sdnq: a low-rank branch of rank 32 beside the codes, as SVDQuant has it
+    hadamard: bool = False  # sdnq: weights are rotated first
+    codebook: bool = False  # sdnq: codes stand for entries of a codebook
+    short: ClassVar[str] = "peer"
+
+    @property
+    def name(self) -> str:
+        """Short name for labels: sdnq-uint4-svd."""
+        switches = [name for name in ("svd", "hadamard", "codebook") if getattr(self, name)]
+        return "-".join([self.library, self.weights, *switches])
+
+    @property
+    def package(self) -> str:
+        """Name of the library's package."""
+        return {"quanto": "optimum-quanto", "autoround": "auto-round"}.get(self.library, self.library)
+
+    @classmethod
+    def from_name(cls, name: str) -> None:
+        """None: no short name stands for a peer."""
+
+    def check(self) -> None:
+        super().check()
+        if self.bits:
+            raise UserError(f"quantize.bits={self.bits:g} is not for quantize=peer: quantize.weights says the type")
+        if self.weights not in PEERS[self.library]:
+            known = ", ".join(PEERS[self.library])
+            raise UserError(f"quantize.weights={self.weights!r} is not one of {known} for {self.library}")
+        used = next((name for name in ("svd", "hadamard", "codebook") if getattr(self, name)), None)
+        if used is not None and self.library != "sdnq":
+            raise UserError(f"quantize.{used}=true is an option of sdnq: leave it out for {self.library}")
+
+    def settings(self) -> dict:
+        """The options in the fingerprint; the library's version comes to them in the stage."""
+        unused = ("kind", "bits", "tokens_per_call")
+        return {key: value for key, value in asdict(self).items() if key not in unused}
+
+
 OPTIONS: dict[str, type[QuantizeConfig]] = {
     "none": QuantizeConfig,
+    "peer": PeerConfig,
     "rtn": RtnConfig,
     "gptq": GptqConfig,
     "adaround": AdaroundConfig,

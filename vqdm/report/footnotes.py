@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vqdm.report.experiments import Table
 from vqdm.report.records import protocols_of, scores_of
+from vqdm.runs.store import Store
 
 
 def sentences(table: Table, data, *, of_runs: int, model: str) -> list[str]:
@@ -53,7 +54,16 @@ def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[
         protocols = [(method, parts[metric]) for method, _, parts in named if metric in parts]
         own |= {metric: _grouped(_merged(protocols))} if protocols else {}
     lines += _shared_once(own)
+    made_by = [(run["method"], run["bits"]["made_by"]) for run in runs if "made_by" in run["bits"]]
+    lines += [f"{method}: quantized as {name}" for method, name in made_by]
     return lines + _remarks(table, runs, results)
+
+
+def refusals(table: Table, rows: list[list[dict]], results: Path) -> list[str]:
+    """A line for every row that another library refused when it was last tried, with the reason it gave."""
+    said = {record["experiment"]: record["not_run"] for _, record in Store(results).runs() if record.get("not_run")}
+    missing = [row for row, runs in zip(table.rows, rows, strict=True) if not runs and row.name in said]
+    return [f"{row.method or row.name}: not run: {said[row.name]}" for row in missing]
 
 
 def _shared_once(own: dict[str, dict[str, str]]) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from vqdm.report.experiments import Table
-from vqdm.report.footnotes import notes, sentences
+from vqdm.report.footnotes import notes, refusals, sentences
 from vqdm.report.numbers import DELTA, PUBLISHED, REPRODUCED, frame
 from vqdm.report.preference import preference_cells, preference_frame, preference_sentences
 from vqdm.report.records import check_protocols
@@ -55,7 +55,8 @@ def table_content(
     check_protocols(table, runs, results, mixed=mixed)
     name = table.name if model == table.model else f"{table.name}-{model}"
     data, cells, below = _content(table, rows, results, model=model)
-    return TableContent(name, table.title, data, cells, below, notes(table, runs, results, model=model))
+    lines = notes(table, runs, results, model=model) + refusals(table, rows, results)
+    return TableContent(name, table.title, data, cells, below, lines)
 
 
 def write_table(content: TableContent, rows: list[list[dict]], *, results: Path) -> tuple[str, list[Path]]:

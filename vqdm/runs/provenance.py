@@ -34,10 +34,11 @@ def _git(*arguments: str) -> str | None:
 
 @cache
 def versions() -> dict[str, str | None]:
-    return {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in LIBRARIES}
 
 
-def _version(library: str) -> str | None:
+def installed_version(library: str) -> str | None:
+    """The version of an installed package; None if there is none."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

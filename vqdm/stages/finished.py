@@ -39,9 +39,14 @@ def finished_denoiser(directory: Path, denoiser: nn.Module, calibration: Path, *
     bits = count_bits(denoiser)
     round_to_stored_(denoiser)
     nn.Module.to(denoiser, device=device, dtype=dtype)
-    sums = dict(sorted(squared_errors(denoiser, recorded_calls(calibration), device).items()))
-    error = sum(wrong for wrong, _ in sums.values()) / sum(power for _, power in sums.values())
-    errors = [wrong / power for wrong, power in sums.values()]
-    write_json(directory / ERRORS_FILE, {"timesteps": list(sums), "relative_output_errors": errors})
+    error = write_errors(directory, denoiser, calibration, device=device)
     file_bytes = save_denoiser(denoiser, directory / DENOISER, metrics={"relative_output_error_in_calibration": error})
     return {**bits.to_dict(), "file_bytes": file_bytes, "relative_output_error": error}
+
+
+def write_errors(directory: Path, denoiser: nn.Module, calibration: Path, *, device: str) -> float:
+    """Write the denoiser's relative squared error on the recorded calls by timestep; returns that of all calls."""
+    sums = dict(sorted(squared_errors(denoiser, recorded_calls(calibration), device).items()))
+    errors = [wrong / power for wrong, power in sums.values()]
+    write_json(directory / ERRORS_FILE, {"timesteps": list(sums), "relative_output_errors": errors})
+    return sum(wrong for wrong, _ in sums.values()) / sum(power for _, power in sums.values())

@@ -9,6 +9,7 @@ import functools
 from dataclasses import asdict
 from pathlib import Path
 
+from vqdm.config.codecs import PeerConfig
 from vqdm.config.options import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
 from vqdm.errors import UserError
 from vqdm.metrics.available import Scoring, find_scoring
@@ -23,6 +24,7 @@ from vqdm.models.location import (
 )
 from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
+from vqdm.runs.provenance import installed_version
 from vqdm.runs.store import Stage
 from vqdm.stages import accelerated
 from vqdm.stages.caption_images import images_identity
@@ -31,6 +33,7 @@ VERSIONS = {
     "calibrate": 1,
     "sensitivity": 1,
     "quantize": 4,
+    "peer": 1,
     "tune_blocks": 2,
     "trajectories": 1,
     "finetune": 2,
@@ -173,6 +176,11 @@ def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
 
 def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model: str) -> Stage:
     label = f"{config.model.name}-{config.quantize.name}"
+    if isinstance(config.quantize, PeerConfig):
+        versions = {name: installed_version(name) for name in (config.quantize.package, "diffusers")}
+        settings = config.quantize.settings() | _pick(config.model, "dtype") | {"versions": versions}
+        settings |= {"rescale": asdict(config.model.rescale)}
+        return _stage("peer", label, settings, calibrate=calibrate, model=model)
     upstream = {} if sensitivity is None else {"sensitivity": sensitivity}
     settings = config.quantize.settings() | _layers(config)
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)

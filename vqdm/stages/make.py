@@ -8,6 +8,7 @@ import functools
 import json
 from pathlib import Path
 
+from vqdm.config.codecs import PeerConfig
 from vqdm.config.options import Config
 from vqdm.runs import processes
 from vqdm.runs.device import Device
@@ -73,6 +74,10 @@ class Models:
         from vqdm.hub.pipelines import load_denoiser
 
         dtype = getattr(torch, self.config.model.dtype) if dtype is None else dtype
+        if isinstance(self.config.quantize, PeerConfig):
+            from vqdm.hub.peers import load_by_peer
+
+            return load_by_peer(quantized / DENOISER, dtype=dtype, config=self.config.quantize)
         return load_denoiser(quantized / DENOISER, dtype=dtype, decode=decode)
 
 
@@ -132,7 +137,16 @@ def ensure_quantized(
             show_layers=config.show_layers,
         )
 
+    def make_as_peer(directory: Path) -> dict:
+        from vqdm.models.loader import denoiser_of
+        from vqdm.stages.peer import quantize_as_peer
+
+        denoiser = denoiser_of(models.own())
+        return quantize_as_peer(directory, denoiser, calibration, config=config.quantize, device=models.device)
+
     calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
+    if isinstance(config.quantize, PeerConfig):
+        return store.ensure(stages.quantize, make_as_peer, environment=environment)
     harm = None
     if stages.sensitivity is not None:
         harm = store.ensure(stages.sensitivity, make_sensitivity, environment=environment)

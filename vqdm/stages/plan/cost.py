@@ -15,7 +15,7 @@ from vqdm.calibration.blocks import LARGE
 from vqdm.calibration.collect import teacher_groups
 from vqdm.calibration.hessian import add_second_moment, token_count
 from vqdm.codecs.encode import needs_hessians, trains_blocks
-from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.codecs import PeerConfig, QuantizeConfig
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.specs import LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
@@ -159,6 +159,8 @@ class _Stages(Experiment):
 
     def quantize(self) -> StageCost:
         config = self.config.quantize
+        if isinstance(config, PeerConfig):
+            return StageCost("quantize", None, None, f"not estimated: {config.library} quantizes")
         if trains_blocks(config):
             return self._by_blocks()
         groups = [group for group in self._groups(config) if group]

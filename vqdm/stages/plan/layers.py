@@ -6,7 +6,7 @@ import math
 from torch import Tensor, nn
 
 from vqdm.codecs.allocation import Assignment, Harm, assign_schemes
-from vqdm.config.codecs import QuantizeConfig, RtnConfig
+from vqdm.config.codecs import PeerConfig, QuantizeConfig, RtnConfig
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.specs import LayerSpec, group_of, skipped_specs
 from vqdm.weights.base import SHARED_NAME
@@ -60,10 +60,11 @@ def assignment_of(
     denoiser: nn.Module, config: QuantizeConfig, *, pattern: str | None, min_size: int, harm: Harm | None = None
 ) -> Assignment:
     """Schemes from `assign_schemes`; for full precision no layer gets one, and that is the reason given."""
-    if config.kind == "none":
+    if config.kind == "none" or isinstance(config, PeerConfig):
+        reason = "full precision is asked for" if config.kind == "none" else f"{config.library} decides"
         skipped = skipped_specs(denoiser, pattern="^", min_size=1)
         everything = assign_schemes(denoiser, RtnConfig(), pattern="^", min_size=1).specs
-        return Assignment([], [(spec, "full precision is asked for") for spec in everything] + skipped)
+        return Assignment([], [(spec, reason) for spec in everything] + skipped)
     return assign_schemes(denoiser, config, pattern=pattern, min_size=min_size, harm=harm)
 
 
