@@ -48,16 +48,12 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
             print_plan(config, Store(Path(config.results_dir)), every_layer=False)
         return
     store = Store(Path(first.results_dir))  # one command, so one folder
+    rows = [[_grouped(config, table.name) for config in configs] for configs in rows]
     graphs = {(i, config.name): _ready(config, store) for i in chosen for config in rows[i]}  # before any work
     made = [[] if i in chosen else _finished(configs, store) for i, configs in enumerate(rows)]
     for i in chosen:
-        for config in rows[i]:
-            log.info("— %s", config.name)
-            config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=table.name))
-            try:
-                made[i].append(_run(config, store, graphs[i, config.name]))
-            except NotRunHere as reason:
-                log.warning("not run: %s", reason)
+        made[i] = _run_row([(config, graphs[i, config.name]) for config in rows[i]], store)
+        config = rows[i][-1]
         content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
         if writable := is_writable(store.root):
             text, files = write_table(content, made, results=store.root)
@@ -69,6 +65,22 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
         files += write_report(content, made, commands=[table.command(config.model.name)], results=store.root)
         _track_table(content.name, config, files, store, made)
     print("wrote " + ", ".join(str(file) for file in files))
+
+
+def _grouped(config: Config, group: str) -> Config:
+    return dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=group))
+
+
+def _run_row(runs: list[tuple[Config, Graph]], store: Store) -> list[dict]:
+    """Run a row; returns the records of its runs, without those that another library refused."""
+    made = []
+    for config, graph in runs:
+        log.info("— %s", config.name)
+        try:
+            made.append(_run(config, store, graph))
+        except NotRunHere as reason:
+            log.warning("not run: %s", reason)
+    return made
 
 
 def _track_table(name: str, config: Config, files: list[Path], store: Store, made: list[list[dict]]) -> None:

@@ -36,7 +36,8 @@ def test_fingerprints_are_those_recorded(case, compose, tmp_path):
 
 
 def test_every_preset_is_recorded():
-    assert {f"quantize={name}" for name in PRESETS if name != "none"} <= set(RECORDED)
+    of_codecs = set(PRESETS) - {"none", "peer"}  # a peer's fingerprint has the versions of what is installed
+    assert {f"quantize={name}" for name in of_codecs} <= set(RECORDED)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -51,7 +52,7 @@ def test_a_codecs_defaults_pass_its_own_check(kind):
     config = OPTIONS[kind]()
     config.check()
     assert config.kind == kind
-    if kind != "none":
+    if kind not in ("none", "peer"):
         assert parse_scheme(config.name) == config
 
 

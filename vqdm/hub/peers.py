@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from vqdm.config.codecs import PeerConfig
 from vqdm.errors import NotRunHere
 from vqdm.models.foreign import json_object
 from vqdm.runs.provenance import installed_version
+from vqdm.seeds import seeded_initialisation
 
 GGUF_FILE = "denoiser.gguf"
 REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError, AssertionError, TypeError)
@@ -41,7 +43,9 @@ def refusing(config: PeerConfig):
     shown = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of libraries that look for kernels of theirs
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except REFUSALS as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise NotRunHere(f"{config.name}: {config.package} {version} says: {said[:300]}") from error
@@ -55,8 +59,10 @@ def quantize_by_peer(denoiser: nn.Module, directory: Path, *, full: Path, config
     NotRunHere, in the library's own words, where it cannot do it.
     """
     dtype = next(denoiser.parameters()).dtype
-    with refusing(config), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # low-rank branches begin with random projections
+    with (
+        refusing(config),
+        seeded_initialisation(config.seed, "peer"),
+    ):
         if config.library == "gguf":
             _write_gguf(denoiser, directory, config.weights)
             return
