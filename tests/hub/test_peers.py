@@ -65,7 +65,8 @@ def test_gguf_rounds_whole_blocks_and_loads_as_its_own_numbers(tmp_path):
     values = torch.randn(3, unet.get_submodule(name).in_features, generator=torch.Generator().manual_seed(0))
     weight = torch.from_numpy(gguf.quants.dequantize(tensors[f"{name}.weight"].data, gguf.GGMLQuantizationType.Q4_0))
     bias = unet.get_submodule(name).bias.half().float()
-    torch.testing.assert_close(loaded.get_submodule(name)(values), values @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    expected = values @ weight.T + bias  # diffusers multiplies codes and scales in fp16
+    torch.testing.assert_close(loaded.get_submodule(name)(values), expected, rtol=2e-3, atol=2e-3)
     found = peer_bits(directory, unet)
     assert found["bits_quantized"] == 4.5  # 32 codes of 4 bits and a scale of 16 a block
     assert found["bits_per_weight"] > 4.5
