@@ -23,7 +23,7 @@ def made(tmp_path, unet, **options):
     pytest.importorskip({"quanto": "optimum.quanto"}.get(config.library, config.library))
     config.check()
     quantize_by_peer(unet, tmp_path / "made", full=tmp_path / "full", config=config)
-    loaded = load_by_peer(tmp_path / "made", kind=type(unet), dtype=torch.float32, config=config)
+    loaded = load_by_peer(tmp_path / "made", dtype=torch.float32, config=config)
     return loaded, tmp_path / "made"
 
 
