@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from operator_calls import operator_call
 from random_weights import random_weight, trellis_weight
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqdm.weights import ops
 from vqdm.weights.additive import AdditiveScheme
@@ -24,27 +24,6 @@ WEIGHTS = {
     "scalar": lambda: random_weight(ScalarScheme(bits=3), (4, 16)),
     "scalar of two parts": lambda: random_weight(ScalarScheme(bits=3, split=5), (4, 16)),
 }
-
-
-class Calls(TorchDispatchMode):
-    """The operators called inside that give new tensors, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if not function.is_view:
-            self.made.append((function, arguments))
-        return function(*arguments, **(options or {}))
-
-
-def operator_call(weight):
-    """The operator that decodes a weight, and its arguments."""
-    with torch.no_grad(), Calls() as calls:
-        weight()
-    (call,) = calls.made
-    return call
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ def _on_cpu(codes, starts, rates, table, scales, outputs, inputs, side):
 
 def _on_gpu(codes, starts, rates, table, scales, outputs, inputs, side):
     if not ops.in_reach(codes, (outputs, inputs)):
-        return decode_by_torch(codes, table, scales, (outputs, inputs), side)
+        return decode_by_torch(codes, table, scales, (outputs, inputs), side).contiguous()
     from vqdm.weights import triton_kernels
 
     return triton_kernels.decode_trellis(

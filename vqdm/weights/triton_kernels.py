@@ -35,7 +35,8 @@ def _rounded(value, dtype: tl.constexpr, BY_HAND: tl.constexpr):
 @triton.jit
 def _bits(words, bit, whole, tail):
     """The 32 bits from every bit position on. whole: number of whole words, after which comes `tail`, then zeros."""
-    w, shift = bit >> 5, (bit & 31).to(tl.uint32)
+    bit = bit.to(tl.uint32, bitcast=True)  # so that what overflows, by damaged codes, lies beyond the end
+    w, shift = (bit >> 5).to(tl.int32), bit & 31
     low = tl.load(words + w, mask=w < whole, other=0)
     high = tl.load(words + w + 1, mask=w + 1 < whole, other=0)
     low = tl.where(w == whole, tail, low).to(tl.uint32, bitcast=True)
