@@ -283,6 +283,14 @@ def table_1s_twin_shows_what_was_run_and_what_was_not(done: Done):
     assert done.out.count("not run") > 7
 
 
+@rule(
+    r"python run\.py table=table1_tiny evaluate\.ladder=64,128", *SMALL, "row=table1_tiny_fp",
+    instead={"64,128": "2,3"}, after=("python run.py table=table1_tiny",),
+)  # fmt: skip
+def a_table_is_scored_on_the_way(done: Done):
+    assert [f"{n} of 4 prompts: fid" in done.err for n in (2, 3, 4)] == [True, True, False]
+
+
 @rule(r"python run\.py table=table1_sdxl", "row=table1_vqdm3", code=1)
 def every_run_names_at_once_what_it_lacks(done: Done):
     said = done.error()

@@ -27,8 +27,8 @@ from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
 from vqdm.runs.entry import STOPPED, leave_at_once, prepare, reader_is_gone
 
-register_schemas()
 OF_NAMED_ROW: list[str] = []  # overrides that are put before the user's
+LADDER = re.compile(r"^(\+*evaluate\.ladder=)(\d+(?:,\d+)*)$")  # a list, never a sweep, which would make equal runs
 CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # USR2 is submitit's before a job's time is up
 
 
@@ -126,9 +126,11 @@ def main() -> None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     prepare()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines: one line is ours
+    register_schemas()
     for number in (signal.SIGINT, *CLUSTER_SIGNALS):
         signal.signal(number, _stop)
     try:
+        sys.argv[1:] = [LADDER.sub(r"\1[\2]", argument) for argument in sys.argv[1:]]
         OF_NAMED_ROW[:] = _of_named_row(sys.argv[1:])
         first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-]\S*=", argument)), 1)
         sys.argv[first:first] = OF_NAMED_ROW

@@ -179,6 +179,8 @@ class FinetuneConfig:
 class EvaluateConfig:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     metrics: list[str] = dataclasses.field(default_factory=lambda: ["tiny", "paired"])  # families: METRIC_FAMILIES
+    # numbers of prompts after which to score on the way to all of them, so that a bad run is seen early; null = none
+    ladder: list[int] | None = number(None, least=1, most=MOST)
     images_per_prompt: int = number(1, least=1, most=65_536)
     evaluators: str | None = None  # of family tiny: a directory or one of TINY_WORLDS; None = those of tiny
     weights: str = "data/metrics"  # folder searched for the other families' files, before the hub's cache

@@ -1,5 +1,6 @@
 """One experiment through the store: a quantized model, its images, those of full precision, and their scores."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -14,12 +15,24 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.accelerate import accelerated_pipeline, ensure_cache
-from vqdm.stages.graph import Graph, image_list, image_sampler, original_sampler
+from vqdm.stages.graph import Graph, build_graph, image_list, image_sampler, original_sampler
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
 
 log = logging.getLogger("vqdm")
 ON_CPU = ("tiny",)  # families that always run on the CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the scoring of a run needs, whichever number of prompts it is on. compressed: None: the model's own."""
+
+    config: Config
+    store: Store
+    models: Models
+    compressed: Path | None
+    device: Device
+    environment: dict
 
 
 def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device, tracker) -> dict:
@@ -31,25 +44,53 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     if stages is not None:
         compressed = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
         ensure_cache(config, store, stages, models, compressed=compressed, environment=environment)
+    work = Work(config, store, models, compressed, device, environment)
+    for count in rungs(config, len(graph.prompts)):
+        _climb(work, count, of=len(graph.prompts), tracker=tracker)
+    scores = _score(work, graph)
+    tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
+    tracker.table("evaluate/metrics", [_tracked(name, s, scores["protocol"]) for name, s in scores["metrics"].items()])
+    _show_images(tracker, store.directory(graph.images), graph)
+    return {"bits": _bits(config, store, graph)}
+
+
+def _score(work: Work, graph: Graph) -> dict:
+    """Make the images, look at them and score them: what is missing of all that."""
+    config, store, models, stages = work.config, work.store, work.models, graph.quantization
     versions = {name: importlib.metadata.version(name) for name in MADE_BY}
-    made = {"environment": {**device.environment(), "dtype": config.model.dtype, **versions}}
+    made = {"environment": {**work.device.environment(), "dtype": config.model.dtype, **versions}}
     with processes.opened(store, graph.teacher_images or graph.images) as originals:
         sampler = image_sampler(config) if graph.teacher_images is None else original_sampler(config)
         _generate(config, graph, originals, lambda: models.teacher, sampler=sampler, **made)
     if graph.teacher_images is not None:
 
         def pipeline():
-            return models.teacher if stages is None else accelerated_pipeline(config, store, stages, models, compressed)
+            if stages is None:
+                return models.teacher
+            return accelerated_pipeline(config, store, stages, models, work.compressed)
 
         with processes.opened(store, graph.images) as images:
             _generate(config, graph, images, pipeline, sampler=image_sampler(config), **made)
     models.release()
-    _look(config, store, graph, device=device)
-    scores = _evaluate(config, store, graph, environment=environment)
-    tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
-    tracker.table("evaluate/metrics", [_tracked(name, s, scores["protocol"]) for name, s in scores["metrics"].items()])
-    _show_images(tracker, store.directory(graph.images), graph)
-    return {"bits": _bits(config, store, graph)}
+    _look(config, store, graph, device=work.device)
+    return _evaluate(config, store, graph, environment=work.environment)
+
+
+def rungs(config: Config, prompts: int) -> list[int]:
+    """Numbers of prompts after which to score on the way to all `prompts`."""
+    return sorted({count for count in config.evaluate.ladder or () if count < prompts})
+
+
+def _climb(work: Work, count: int, *, of: int, tracker) -> None:
+    """Score the first `count` prompts, whose images and features all that follow go on with."""
+    own = work.config.evaluate
+    fewer = dataclasses.replace(own, prompts=dataclasses.replace(own.prompts, n=count))
+    config = dataclasses.replace(work.config, evaluate=fewer)
+    scores = _score(dataclasses.replace(work, config=config), build_graph(config, cache=work.store.hashes))
+    found = {name: score for name, score in scores["metrics"].items() if score["value"] is not None}
+    said = ", ".join(f"{name} {score['value']:.4g} ± {score['se'] or 0:.1g}" for name, score in found.items())
+    log.info("%s: %d of %d prompts: %s", config.name, count, of, said)
+    tracker.log({"ladder/prompts": count} | {f"ladder/{name}": score["value"] for name, score in found.items()})
 
 
 def _generate(
