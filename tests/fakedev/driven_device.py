@@ -9,7 +9,12 @@ import fake_device
 import pytest
 import torch
 from quantized import KINDS, quantized_unet
+from random_weights import trellis_weight
+from unets import small_unet
 
+from vqdm.codecs.encode import quantize_without_data
+from vqdm.config.codecs import parse_scheme
+from vqdm.weights import ops
 from vqdm.weights.layers import quantized_layers
 
 fake_device.register()
@@ -55,8 +60,16 @@ def test_fresh_memory_is_nan_and_what_happens_is_counted():
     assert fake_device.counts()["held"] == held and fake_device.counts()["peak"] >= held + 4000
 
 
+@pytest.fixture(params=["by torch", "by an operator"])
+def way(request, monkeypatch):
+    """Weights decode as on a GPU without Triton, or by one operator, which runs the CPU's loops."""
+    if request.param == "by an operator":
+        monkeypatch.setattr(ops, "devices", ops.devices | {DEVICE})
+    return request.param
+
+
 @pytest.mark.parametrize("decode", ["per_call", "cached"])
-def test_a_denoiser_gives_the_same_and_never_waits(pair, decode):
+def test_a_denoiser_gives_the_same_and_never_waits(pair, way, decode):
     own, there = pair
     for unet in pair:
         for layer in quantized_layers(unet).values():
@@ -67,17 +80,55 @@ def test_a_denoiser_gives_the_same_and_never_waits(pair, decode):
         there(*inputs)
         fake_device.reset()
         found = there(*inputs).sample
+    decoded = sum(count for name, count in fake_device.calls().items() if name.startswith("vqdm::"))
+    assert decoded == (len(quantized_layers(there)) if (way, decode) == ("by an operator", "per_call") else 0)
     assert fake_device.syncs() == {} and fake_device.counts()["uploads"] == 0
     assert near(found, wanted)
 
 
-def test_gradients_are_the_same_and_never_wait(pair):
+def test_gradients_are_the_same_and_never_wait(pair, way):
     own, there = (copy.deepcopy(unet).requires_grad_(True) for unet in pair)
     inputs = on_device(*INPUTS)
     own(*INPUTS).sample.square().mean().backward()
+    there(*inputs)
     fake_device.reset()
     there(*inputs).sample.square().mean().backward()
     assert fake_device.syncs() == {}
     for (name, parameter), other in zip(own.named_parameters(), there.parameters(), strict=True):
         scale = max(1e-6, float(parameter.grad.abs().max()))
         assert float((other.grad.cpu() - parameter.grad).abs().max()) < 1e-4 * scale, name
+
+
+def test_gradients_of_a_trellis_weight_take_as_many_launches_whatever_its_columns(way):
+    counts = set()
+    for columns in (32, 320):
+        weight = trellis_weight(300, [8, 13] * (columns // 2)).to(DEVICE)
+        weight.shared[0].to(DEVICE)
+        decoded = weight().sum()
+        fake_device.reset()
+        decoded.backward()
+        counts.add(fake_device.counts()["calls"])
+    assert len(counts) == 1 and counts.pop() < (60 if way == "by an operator" else 400)
+
+
+def test_memory_of_a_shared_part_is_marked_as_read_by_the_stream_that_reads_it(pair):
+    """Else offloading by a stream of its own may give it to others while it is still read."""
+    there = pair[1]
+    for layer in quantized_layers(there).values():
+        layer.decode = "per_call"
+    fake_device.reset()
+    with torch.no_grad():
+        there(*on_device(*INPUTS))
+    users = [layer for layer in quantized_layers(there).values() if layer.weight.shared]
+    assert fake_device.calls().get("aten::record_stream", 0) == len(users)
+
+
+@pytest.mark.parametrize("scheme", ["rtn4", "trellis5"])
+def test_nothing_is_made_on_the_default_device_by_accident(scheme):
+    made = {}
+    for device in ("cpu", DEVICE):
+        unet = small_unet().to(device)
+        with torch.device(device):
+            quantize_without_data(unet, parse_scheme(scheme), pattern="mid_block")
+        made[device] = unet.state_dict()
+    assert all(torch.equal(tensor, made[DEVICE][name].cpu()) for name, tensor in made["cpu"].items())

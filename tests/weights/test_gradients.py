@@ -10,9 +10,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from vqdm.seeds import torch_generator
-from vqdm.weights import kernels
+from vqdm.weights import kernels, trellis_op
 from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.scalar import ScalarScheme
+from vqdm.weights.trellis_codes import locate
 from vqdm.weights.trellis_format import BYTE
 
 RATES = [0, 8, 4, 24, 13, 9, 0]
@@ -68,6 +69,16 @@ def test_gradients_are_those_of_the_formula(kind, dtype):
     weight = WEIGHTS[kind](dtype=dtype)
     incoming = randn(*weight.shape).to(dtype)
     check_gradients(weight, incoming, 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if kind.startswith("trellis")])
+def test_gradients_by_states_for_a_device_are_those_of_the_formula(kind, monkeypatch):
+    """All columns at once: the operator itself reads the states, of a table whose values are their numbers."""
+    weight = WEIGHTS[kind]()
+    located = locate(weight.codes, weight.shape, weight.scheme.side)
+    monkeypatch.setattr(type(weight), "located", lambda self: located)
+    monkeypatch.setattr(trellis_op, "kernels_apply", lambda *tensors: False)
+    check_gradients(weight, randn(*weight.shape), 1e-6)
 
 
 @pytest.mark.parametrize("kind", SMALL)

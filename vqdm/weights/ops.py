@@ -87,12 +87,16 @@ def in_reach(codes: Tensor, shape: Sequence[int]) -> bool:
     return 8 * codes.numel() < MOST and shape[0] * shape[1] < MOST
 
 
+Gradients = Callable[[Sequence, Sequence[bool], Tensor], tuple[Tensor | None, ...]]  # arguments, which are wanted, the
+# gradient of what was decoded from them: a gradient or None for each
+
+
 class Recomputed(torch.autograd.Function):
     """decode(*arguments), whose gradients keep nothing but the arguments: backward decodes again."""
 
     @staticmethod
-    def forward(ctx, decode, *arguments):
-        ctx.decode, ctx.tensors = decode, [isinstance(argument, Tensor) for argument in arguments]
+    def forward(ctx, decode, gradients, *arguments):
+        ctx.gradients, ctx.tensors = gradients, [isinstance(argument, Tensor) for argument in arguments]
         ctx.others = [argument for argument in arguments if not isinstance(argument, Tensor)]
         ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
         return decode(*arguments)
@@ -102,12 +106,17 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, gradient):
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         arguments = [next(tensors if is_tensor else others) for is_tensor in ctx.tensors]
-        return None, *recomputed_gradients(ctx.decode, arguments, ctx.needs_input_grad[1:], gradient)
+        return None, None, *ctx.gradients(arguments, ctx.needs_input_grad[2:], gradient)
 
 
-def by_torch(decode: Callable[..., Tensor], *arguments) -> Tensor:
-    """decode(*arguments) in torch, as it is where it is traced, else so that backward keeps only the arguments."""
-    return decode(*arguments) if torch.compiler.is_compiling() else Recomputed.apply(decode, *arguments)
+def by_torch(decode: Callable[..., Tensor], *arguments, gradients: Gradients | None = None) -> Tensor:
+    """decode(*arguments) in torch, as it is where it is traced, else so that backward keeps only the arguments.
+
+    gradients: makes those of the arguments; None: autograd, of a repeated decode.
+    """
+    if torch.compiler.is_compiling():
+        return decode(*arguments)
+    return Recomputed.apply(decode, gradients or functools.partial(recomputed_gradients, decode), *arguments)
 
 
 def recomputed_gradients(

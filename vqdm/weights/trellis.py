@@ -37,6 +37,7 @@ from vqdm.weights.bitpack import pack
 from vqdm.weights.trellis_codes import (
     ByteScales,
     decode_by_torch,
+    gradients_by_torch,
     locate,
     pack_states,
     split_codes,
@@ -232,4 +233,4 @@ class TrellisWeight(QuantizedWeight):
         table, scales, side = self.shared[0](), self.scales, self.scheme.side
         if ops.apply_to(table, scales):
             return trellis_op.decode(self.codes, *self.located(), table, scales, *self.shape, side)
-        return ops.by_torch(decode_by_torch, self.codes, table, scales, self.shape, side)
+        return ops.by_torch(decode_by_torch, self.codes, table, scales, self.shape, side, gradients=gradients_by_torch)

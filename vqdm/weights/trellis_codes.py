@@ -1,5 +1,6 @@
 """Trellis codes in torch: streams to states and back, and weights from them; `trellis` describes the format."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,63 @@ def decode_trellis(states: Tensor, rates: Tensor, table: Tensor, row_scales: Ten
     """The weight row_scale · (column_scale · table[state]): states int [in, out] to [out, in] in the scales' dtype."""
     columns = F.embedding(states, table[:, None])[..., 0]
     return (columns * (column_scales * (rates > 0))[:, None]).T * row_scales[:, None]
+
+
+def gradients_of(
+    gradient: Tensor, states: Tensor, table: Tensor, row_scales: Tensor, column_scales: Tensor, *, of_table: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of table (None unless `of_table`), row scales and column scales: all weights at once, in 20 launches.
+
+    gradient: the weight's, [out, in]; states: int [out, in]; column_scales: 0 in columns of rate 0, which are to get no
+    gradient from here. All in one dtype.
+    """
+    values = F.embedding(states, table[:, None])[..., 0]
+    products = gradient * values
+    # with v_oj = table[s_oj]: ∂loss/∂r_o = Σ_j G_oj v_oj c_j and ∂loss/∂c_j = Σ_o G_oj v_oj r_o
+    of_rows, of_columns = products @ column_scales, row_scales @ products
+    if not of_table:
+        return None, of_rows, of_columns
+    # ∂loss/∂table[s] = Σ over (o, j) with s_oj = s of G_oj r_o c_j
+    parts = gradient * row_scales[:, None] * column_scales
+    return torch.zeros_like(table).index_add_(0, states.flatten(), parts.flatten()), of_rows, of_columns
+
+
+def gradients_from_states(
+    gradient: Tensor,
+    states: Tensor,
+    rates: Tensor,
+    *,
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    side: str,
+    of_table,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of table (None unless `of_table`) and scales, in their dtypes, by what is read from the codes.
+
+    states: int [out, in]; rates: [in].
+    """
+    packed, _ = split_codes(codes, states.shape[1], side)
+    _, (values, computed) = widened(table, scales)
+    rows, columns = split_scales(computed, packed, len(states), side)
+    used = rates > 0
+    of_values, of_rows, of_columns = gradients_of(
+        gradient.to(rows.dtype), states, values.to(rows.dtype), rows, columns * used, of_table=of_table
+    )
+    of_scales = of_rows if side == BYTE else torch.cat([of_rows, of_columns * used])
+    return None if of_values is None else of_values.to(table.dtype), of_scales.to(scales.dtype)
+
+
+def gradients_by_torch(arguments: Sequence, wanted: Sequence[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients for the arguments of `decode_by_torch`."""
+    codes, table, scales, shape, side = arguments
+    packed, stream = split_codes(codes, shape[1], side)
+    rates = unpack_rates(packed, shape[1], side)
+    states = unpack_states(stream, rates, shape[0]).T
+    found = gradients_from_states(
+        gradient, states, rates, codes=codes, table=table, scales=scales, side=side, of_table=wanted[1]
+    )
+    return None, *found, None, None
 
 
 def _positions(rates: Tensor, out: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,15 @@ import torch
 
 from vqdm.weights import ops
 from vqdm.weights.base import kernels_apply, widened
-from vqdm.weights.trellis_codes import decode_by_torch, split_codes, split_scales
-from vqdm.weights.trellis_format import BYTE
+from vqdm.weights.trellis_codes import (
+    byte_scales,
+    decode_by_torch,
+    gradients_by_torch,
+    gradients_from_states,
+    split_codes,
+    split_scales,
+)
+from vqdm.weights.trellis_format import BYTE, WINDOW_BITS, scales_count
 
 
 def _on_cpu(codes, starts, rates, table, scales, outputs, inputs, side):
@@ -32,20 +39,36 @@ def _fake(codes, starts, rates, table, scales, outputs, inputs, side):
 
 
 def _save(ctx, inputs, output):
-    codes, _, _, table, scales, ctx.outputs, ctx.inputs, ctx.side = inputs
-    ctx.save_for_backward(codes, table, scales)
+    codes, starts, rates, table, scales, ctx.outputs, ctx.inputs, ctx.side = inputs
+    ctx.save_for_backward(codes, starts, rates, table, scales)
 
 
 def _backward(ctx, gradient):
-    codes, table, scales = ctx.saved_tensors  # once: under checkpointing they may be asked for once
-    wanted = ctx.needs_input_grad[3:5]
+    codes, starts, rates, table, scales = ctx.saved_tensors  # once: under checkpointing they may be asked for once
+    shape, wanted = (ctx.outputs, ctx.inputs), ctx.needs_input_grad[3:5]
     if kernels_apply(gradient, codes, table, scales):
-        found = _gradients_on_cpu(gradient, codes, table, scales, ctx.outputs, ctx.inputs, ctx.side, of_table=wanted[0])
+        found = _gradients_on_cpu(gradient, codes, table, scales, *shape, ctx.side, of_table=wanted[0])
+    elif rates is None:  # traced on a CPU
+        found = gradients_by_torch((codes, table, scales, shape, ctx.side), (False, *wanted), gradient)[1:3]
     else:
-        arguments = codes, table, scales, (ctx.outputs, ctx.inputs), ctx.side
-        wanted = False, *wanted, False, False
-        found = ops.recomputed_gradients(decode_by_torch, arguments, wanted, gradient)[1:3]
+        states = _states(codes, starts, rates, *shape, ctx.side)
+        found = gradients_from_states(
+            gradient, states, rates, codes=codes, table=table, scales=scales, side=ctx.side, of_table=wanted[0]
+        )
     return None, None, None, *found, None, None, None
+
+
+def _states(codes, starts, rates, outputs, inputs, side):
+    """The states, int [out, in], by the kernel that decodes: of a table whose values are their own numbers.
+
+    Float32 holds them, times the scale of a BYTE column (7 bits of fraction), exactly.
+    """
+    numbers = torch.arange(1 << WINDOW_BITS, dtype=torch.float32, device=codes.device)
+    scales = numbers.new_ones(scales_count((outputs, inputs), side))
+    found = decode(codes, starts, rates, numbers, scales, outputs, inputs, side)
+    if side == BYTE:
+        found = found / byte_scales(split_codes(codes, inputs, side)[0])
+    return found.int()
 
 
 def _gradients_on_cpu(gradient, codes, table, scales, outputs, inputs, side, *, of_table):
