@@ -369,6 +369,26 @@ def test_a_unet_driven_twice_agrees_with_what_its_layers_read(quantized):
 
 
 @torch.no_grad()
+def test_a_part_of_the_layers_has_the_hessians_of_the_whole():
+    """Drawn tokens included: parts of a group then need not enter a fingerprint."""
+    unet = small_unet()
+    specs = layer_specs(unet, min_size=8)
+
+    def recorded(wanted=None):
+        with HessianRecorder(unet, specs, tokens_per_call=7, wanted=wanted) as recorder:
+            for seed in range(3):
+                unet(**inputs_of_unet(seed))
+        return recorder, recorder.hessians()
+
+    whole, expected = recorded()
+    for names in ([spec.name for spec in specs][::2], [spec.name for spec in specs][1::2]):  # q and v, k
+        part, found = recorded(names)
+        assert list(found) == names
+        assert all(torch.equal(found[name], expected[name]) for name in names)
+        assert part.tokens == {name: whole.tokens[name] for name in names}
+
+
+@torch.no_grad()
 def test_sdxl_has_492_problems_for_771_layers():
     unet = sdxl_unet()
     specs = layer_specs(unet)

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from vqdm.calibration.calls import recorded_calls, recorded_positions
-from vqdm.calibration.collect import execution_groups, teacher_groups
+from vqdm.calibration.collect import collect, execution_groups, teacher_groups
 from vqdm.codecs.allocation import assign_schemes, read_harm
 from vqdm.config.codecs import OPTIONS, AdaroundConfig, RtnConfig, TrellisConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
@@ -41,11 +41,11 @@ def calibration(tmp_path_factory):
     return directory
 
 
-def run(directory, calibration, **options):
+def run(directory, calibration, *, room=1 << 30, **options):
     """The quantized denoiser's tensors and the stage's summary."""
     summary = quantize(
         directory, load_pipeline(MODEL, device="cpu"), calibration, config=OPTIONS[options["kind"]](**options),
-        model=MODEL, calibration_config=CALIBRATION, device="cpu",
+        model=MODEL, calibration_config=CALIBRATION, device="cpu", hessian_room=room,
     )  # fmt: skip
     return load_file(directory / "denoiser" / "diffusion_pytorch_model.safetensors"), summary
 
@@ -88,6 +88,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights(calibration, tmp_path):
         sidecar.unlink()
     again, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from="student")
     assert same(whole, again)
+
+
+def test_the_memory_of_a_students_hessians_changes_no_weight(calibration, tmp_path, monkeypatch):
+    made, passes = {}, []
+    monkeypatch.setattr("vqdm.stages.quantize.collect", lambda *a, **more: passes.append(1) or collect(*a, **more))
+    for room in (1 << 30, 1):
+        passes.clear()
+        (tmp_path / str(room)).mkdir()
+        options = {"kind": "gptq", "bits": 3, "hessian_from": "student", "tokens_per_call": 16}
+        made[room] = run(tmp_path / str(room), calibration, room=room, **options)[0]
+        assert len(passes) == (3 if room > 1 else len([n for n in made[room] if n.endswith(".codes")]))
+    assert same(made[1], made[1 << 30])
 
 
 def test_the_students_hessians_are_its_own(calibration, tmp_path):

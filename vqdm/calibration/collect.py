@@ -32,32 +32,42 @@ def execution_groups(denoiser: nn.Module, specs: list[LayerSpec], calibration: P
 
 def teacher_groups(groups: list[list[LayerSpec]]) -> list[list[LayerSpec]]:
     """Join groups into as few as memory allows, since the teacher does not change while layers are quantized."""
-    merged: list[list[LayerSpec]] = [[]]
+    return in_passes([spec for group in groups for spec in group], TEACHER_BYTES)
+
+
+def in_passes(specs: list[LayerSpec], room: int) -> list[list[LayerSpec]]:
+    """The layers in order, divided so that the Hessians of each part take `room` bytes at most, or are of one layer."""
+    found: list[list[LayerSpec]] = [[]]
     held = 0
-    for spec in (spec for group in groups for spec in group):
+    for spec in specs:
         size = 4 * spec.shape[1] ** 2
-        if held + size > TEACHER_BYTES and merged[-1]:
-            merged.append([])
+        if held + size > room and found[-1]:
+            found.append([])
             held = 0
-        merged[-1].append(spec)
+        found[-1].append(spec)
         held += size
-    return merged
+    return found
 
 
 Drive = Callable[[HessianRecorder], None]
 
 
 def collect(
-    denoiser: nn.Module, group: list[LayerSpec], drive: Drive, *, config: QuantizeConfig
+    denoiser: nn.Module,
+    group: list[LayerSpec],
+    drive: Drive,
+    *,
+    config: QuantizeConfig,
+    wanted: list[LayerSpec] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The Hessians of a group's layers by name, the same with any number of threads.
 
-    Hessians from few tokens are shrunk.
+    wanted: those of the group whose Hessians are summed, the same as if all were; None: all. Hessians from few tokens
+    are shrunk.
     """
-    with (
-        one_thread_each(),
-        HessianRecorder(denoiser, group, tokens_per_call=config.tokens_per_call, seed=config.seed) as recorder,
-    ):
+    names = [spec.name for spec in (group if wanted is None else wanted)]
+    options = {"tokens_per_call": config.tokens_per_call, "seed": config.seed, "wanted": names}
+    with one_thread_each(), HessianRecorder(denoiser, group, **options) as recorder:
         drive(recorder)
     found = recorder.hessians()
     return {name: shrunk(h, recorder.tokens[name]) if ONE_TOKEN.search(name) else h for name, h in found.items()}

@@ -29,11 +29,18 @@ class HessianRecorder:
 
     Layers that read the very same tensors in every call (convolutions: with the same geometry) share one matrix.
     tokens_per_call: this many tokens, drawn at random, stand for all those of a call; None: every token counts.
+    wanted: names of the layers whose Hessians are summed; None: all. The draws are those of all `specs`.
     While `enabled` is False, calls are not read.
     """
 
     def __init__(
-        self, denoiser: nn.Module, specs: Iterable[LayerSpec], *, tokens_per_call: int | None = None, seed: int = 0
+        self,
+        denoiser: nn.Module,
+        specs: Iterable[LayerSpec],
+        *,
+        tokens_per_call: int | None = None,
+        seed: int = 0,
+        wanted: Iterable[str] | None = None,
     ):
         if tokens_per_call is not None and tokens_per_call < 1:
             raise UserError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
@@ -41,6 +48,7 @@ class HessianRecorder:
         for spec in self.specs:
             if spec.conv is not None and (spec.conv.groups != 1 or spec.conv.padding_mode != "zeros"):
                 raise ValueError(f"layer {spec.name}: only convolutions of one group, padded by zeros, have a Hessian")
+        self.wanted = {spec.name for spec in self.specs} if wanted is None else set(wanted)
         self.tokens_per_call, self.seed = tokens_per_call, seed
         self.enabled = True
         self.tokens: dict[str, int] = {}  # number of tokens in each layer's Hessian, once the recording has ended
@@ -61,7 +69,7 @@ class HessianRecorder:
         self._hooks.clear()
 
     def hessians(self) -> dict[str, Tensor]:
-        """The Hessians by layer name, in the order of `specs`, on the device of the inputs; ends the recording.
+        """The wanted Hessians by layer name, in the order of `specs`, on the inputs' device; ends the recording.
 
         UserError, with the layer's name, if an activation was infinite or NaN, or if the layer was never called.
         """
@@ -69,9 +77,11 @@ class HessianRecorder:
         if self._hessians is None:
             for problem in list(self._problems):
                 self._split(problem, problem.absent())
-            tokens = {problem: problem.token_count() for problem in self._problems}
-            matrices = {problem: problem.mean() for problem in self._problems}
-            for spec in self.specs:
+            wanted = [spec for spec in self.specs if spec.name in self.wanted]
+            summed = [problem for problem in self._problems if problem.layers & self.wanted]
+            tokens = {problem: problem.token_count() for problem in summed}
+            matrices = {problem: problem.mean() for problem in summed}
+            for spec in wanted:
                 if spec.name not in self._problem_of:
                     raise UserError(f"layer {spec.name} was never called: leave it out of the layer pattern")
                 if not bool(torch.isfinite(matrices[self._problem_of[spec.name]].diagonal()).all()):
@@ -79,8 +89,8 @@ class HessianRecorder:
                         f"the activations that layer {spec.name} reads have infinite or NaN entries: "
                         "load the model in another dtype, such as float32 or bfloat16"
                     )
-            self._hessians = {spec.name: matrices[self._problem_of[spec.name]] for spec in self.specs}
-            self.tokens = {spec.name: tokens[self._problem_of[spec.name]] for spec in self.specs}
+            self._hessians = {spec.name: matrices[self._problem_of[spec.name]] for spec in wanted}
+            self.tokens = {spec.name: tokens[self._problem_of[spec.name]] for spec in wanted}
             self._problems.clear()
             self._problem_of.clear()
         return self._hessians
@@ -99,12 +109,19 @@ class HessianRecorder:
         if spec.name not in problem.readers:
             if problem.reads(inputs):
                 problem.readers.add(spec.name)
+                self._sum(problem, spec, inputs)
                 return
             if problem.readers:  # the other layers read another tensor in this call
                 problem = self._split(problem, {spec.name})
         else:  # read a second time: this is the next call, and layers that did not read in the last one no longer share
             self._split(problem, problem.absent())
         problem.start_call(inputs, spec.name)
+        self._sum(problem, spec, inputs)
+
+    def _sum(self, problem: "_Problem", spec: LayerSpec, inputs: Tensor) -> None:
+        """Add the present call's tokens, once, when the first wanted layer reads them."""
+        if problem.is_summed or spec.name not in self.wanted:
+            return
         generator = torch_generator(self.seed, "hessian", f"{problem.leader}/{problem.calls}")
         problem.add(inputs, spec.shape[1], self.tokens_per_call, generator)
 
@@ -136,6 +153,7 @@ class _Problem:
         self.conv, self.layers, self.leader = conv, set(layers), min(layers)
         self.readers: set[str] = set()  # the layers that have read the tensor of the present call
         self.calls = 0
+        self.is_summed = False  # the present call
         self._past: tuple[Tensor, int] | None = None
         self._present: tuple[Tensor, int] | None = None
         self._tensor, self._version = (lambda: None), -1
@@ -155,6 +173,7 @@ class _Problem:
         self._version = 0 if tensor.is_inference() else tensor._version
         self.readers = {layer}
         self.calls += 1
+        self.is_summed = False
 
     def add(self, inputs: Tensor, size: int, limit: int | None, generator: torch.Generator) -> None:
         """Add the tokens of one call; if there are more than `limit`, draw that many and let them stand for all."""
@@ -167,6 +186,7 @@ class _Problem:
             chosen = torch.randperm(count, generator=generator, device="cpu")[:limit].sort().values.to(inputs.device)
         add_second_moment(total, inputs, self.conv, chosen=chosen)
         self._present = (total, tokens + count)
+        self.is_summed = True
 
     def without_present(self, layers: set[str]) -> "_Problem":
         other = _Problem(self.conv, layers)

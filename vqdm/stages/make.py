@@ -22,6 +22,11 @@ def environment_of(config: Config, device: Device) -> dict:
     return device.environment() | {"reason": device.reason, "threads": device.threads, "dtype": config.model.dtype}
 
 
+def hessian_room(config: Config) -> int:
+    """Bytes of the Hessians that a student's sampling sums in one pass."""
+    return int(config.memory_budget_gb * 2**30)
+
+
 class Models:
     """Pipelines of one run, each loaded when first needed, one at a time, so that a small GPU will do."""
 
@@ -135,6 +140,7 @@ def ensure_quantized(
             device=models.device,
             harm=harm,
             show_layers=config.show_layers,
+            hessian_room=hessian_room(config),
         )
 
     def make_as_peer(directory: Path) -> dict:

@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 from vqdm.calibration.blocks import Block
 from vqdm.calibration.calls import recorded_calls
-from vqdm.calibration.collect import collect, drive_student, drive_teacher, execution_groups, teacher_groups
+from vqdm.calibration.collect import (
+    TEACHER_BYTES,
+    collect,
+    drive_student,
+    drive_teacher,
+    execution_groups,
+    in_passes,
+    teacher_groups,
+)
 from vqdm.codecs.allocation import Assignment, assign_schemes, read_harm
 from vqdm.codecs.cards import CODECS
 from vqdm.codecs.codec import Codec
@@ -191,12 +199,13 @@ def quantize(
     device: str,
     harm: Path | None = None,
     show_layers: bool = False,
+    hessian_room: int = TEACHER_BYTES,
 ) -> dict:
     """Fill the stage's directory: `denoiser/`, `layers.json`. Returns bits, bytes and output error.
 
     pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: that stage's directory.
     harm: directory of the sensitivity stage, which decides the layers' bits; None: all get the same.
-    show_layers: print a line for every layer.
+    show_layers: print a line for every layer. hessian_room: bytes of a student's Hessians in one pass of its sampling.
     """
     denoiser = denoiser_of(pipeline)
     dtype = next(denoiser.parameters()).dtype
@@ -210,12 +219,17 @@ def quantize(
             _by_blocks(encoder, assignment, calibration, progress=progress)
         else:
             drive = functools.partial(drive_student, pipeline, config=calibration_config, sampler=model.sampler)
-            _by_groups(encoder, assignment, calibration, drive, device=device, progress=progress)
+            _by_groups(encoder, assignment, calibration, drive, device=device, progress=progress, room=hessian_room)
     return _finish(directory, denoiser, assignment, calibration, dtype=dtype, device=device)
 
 
-def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, progress) -> None:
-    """Quantize group after group: its Hessians, then its layers in parallel; a student takes it in before the next."""
+def _by_groups(
+    encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, progress, room: int
+) -> None:
+    """Quantize group after group: its Hessians, then its layers in parallel; a student takes it in before the next.
+
+    A student's Hessians that take more than `room` bytes come in several passes of the same sampling.
+    """
     config, denoiser, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
     wanted = encoder.codec.needs_hessian(config)
     student = wanted and config.hessian_from == "student"
@@ -223,13 +237,14 @@ def _by_groups(encoder: Encoder, assignment: Assignment, calibration: Path, driv
     drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
     workers = threads.workers()
     for group in groups if student else teacher_groups(groups):
-        missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
-        progress.skip([spec for spec in group if spec not in missing])
-        hessians = {}
-        if missing and wanted:  # for the whole group, so that its draws of tokens do not depend on what is there
-            hessians = collect(denoiser, group, drive, config=config)
-        problems = [(spec, schemes[spec.name]) for spec in missing]
-        encoder.encode_all(problems, hessians, workers=workers, progress=progress)
+        for part in in_passes(group, room) if student else [group]:
+            missing = [spec for spec in part if read_item(encoder.directory, spec.name) is None]
+            progress.skip([spec for spec in part if spec not in missing])
+            hessians = {}
+            if missing and wanted:  # for the whole part, so that its draws of tokens do not depend on what is there
+                hessians = collect(denoiser, group, drive, config=config, wanted=part)
+            problems = [(spec, schemes[spec.name]) for spec in missing]
+            encoder.encode_all(problems, hessians, workers=workers, progress=progress)
         if student:
             _take_in(encoder, group)
     if not student:

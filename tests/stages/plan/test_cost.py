@@ -1,5 +1,6 @@
 """Rates, seconds and stages: invariants, and SDXL as a whole, on the meta device."""
 
+import dataclasses
 import itertools
 import json
 from collections import defaultdict
@@ -219,6 +220,19 @@ def test_training_sdxls_blocks():
     assert found.seconds == pytest.approx(passes * forward, rel=0.01)
     some = sdxl_costs(kind="adaround", bits=4, iterations=20_000, batch_size=32, samples=512)["quantize"]
     assert "on 512 rows" in some.note and "20 GiB up to three times" in some.note
+
+
+def test_a_students_hessians_keep_to_a_memory_budget():
+    config, found = sdxl_config(kind="gptq", bits=4, hessian_from="student", tokens_per_call=512), {}
+    options = {"parts": {"unet": 2_567_463_684}, "images": 0, "calibration_prompts": 256}
+    for budget in (4.0, 16.0):
+        own = dataclasses.replace(config, memory_budget_gb=budget)
+        stages = costs(own, sdxl_unet(), machine=Machine("cuda", 1, CARDS["4090"]), **options)
+        found[budget] = next(stage for stage in stages if stage.name == "quantize")
+    assert "7 passes" in found[16.0].note and "11 passes" in found[4.0].note
+    weights, forward = 2 * 2_567_463_684, 8 * 0.2e9
+    assert found[4.0].memory.device < weights + forward + 4 * 2**30 + 1.3e9 < found[16.0].memory.device
+    assert found[4.0].seconds > 1.3 * found[16.0].seconds
 
 
 def test_what_is_not_estimated_says_so():

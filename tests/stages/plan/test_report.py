@@ -130,3 +130,17 @@ def test_the_stages_are_printed_within_seconds_and_nothing_is_made(tmp_path):
         rest = process.stdout.read()
     assert first.startswith("calibrate  to run (missing)") and used.user + used.system < 20
     assert "bits_quantized 3.000" in rest and not (tmp_path / "stages").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("finetune=both",), ("quantize=vq3", "quantize.hessian_from=student")])
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("sdxl_*.yaml")))
+def test_every_stage_of_sdxl_fits_on_a_card_of_24_gb(experiment, options, tmp_path):
+    if experiment == "sdxl_fp" and options:
+        pytest.skip("nothing is quantized")
+    done = run(f"+experiment={experiment}", *options, "plan=true", "plan_for=4090", f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads((tmp_path / "plans" / f"{experiment}.json").read_text())["stages"]
+    assert {
+        stage["name"]: stage["memory"]["device"] / 2**30 for stage in stages if stage["memory"]["device"] > 20 << 30
+    } == {}

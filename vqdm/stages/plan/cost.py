@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from vqdm.calibration.blocks import LARGE
-from vqdm.calibration.collect import teacher_groups
+from vqdm.calibration.collect import in_passes, teacher_groups
 from vqdm.calibration.hessian import add_second_moment, token_count
 from vqdm.codecs.encode import needs_hessians, trains_blocks
 from vqdm.config.codecs import PeerConfig, QuantizeConfig
 from vqdm.config.options import Config, SamplerConfig
+from vqdm.models.location import decodes_sliced
 from vqdm.models.specs import LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
 from vqdm.stages.graph import image_sampler
+from vqdm.stages.make import hessian_room
 from vqdm.stages.plan import memory
 from vqdm.stages.plan.distillation import DistillationPlan
 from vqdm.stages.plan.forward import (
@@ -132,7 +134,8 @@ def _model(
         upcast = memory.decoder_upcasts(vae.config, config.model.dtype)
         decoding = measure_decoder(vae, (height, width), dtype=torch.float32 if upcast else dtype)
         numbers = 3 * height * width * 4 ** (len(vae.config.block_out_channels) - 1)
-    model = memory.Model(parts, dtype.itemsize, cost.sample.peak_bytes, decoding.peak_bytes, upcast, numbers)
+    sliced = decodes_sliced(config.model)
+    model = memory.Model(parts, dtype.itemsize, cost.sample.peak_bytes, decoding.peak_bytes, upcast, numbers, sliced)
     return model, decoding
 
 
@@ -194,12 +197,15 @@ class _Stages(Experiment):
         blocks = measure_blocks(denoiser, names, rows=batch, size=self.config.model.sampler.size)
         kept = int(rows * blocks.recorded * self.model.item_size / 4)
         unet = self.model.item_size * sum(parameter.numel() for parameter in denoiser.parameters())
-        on_device = self.model.weights + unet + blocks.step + TRAINED_COPIES * 4 * blocks.trained
+        on_device = self.model.resident(self.machine.device) + unet + blocks.step + TRAINED_COPIES * 4 * blocks.trained
         on_host = min(3 * kept, 2 * LARGE + JUDGED * blocks.recorded)
+        on_host = memory.loaded(self.model, on_host, self.machine.device)
         used = memory.placed(on_device, on_host, device=self.machine.device)
+        read = (config.iterations * batch + 2 * rows) * blocks.together * self.model.item_size / 4
         note = (
             f"{blocks.count} blocks, {config.iterations:,} steps of {batch} rows each, on {rows:,} rows; "
-            f"the largest block's rows take {gibibytes(kept)} up to three times, on disk where memory is short of them"
+            f"the largest block's rows take {gibibytes(kept)} up to three times, on disk where memory is short of "
+            f"them: {gibibytes(3 * kept)} of disk, and {gibibytes(read)} read in all, whose time is left out"
         )
         half, single = self._rates(), self.machine.rates("float32")
         if half is None:
@@ -217,16 +223,19 @@ class _Stages(Experiment):
         return dataclasses.replace(self.schedule(), name="correct")
 
     def teacher_images(self) -> StageCost:
-        return dataclasses.replace(self.images(), name="teacher_images")
+        return self._images("teacher_images", codes=0)
 
     def images(self) -> StageCost:
+        return self._images("images", codes=memory.code_bytes(self.specs, self.config.quantize))
+
+    def _images(self, name: str, *, codes: float) -> StageCost:
         size = self.config.evaluate.batch_size
-        used = memory.generate_memory(self.model, self.guided * size, size, device=self.machine.device)
+        used = memory.generate_memory(self.model, self.guided * size, size, device=self.machine.device, codes=codes)
         made = size * math.ceil(self.scored / size)  # the last batch is filled up
         seconds, origin = self._sampling(made, image_sampler(self.config))
         rates = self._rates()
         found = (None, "") if rates is None else (seconds + made * rates.seconds(self.decoding), origin)
-        return self.stage("images", used, found)
+        return self.stage(name, used, found)
 
     def evaluate(self) -> StageCost:
         """Cost of comparing with the originals image by image; metrics that take a network are left out."""
@@ -268,7 +277,9 @@ class _Stages(Experiment):
         """Groups of layers as vqdm/calibration/collect.py forms them, in order; a student's are not merged."""
         by_name = {spec.name: spec for spec in self.specs}
         found = in_groups(by_name[name] for name in self.cost.inputs)
-        return found if needs_hessians(config) and config.hessian_from == "student" else teacher_groups(found)
+        if needs_hessians(config) and config.hessian_from == "student":
+            return [part for group in found for part in in_passes(group, hessian_room(self.config))]
+        return teacher_groups(found)
 
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
         return memory.quantize_memory(

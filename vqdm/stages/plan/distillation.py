@@ -68,7 +68,11 @@ class DistillationPlan(Experiment):
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
         step = max(blocks.step + state, self.guided * self.config.calibration.batch_size * self.model.activations)
         rows = 2 * own.block_samples * blocks.recorded
-        used = memory.placed(self.model.weights + student.state + step, rows, device=self.machine.device)
+        used = memory.placed(
+            self.model.resident(self.machine.device) + student.state + step,
+            memory.loaded(self.model, rows, self.machine.device),
+            device=self.machine.device,
+        )
         written = own.block_steps * student.weights * (student.decode.written + student.decode.gradient_written)
         work = [self.cost.sample.times(recording + (1 + BACKWARD) * training), ForwardCost(written_bytes=written)]
         timed = self.timed(self.recorded.training("tune_blocks"), training, work, dtype="float32")
@@ -153,7 +157,7 @@ class DistillationPlan(Experiment):
         moments = self._moments(student, step, resident=resident)
         worst = max(moments, key=moments.get)
         found = {
-            "other parts of the pipeline": self.model.weights - teacher,
+            "other parts of the pipeline": self.model.resident(self.machine.device) - teacher,
             "student": student.state,
             "drift": 4 * student.drifting,
             "Adam's moments": 4 * MOMENTS * student.trained,
@@ -166,13 +170,13 @@ class DistillationPlan(Experiment):
 
     def _moments(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, float]:
         """Bytes held for a while, by what holds them; Adam on a GPU takes all parameters at once, and a copy."""
-        own, model = self.config.finetune, self.model
+        own, model, device = self.config.finetune, self.model, self.machine.device
         gradients, on_gpu = 4 * student.trained, self.machine.on_gpu
         row = step.forward / (self.guided * micro_batch(self.config))
         found = {
             "a step": step.step,
             "an update": (1 + own.relative_rate + on_gpu) * gradients,
-            "an image shown": memory.sampling_bytes(model, 0, 1) - model.weights,
+            "an image shown": memory.sampling_bytes(model, 0, 1, device=device) - model.resident(device),
             "sampling of an image shown": self.guided * row,
         }
         if not on_gpu:
@@ -192,7 +196,8 @@ class DistillationPlan(Experiment):
     def _placed(self, parts: dict[str, int], student: Student) -> Memory:
         """Memory of these parts; beside a GPU the host holds a checkpoint, as tensors and as a file."""
         saving = 2 * (1 + MOMENTS) * 4 * student.trained if self.machine.on_gpu else 0
-        return memory.placed(sum(parts.values()), saving, device=self.machine.device)
+        device = self.machine.device
+        return memory.placed(sum(parts.values()), memory.loaded(self.model, saving, device), device=device)
 
     def _on_a_gpu(self, dtype: str) -> Rates:
         """Rates of the GPU that is planned for, or of the assumed one."""

@@ -47,10 +47,20 @@ class Model:
     decoder: float  # bytes of the decoder's forward, of one image, in the dtype that it computes in
     decoder_upcast: bool  # `decoder_upcasts`
     image_numbers: int = 0  # of an image: 3 · height · width
+    sliced: bool = False  # a batch's images are decoded one after the other
 
     @property
     def weights(self) -> int:
         return self.item_size * sum(self.parts.values())
+
+    def visitors(self, kind: str = "") -> int:
+        """Bytes of the parts beside the denoiser, or of those whose name begins so: text_encoder, vae."""
+        names = [name for name in self.parts if name.startswith(("text_encoder", "vae", "image_encoder"))]
+        return self.item_size * sum(self.parts[name] for name in names if name.startswith(kind))
+
+    def resident(self, device: str) -> int:
+        """Bytes that stay on the device: a GPU's visitors leave it (vqdm/models/placement.py)."""
+        return self.weights if device == "cpu" else self.weights - self.visitors()
 
 
 def decoder_upcasts(vae_config, dtype: str) -> bool:
@@ -58,19 +68,36 @@ def decoder_upcasts(vae_config, dtype: str) -> bool:
     return dtype == "float16" and bool(getattr(vae_config, "force_upcast", False))
 
 
-def sampling_bytes(model: Model, samples: int, images: int) -> float:
-    """Bytes of the weights and of the larger forward, the denoiser's or the decoder's (images=0: no decoding).
+def sampling_bytes(model: Model, samples: int, images: int, *, device: str) -> float:
+    """Bytes of the weights and of the worst moment: text encoders, denoiser or decoder (images=0: no decoding).
 
     samples: in the denoiser's batch, two for an image under guidance.
     """
-    upcast = (4 - model.item_size) * model.parts.get("vae", 0) if model.decoder_upcast else 0
-    decoding = images * (model.decoder + 4 * model.image_numbers) + upcast if images else 0
-    return model.weights + max(samples * model.activations, decoding)
+    visiting = model.visitors if device != "cpu" else lambda _: 0
+    moments = [samples * model.activations, visiting("text_encoder")]
+    if images:
+        upcast = (4 - model.item_size) * model.parts.get("vae", 0) if model.decoder_upcast else 0
+        at_once = 1 if model.sliced else images
+        moments.append(visiting("vae") + upcast + at_once * model.decoder + images * 4 * model.image_numbers)
+    return model.resident(device) + max(moments)
 
 
-def generate_memory(model: Model, samples: int, images: int, *, device: str) -> Memory:
-    """Memory of sampling; the host holds a batch's images as fp32 and as uint8. Loading through it is left out."""
-    return placed(sampling_bytes(model, samples, images), 5 * images * model.image_numbers, device=device)
+def generate_memory(model: Model, samples: int, images: int, *, device: str, codes: float = 0) -> Memory:
+    """Memory of sampling; the host holds a batch's images as fp32 and as uint8. codes: bytes, of a quantized denoiser
+    beside its decoded weights."""
+    host = 5 * images * model.image_numbers
+    return placed(
+        sampling_bytes(model, samples, images, device=device) + codes, loaded(model, host, device), device=device
+    )
+
+
+def loaded(model: Model, on_host: float, device: str) -> float:
+    """Bytes on the host, through whose memory a pipeline is loaded to a GPU."""
+    return on_host if device == "cpu" else max(on_host, model.weights)
+
+
+def code_bytes(specs: list[LayerSpec], config: QuantizeConfig) -> float:
+    return 0 if config.kind == "none" else config.bits / 8 * sum(spec.size for spec in specs)
 
 
 def hessian_bytes(group: list[LayerSpec], inputs: dict[str, LayerInput]) -> int:
@@ -100,19 +127,20 @@ def quantize_memory(
     host's memory.
     """
     copied = 1 if device != "cpu" and needs_hessians else 0
-    forward = samples * model.activations
-    on_device, on_host = model.weights + forward, 0.0
+    forward, weights = samples * model.activations, model.resident(device)
+    on_device, on_host = sampling_bytes(model, samples, 0, device=device), 0.0
     for group in groups:
         held = hessian_bytes(group, inputs) if needs_hessians else 0
         each = [encoder_bytes(spec.shape, config) + copied * 4 * spec.shape[1] ** 2 for spec in group]
         working = max(min(sum(heapq.nlargest(workers, each)), room), max(each))
         recording = held + forward + (HESSIAN_WORKSPACE if needs_hessians else 0)
         if device == "cpu":
-            on_device = max(on_device, model.weights + max(recording, held + working))
+            on_device = max(on_device, weights + max(recording, held + working))
         else:
-            on_device, on_host = max(on_device, model.weights + recording), max(on_host, working)
-    codes = config.bits / 8 * sum(spec.size for group in groups for spec in group)
-    return placed(max(on_device, model.weights + codes + forward), max(on_host, 2 * codes), device=device)
+            on_device, on_host = max(on_device, weights + recording), max(on_host, working)
+    codes = code_bytes([spec for group in groups for spec in group], config)
+    on_host = loaded(model, max(on_host, 2 * codes), device)
+    return placed(max(on_device, weights + codes + forward), on_host, device=device)
 
 
 def evaluate_memory(image_numbers: int, images: int, *, device: str) -> Memory:

@@ -265,6 +265,7 @@ class BlocksCost:
 
     count: int
     recorded: float  # bytes of a row's inputs and output
+    together: float  # bytes of a row's inputs and outputs, of all blocks
     step: float  # bytes of a batch's forward and backward pass
     trained: int  # parameters
 
@@ -274,10 +275,11 @@ def measure_blocks(denoiser: nn.Module, names: Iterable[str], *, rows: int, size
     rows: of a batch.
     """
     calls = _block_calls(denoiser, names, size=size)
-    recorded, steps, trained, seen = [], [], [], set()
+    recorded, steps, trained, seen, together = [], [], [], set(), 0
     for block, given, output in calls.values():
         tensors = [leaf for leaf in tree_leaves((given, output)) if isinstance(leaf, Tensor)]
         numbers = sum(p.numel() for p in block.parameters() if p.requires_grad)
+        together += sum(tensor.nbytes for tensor in tensors)
         kind = type(block), numbers, *(tensor.shape for tensor in tensors)
         if kind in seen:
             continue
@@ -285,7 +287,7 @@ def measure_blocks(denoiser: nn.Module, names: Iterable[str], *, rows: int, size
         recorded.append(sum(tensor.nbytes for tensor in tensors))
         trained.append(numbers)
         steps.append(_block_step(block, *tree_map(functools.partial(_rows, rows), given)))
-    return BlocksCost(len(calls), max(recorded, default=0), max(steps, default=0), max(trained, default=0))
+    return BlocksCost(len(calls), max(recorded, default=0), together, max(steps, default=0), max(trained, default=0))
 
 
 def _block_calls(denoiser: nn.Module, names: Iterable[str], *, size: int | None) -> dict[str, tuple]:
