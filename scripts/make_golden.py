@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
+from vqdm.acceleration.operators import remove
+from vqdm.acceleration.stored_cache import Schedule, StoredCache, store_cache
 from vqdm.codecs import additive, gptq, rtn, trellis
 from vqdm.codecs.adaround import SoftRounding
 from vqdm.codecs.trellis_table import load_table
@@ -34,7 +36,7 @@ from vqdm.weights.trellis import TrellisTable
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # tests/golden/trellis holds wide columns, which the encoder no longer gives to layers of so few outputs
-KINDS = ("rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis_byte")
+KINDS = ("rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis_byte", "beside")
 CODEBOOKS = {"num_codebooks": 2, "codebook_bits": 3, "group_size": 8}
 UNET = {
     "sample_size": 8,
@@ -70,7 +72,7 @@ def encoded(kind: str, matrix: Tensor, spec: LayerSpec, shared: SharedPart | Non
     generator = torch_generator(0, f"golden {kind}", spec.name)
     inputs = torch.randn(2 * matrix.shape[1], matrix.shape[1], generator=generator)
     hessian = inputs.T @ inputs
-    if kind == "rtn":
+    if kind in ("rtn", "beside"):
         return rtn.encode(matrix, bits=3)
     if kind == "gptq":
         return gptq.encode(matrix, hessian, bits=3, group_size=16)
@@ -98,7 +100,19 @@ def golden_unet(kind: str) -> nn.Module:
         shared = TrellisTable.from_values(load_table())
     for spec in specs:
         swap(unet, spec, encoded(kind, matrices[spec.name], spec, shared))
+    if kind == "beside":
+        remove(unet, ["down_blocks.0.attentions.0.transformer_blocks.0.attn2"])
+        store_cache(unet, golden_cache())
     return unet
+
+
+def golden_cache() -> StoredCache:
+    """A cache of eight calls with drawn corrections."""
+    stored = StoredCache(Schedule("DDIMScheduler", 8, tuple(range(8, 0, -1)), (0, 2, 5), 1, "linear"), 16)
+    generator = torch_generator(0, "golden", "cache")
+    stored.scales.add_(0.1 * torch.randn(8, 16, generator=generator))
+    stored.shifts.add_(0.1 * torch.randn(8, 16, generator=generator))
+    return stored
 
 
 def make(kind: str, folder: Path) -> None:

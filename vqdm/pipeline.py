@@ -14,8 +14,10 @@ from vqdm.report.experiments import Table
 from vqdm.runs import processes
 from vqdm.runs.files import canonical_json, is_writable
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, build_stages, samplers, tiny_train_stage
+from vqdm.stages.accelerated import is_on
+from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
 from vqdm.stages.plan.command import print_plan, say_before_work
+from vqdm.stages.samplers import samplers
 
 log = logging.getLogger("vqdm")
 
@@ -140,6 +142,8 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
         check_sampler(configs_directory(config.model), sampler)
     if config.finetune.steps:
         _check_finetune(config, configs_directory(config.model))
+    if is_on(config):
+        _check_acceleration(config)
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)
@@ -176,6 +180,19 @@ def _check_finetune(config: Config, directory: Path) -> None:
     if own.feature_weight:
         with block_outputs(denoiser_on_meta(config.model)):
             pass
+
+
+def _check_acceleration(config: Config) -> None:
+    """Raise UserError for a denoiser that has no operators to take out, or no branch to keep the features of."""
+    from vqdm.acceleration.branch_cache import source_of
+    from vqdm.acceleration.operators import operators
+    from vqdm.models.loader import denoiser_on_meta
+
+    denoiser = denoiser_on_meta(config.model)
+    if config.prune.kind != "none":
+        operators(denoiser)
+    if config.cache.kind != "none":
+        source_of(denoiser, config.cache.depth)
 
 
 def _check_layers(config: Config) -> None:

@@ -18,3 +18,15 @@ class CacheConfig:
     predict: str = choice("linear", "reuse")  # a line through the last two full calls' features, or the last one's
     correction: str = choice("none", "affine")  # affine: per channel and call, by least squares (CacheQuant's DEC)
     prompts: int = number(16, least=1, most=MOST)  # of the calibration's, that dynamic and affine look at
+
+
+@dataclasses.dataclass
+class PruneConfig:
+    """Operators of a U-Net that are taken out before its weights are quantized (LD-Pruner)."""
+
+    kind: str = choice("none", "operators")
+    # latents: change of the final latents' mean and deviation (LD-Pruner); prediction: error of the guided prediction
+    score: str = choice("latents", "prediction")
+    share: float = number(0.1, least=0, most=0.95, above=True)  # of the denoiser's weights, at least
+    prompts: int = number(32, least=2, most=MOST)  # of the calibration's, for score=latents
+    keep: str | None = None  # regular expression for operators that stay

@@ -1,6 +1,7 @@
 """Checks of configurations that span several options; each refusal is one line that names the key."""
 
 import dataclasses
+import re
 
 from vqdm.config.acceleration import LEAST_CALLS
 from vqdm.config.codecs import PeerConfig
@@ -92,18 +93,24 @@ def check(config: Config) -> None:
         )
     check_finetune(config)
     _check_samples(config)
-    _check_cache(config)
+    _check_acceleration(config)
+    if isinstance(config.quantize, PeerConfig) and config.prune.kind != "none":
+        raise UserError("quantize=peer quantizes the whole model: give prune=none, or another of conf/quantize")
     if isinstance(config.quantize, PeerConfig) and (config.task == "compress" or config.finetune.steps):
         raise UserError(
             "quantize=peer makes rows to compare with, which are neither saved as a pipeline nor distilled: "
             f"use {config.quantize.library} itself, or another of conf/quantize"
         )
-    if config.task == "compress" and config.quantize.kind == "none":
+    if config.task == "compress" and config.quantize.kind == "none" and config.prune.kind == "none":
         raise UserError("quantize=none leaves nothing to compress: give quantize=trellis3, or another of conf/quantize")
 
 
-def _check_cache(config: Config) -> None:
-    """Refuse a cache for fewer calls than it can reuse."""
+def _check_acceleration(config: Config) -> None:
+    """Refuse a cache for fewer calls than it can reuse, and patterns that are none."""
+    try:
+        re.compile(config.prune.keep or "")
+    except re.error as error:
+        raise UserError(f"prune.keep is no regular expression: {config.prune.keep!r} ({error})") from error
     if config.cache.kind == "none":
         return
     steps = config.model.sampler.steps if config.evaluate.steps is None else config.evaluate.steps
@@ -161,8 +168,11 @@ def _check_evaluate(config: EvaluateConfig) -> None:
 def check_finetune(config: Config) -> None:
     """Refuse impossible settings of distillation, before the model is calibrated for it."""
     own = config.finetune
-    if (own.steps or own.block_steps) and config.quantize.kind == "none":
+    plain = config.quantize.kind == "none" and config.prune.kind == "none"
+    if (own.steps or own.block_steps) and plain:
         raise UserError("finetune needs a quantized model to distil into: give quantize=trellis3, or finetune=none")
+    if own.block_steps and config.prune.kind != "none":
+        raise UserError("finetune.block_steps goes by the teacher's blocks, of which prune takes parts out: give 0")
     if own.steps and own.trajectories.n is None:
         raise UserError("finetune.trajectories.n is missing: give the number of captions to train on")
     if (own.steps or own.block_steps) and not (own.tune_codes or any(dataclasses.asdict(own.train).values())):

@@ -24,6 +24,7 @@ GROUPS = {
     "model": schema.ModelConfig,
     "calibration": schema.CalibrationConfig,
     "finetune": schema.FinetuneConfig,
+    "prune": acceleration.PruneConfig,
     "cache": acceleration.CacheConfig,
     "evaluate": schema.EvaluateConfig,
     "tracker": schema.TrackerConfig,

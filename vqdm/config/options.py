@@ -7,7 +7,7 @@ stages name the parts they take, in `vqdm/stages/graph.py`.
 
 import dataclasses
 
-from vqdm.config.acceleration import CacheConfig
+from vqdm.config.acceleration import CacheConfig, PruneConfig
 from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.ranges import MOST, SEEDS, number
 
@@ -249,6 +249,7 @@ class Config:
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from vqdm.acceleration.operators import removed_operators
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.location import DENOISERS
 from vqdm.runs.texts import in_markdown, in_one_line
@@ -64,17 +65,19 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
     counts, layers = count_bits(denoiser), quantized_layers(denoiser)
     schemes = Counter(_family(layer.weight.scheme) for layer in layers.values())
     rows = {
-        "scheme": ", ".join(f"{name} ({count} layers)" for name, count in schemes.items()),
+        "scheme": ", ".join(f"{name} ({count} layers)" for name, count in schemes.items()) or "none: weights in 16 bit",
         "bits per weight, everything counted": f"{counts.bits_per_weight:.3f}",
         "bits per weight of the quantized layers": f"{counts.bits_quantized:.3f}",
         "bytes": f"{checkpoint_size(denoiser).total:,}",
     } | {name.replace("_", " "): f"{value:.4g}" for name, value in metrics.items()}
+    if removed := removed_operators(denoiser):
+        rows["operators taken out"] = f"{len(removed)}: {', '.join(removed)}"
     front = ModelCardData(
         library_name="diffusers", tags=["vqdm", "quantized", "text-to-image"], base_model=base, license=licence
     )
     return _TEXT.format(
         front=front.to_yaml().strip(),
-        title=in_markdown(f"{base or type(denoiser).__name__}, {', '.join(schemes)}"),
+        title=in_markdown(f"{base or type(denoiser).__name__}, {', '.join(schemes) or 'pruned'}"),
         denoiser=type(denoiser).__name__,
         base=in_markdown(name),
         imports="import torch\nimport vqdm" if small else "import vqdm",

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vqdm.acceleration.operators import listed, removed_operators
 from vqdm.acceleration.stored_cache import CACHE_NAME
 from vqdm.errors import UserError
 from vqdm.models.finite import LARGEST_STORED, fault_of, is_storable
@@ -25,7 +26,7 @@ from vqdm.weights.registry import scheme_from_dict
 METADATA = "vqdm"
 CODES = ".weight.codes"
 FORMAT_VERSIONS = (1, 2, 3)  # that are read; a file is of the lowest that will do
-BESIDE = 3  # the first version that has tensors of what is beside the weights
+BESIDE = 3  # the first version that has more than weights: operators that are gone, tensors beside the layers
 CHECKSUM_DIGITS = 16
 _NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 _ORDER = list(_NAMES)  # safetensors puts the last of these first in a file
@@ -122,11 +123,14 @@ def checksum(name: str, tensor: Tensor) -> str:
     return hashlib.sha256(about.encode() + content.tobytes()).hexdigest()[:CHECKSUM_DIGITS]
 
 
-def _metadata(layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mapping[str, str]) -> dict[str, str]:
+def _metadata(
+    layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mapping[str, str], removed: Sequence[str]
+) -> dict[str, str]:
     """A file's metadata. Checksums are one text: those of all the checkpoint's tensors, sorted by name."""
     about = {
-        "version": needed_version(groups, layout.table),
+        "version": needed_version(groups, layout.table, removed),
         "groups": described(groups),
+        **({"removed": list(removed)} if removed else {}),
         "checksums": "".join(checksums[name] for name in sorted(checksums)),
         "padding": " " * layout.padding(),
     }
@@ -134,12 +138,12 @@ def _metadata(layout: "_Layout", groups: Sequence[LayerGroup], checksums: Mappin
 
 
 def stored_with_metadata(
-    state: Mapping[str, Tensor], groups: Sequence[LayerGroup]
+    state: Mapping[str, Tensor], groups: Sequence[LayerGroup], removed: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as stored, and the metadata for their file."""
+    """Tensors as stored, and the metadata for their file. removed: names of operators that are gone."""
     stored = to_stored(state, groups)
     sums = {name: checksum(name, tensor) for name, tensor in stored.items()}
-    return stored, _metadata(_Layout(stored, groups), groups, sums)
+    return stored, _metadata(_Layout(stored, groups), groups, sums, removed)
 
 
 class _Layout:
@@ -188,7 +192,8 @@ def checkpoint_size(denoiser: nn.Module) -> CheckpointSize:
     """Exact size of what `save_pretrained` will write, from shapes alone (a denoiser on the meta device will do)."""
     state, groups = denoiser.state_dict(), layer_groups(denoiser)
     layout = _Layout(state, groups)
-    metadata = _metadata(layout, groups, dict.fromkeys(state, "0" * CHECKSUM_DIGITS))
+    sums = dict.fromkeys(state, "0" * CHECKSUM_DIGITS)
+    metadata = _metadata(layout, groups, sums, removed_operators(denoiser))
     return CheckpointSize(header=layout.header_bytes(metadata), tensors=layout.bytes)
 
 
@@ -202,9 +207,14 @@ class Contents:
     checksums: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]  # as safetensors calls them
+    removed: tuple[str, ...] = ()
 
-    def check_groups(self, groups: Sequence[LayerGroup]) -> None:
-        """Raise UserError unless the files say that they hold exactly these quantized layers."""
+    def check_groups(self, groups: Sequence[LayerGroup], removed: Sequence[str] = ()) -> None:
+        """Raise UserError unless the files say that they hold exactly these layers and lack these operators."""
+        if self.removed != tuple(removed):
+            raise UserError(
+                f"{self.where} and its config.json name other removed operators: one is damaged or of another model"
+            )
         if self.groups != described(groups):
             raise UserError(
                 f"{self.where} and its config.json name other quantized layers: one is damaged or of another checkpoint"
@@ -268,8 +278,8 @@ def read_contents(files: Sequence[Path]) -> Contents:
     if len(texts) != 1:
         raise UserError(f"{files[0]} and its other shards are of different checkpoints: save the model again")
     where, names = str(files[0]), tuple(sorted(names))
-    groups, sums = _parse(where, texts.pop())
-    return Contents(where, groups, names, sums, shapes, dtypes)
+    groups, sums, removed = _parse(where, texts.pop())
+    return Contents(where, groups, names, sums, shapes, dtypes, removed)
 
 
 def is_plain(files: Sequence[Path]) -> bool:
@@ -284,8 +294,8 @@ def is_plain(files: Sequence[Path]) -> bool:
     return True
 
 
-def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...]]:
-    """The groups and the checksums that a file's metadata tell."""
+def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...], tuple[str, ...]]:
+    """The groups, the checksums and the removed operators that a file's metadata tell."""
     try:
         about = json.loads(text)
         version, groups, joined = about["version"], list(about["groups"]), str(about["checksums"])
@@ -293,12 +303,13 @@ def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...]]:
         raise UserError(f"{where} does not say what it holds ({error!r}): it is no vqdm file, or damaged") from error
     check_version(where, version)
     sums = (joined[i : i + CHECKSUM_DIGITS] for i in range(0, len(joined), CHECKSUM_DIGITS))
-    return groups, tuple(sums)
+    return groups, tuple(sums), tuple(listed(about.get("removed", [])))
 
 
-def needed_version(groups: Sequence[LayerGroup], names: Iterable[str] = ()) -> int:
-    """The lowest version of the format that has all of these groups and tensors."""
-    beside = BESIDE if any(name.startswith(f"{CACHE_NAME}.") for name in names) else FORMAT_VERSIONS[0]
+def needed_version(groups: Sequence[LayerGroup], names: Iterable[str] = (), removed: Sequence[str] = ()) -> int:
+    """The lowest version of the format that has all of these groups and tensors, and operators that are gone."""
+    other = removed or any(name.startswith(f"{CACHE_NAME}.") for name in names)
+    beside = BESIDE if other else FORMAT_VERSIONS[0]
     return max([beside, *(group.scheme.format_version for group in groups)])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from vqdm.acceleration.operators import listed, removed_operators
 from vqdm.acceleration.stored_cache import CACHE_NAME, Schedule, StoredCache
 from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
@@ -32,7 +33,8 @@ class VQDMConfig(QuantizationConfigMixin):
     for the layers to quantize; None takes those that go with the model's class.
     groups: the quantized layers of a saved checkpoint. decode: `per_call` or `cached`, for all layers.
     options: those the model was built with when it was quantized; config.json says them too, but unprotected.
-    metrics: known scores of the model, for its card. cache: of a saved checkpoint, that of `vqdm.enable_cache`.
+    metrics: known scores of the model, for its card. removed, cache: of a saved checkpoint, the operators that
+    are gone and the cache of `vqdm.enable_cache`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class VQDMConfig(QuantizationConfigMixin):
         decode: str = "per_call",
         options: dict | None = None,
         metrics: dict[str, float] | None = None,
+        removed: Sequence[str] = (),
         cache: dict | None = None,
         **others: object,
     ):
@@ -63,7 +66,8 @@ class VQDMConfig(QuantizationConfigMixin):
         self.quant_method = _Method.VQDM
         described = () if groups is None else _groups(groups)
         self.cache = None if cache is None else dict(cache)
-        needed = needed_version(described, self._beside())
+        self.removed = listed(removed)
+        needed = needed_version(described, self._beside(), self.removed)
         if version is not None and version < needed:
             raise UserError(f"quantization_config is of version {version}, its groups of {needed}: it is damaged")
         self.version = needed if version is None else version
@@ -95,6 +99,7 @@ class VQDMConfig(QuantizationConfigMixin):
         """The config as config.json holds it, without `decode`, which is up to whoever loads."""
         fields = {"quant_method": METHOD, "version": self.version, "options": self.options}
         fields |= {"metrics": self.metrics} if self.metrics else {}
+        fields |= {"removed": self.removed} if self.removed else {}
         fields |= {"cache": self.cache} if self.cache else {}
         return fields | ({"scheme": self.scheme} if self.groups is None else {"groups": self.groups})
 
@@ -139,7 +144,8 @@ def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None
     groups = [group.to_dict() for group in layer_groups(model)]
     stored = model._modules.get(CACHE_NAME)
     cache = None if stored is None else stored.to_dict()
-    return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics, cache=cache)
+    beside = {"removed": removed_operators(model), "cache": cache}
+    return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics, **beside)
 
 
 for _table, _ours in (

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from vqdm.acceleration.operators import removed_operators
 from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.config import METHOD, VQDMConfig
@@ -57,7 +58,7 @@ def load_denoiser(directory: Path, *, dtype: torch.dtype, decode: str = "per_cal
     kind = check_saved(directory)
     with naming(directory), loading(directory, "a quantized denoiser"), quiet_diffusers():
         denoiser = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    if not quantized_layers(denoiser):
+    if not quantized_layers(denoiser) and not removed_operators(denoiser):
         raise UserError(f"{directory} is not a quantized denoiser: its files hold plain weights")
     set_decode(denoiser, decode)
     return denoiser.requires_grad_(False)

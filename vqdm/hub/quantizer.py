@@ -12,6 +12,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from vqdm.acceleration.operators import remove
 from vqdm.acceleration.stored_cache import CACHE_NAME, store_cache
 from vqdm.config.codecs import parse_scheme
 from vqdm.errors import UserError
@@ -52,7 +53,7 @@ class VQDMQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return loaded_keys
         self._contents = read_contents(files)
-        self._contents.check_groups(self.quantization_config.layer_groups())
+        self._contents.check_groups(self.quantization_config.layer_groups(), self.quantization_config.removed)
         return list(self._contents.names)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
@@ -60,6 +61,7 @@ class VQDMQuantizer(DiffusersQuantizer):
             return
         config = self.quantization_config
         check_options(model, config.options)
+        remove(model, config.removed)
         empty_layers(model, config.layer_groups(), decode=config.decode)
         if (stored := config.stored_cache()) is not None:
             store_cache(model, stored)
@@ -104,11 +106,17 @@ class VQDMQuantizer(DiffusersQuantizer):
         adapter = next((name for name in state_dict if ".base_layer." in name), None)
         if adapter is not None:
             raise UserError(f"{adapter.partition('.base_layer.')[0]} carries a LoRA: unload it, then save")
-        return stored_with_metadata(state_dict, self.quantization_config.layer_groups())
+        config = self.quantization_config
+        return stored_with_metadata(state_dict, config.layer_groups(), config.removed)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if self.plain:
             return model
+        if self.quantization_config.removed:
+            raise UserError(
+                f"{self.quantization_config.removed[0]} and other operators are gone from this model: diffusers has no "
+                "plain model without them; keep it as it is"
+            )
         dequantize_layers(model)
         model._modules.pop(CACHE_NAME, None)
         become_plain(model)

@@ -100,7 +100,7 @@ def shortcut_splits(denoiser: nn.Module) -> dict[str, int]:
     splits, hidden = {}, 0
     for part in ("down_blocks", "up_blocks"):
         for name, unit in denoiser.get_submodule(part).named_modules(prefix=part):
-            if type(unit).__name__ == "ResnetBlock2D":
+            if type(unit).__name__ in ("ResnetBlock2D", "Shortcut"):  # the latter is what pruning leaves of the former
                 if part == "up_blocks" and unit.conv_shortcut is not None and 0 < hidden < unit.in_channels:
                     splits[f"{name}.conv_shortcut"] = hidden
                 hidden = unit.out_channels

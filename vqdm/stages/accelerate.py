@@ -4,9 +4,10 @@ from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Quantization, image_sampler
+from vqdm.stages.graph import Quantization
 from vqdm.stages.layout import SCRATCH
 from vqdm.stages.make import Models
+from vqdm.stages.samplers import image_sampler
 
 
 def ensure_cache(

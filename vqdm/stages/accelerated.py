@@ -1,4 +1,4 @@
-"""Which stages and settings caching adds to an experiment. With kind=none they add nothing: no fingerprint changes."""
+"""Stages and settings that acceleration adds to an experiment. With kind=none it adds none: no fingerprint changes."""
 
 from dataclasses import asdict
 
@@ -6,7 +6,7 @@ from vqdm.config.options import Config, SamplerConfig
 from vqdm.prompts import PromptList
 from vqdm.runs.store import Stage
 
-VERSIONS = {"schedule": 1, "correct": 1}
+VERSIONS = {"prune": 1, "schedule": 1, "correct": 1}
 _CACHE = ("kind", "interval", "depth", "schedule", "predict", "correction")
 
 
@@ -18,6 +18,23 @@ def settings(config: Config) -> dict:
 def looks_at_prompts(config: Config) -> bool:
     """True if a stage of these samples calibration's prompts."""
     return config.cache.kind != "none" and (config.cache.schedule == "dynamic" or config.cache.correction != "none")
+
+
+def is_on(config: Config) -> bool:
+    return config.prune.kind != "none" or config.cache.kind != "none"
+
+
+def prune(config: Config, calibrate: Stage, model: str) -> Stage | None:
+    """The stage that scores operators and takes some out; None without."""
+    own = config.prune
+    if own.kind == "none":
+        return None
+    options = _picked(own, "kind", "score", "share", "keep") | {"sampler": asdict(config.model.sampler)}
+    if own.score == "latents":
+        options |= {"prompts": own.prompts} | _picked(config.calibration, "batch_size", "noise_seed")
+    options |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+    label = f"{config.model.name}-pruned{100 * own.share:g}"
+    return Stage("prune", VERSIONS["prune"], label, options, {"calibrate": calibrate, "model": model})
 
 
 def schedule(

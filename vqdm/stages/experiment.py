@@ -15,9 +15,10 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.accelerate import accelerated_pipeline, ensure_cache
-from vqdm.stages.graph import Graph, build_graph, image_list, image_sampler, original_sampler
+from vqdm.stages.graph import Graph, build_graph, image_list
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, environment_of
+from vqdm.stages.samplers import image_sampler, original_sampler
 
 log = logging.getLogger("vqdm")
 ON_CPU = ("tiny",)  # families that always run on the CPU

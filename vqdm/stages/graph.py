@@ -28,6 +28,7 @@ from vqdm.runs.provenance import installed_version
 from vqdm.runs.store import Stage
 from vqdm.stages import accelerated
 from vqdm.stages.caption_images import images_identity
+from vqdm.stages.samplers import image_sampler, original_sampler
 
 VERSIONS = {
     "calibrate": 1,
@@ -50,6 +51,7 @@ class Quantization:
 
     prompts: PromptList | None  # of the calibration, where a stage needs them
     calibrate: Stage | None = None
+    prune: Stage | None = None
     sensitivity: Stage | None = None
     quantize: Stage | None = None
     tune_blocks: Stage | None = None
@@ -62,7 +64,7 @@ class Quantization:
     @property
     def denoiser(self) -> Stage | None:
         """The last stage that makes a denoiser; None: it is the model's own."""
-        return self.finetune or self.tune_blocks or self.quantize
+        return self.finetune or self.tune_blocks or self.quantize or self.prune
 
     @property
     def sampling(self) -> Stage | None:
@@ -72,7 +74,7 @@ class Quantization:
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
         trained = ("tune_blocks", "trajectories", "finetune")
-        return _there(self, "calibrate", "sensitivity", "quantize", *trained, "schedule", "correct")
+        return _there(self, "calibrate", "prune", "sensitivity", "quantize", *trained, "schedule", "correct")
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -166,22 +168,23 @@ def _decodes_sliced(config: ModelConfig) -> bool:
         return True
 
 
-def _sensitivity(config: Config, calibrate: Stage, model: str) -> Stage | None:
+def _sensitivity(config: Config, calibrate: Stage, model: str, **pruned: Stage) -> Stage | None:
     """The sensitivity stage, one for all bit-widths of a model; None if bits are uniform."""
     settings = config.quantize.sensitivity()
     if settings is None:
         return None
-    return _stage("sensitivity", config.model.name, settings | _layers(config), calibrate=calibrate, model=model)
+    settings |= _layers(config)
+    return _stage("sensitivity", config.model.name, settings, calibrate=calibrate, model=model, **pruned)
 
 
-def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model: str) -> Stage:
-    label = f"{config.model.name}-{config.quantize.name}"
+def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model: str, **pruned: Stage) -> Stage:
+    label = f"{pruned['prune'].label if pruned else config.model.name}-{config.quantize.name}"
     if isinstance(config.quantize, PeerConfig):
         versions = {name: installed_version(name) for name in (config.quantize.package, "diffusers")}
         settings = config.quantize.settings() | _pick(config.model, "dtype") | {"versions": versions}
         settings |= {"rescale": asdict(config.model.rescale)}
         return _stage("peer", label, settings, calibrate=calibrate, model=model)
-    upstream = {} if sensitivity is None else {"sensitivity": sensitivity}
+    upstream = pruned if sensitivity is None else pruned | {"sensitivity": sensitivity}
     settings = config.quantize.settings() | _layers(config)
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
@@ -229,8 +232,8 @@ def _finetune(config: Config, student: Stage, trajectories: Stage, calibrate: St
 
 def _distilled(config: Config, quantization: Quantization, model: str) -> Quantization:
     """Add the stages of distillation that `config` asks for."""
-    calibrate, quantize = quantization.calibrate, quantization.quantize
-    tuned = _tune_blocks(config, calibrate, quantize, model)
+    calibrate, student = quantization.calibrate, quantization.denoiser
+    tuned = _tune_blocks(config, calibrate, student, model)
     if not config.finetune.steps:
         return dataclasses.replace(quantization, tune_blocks=tuned)
     own = config.finetune.trajectories
@@ -239,39 +242,15 @@ def _distilled(config: Config, quantization: Quantization, model: str) -> Quanti
     except UserError as error:
         raise UserError(f"finetune.trajectories (n + validation): {error}") from error
     trajectories = _trajectories(config, prompts, model)
-    finetune = _finetune(config, tuned or quantize, trajectories, calibrate)
+    finetune = _finetune(config, tuned or student, trajectories, calibrate)
     return dataclasses.replace(
         quantization, tune_blocks=tuned, finetune_prompts=prompts, trajectories=trajectories, finetune=finetune
     )
 
 
-def image_sampler(config: Config) -> SamplerConfig:
-    """The sampler of the images to score: the model's, with a number of steps of their own if given."""
-    sampler = config.model.sampler
-    return sampler if config.evaluate.steps is None else dataclasses.replace(sampler, steps=config.evaluate.steps)
-
-
 def image_list(config: Config, prompts: PromptList) -> ImageList:
     """The images to make and score."""
     return ImageList(prompts.prompts, config.evaluate.images_per_prompt)
-
-
-def samplers(config: Config) -> list[SamplerConfig]:
-    """Every way in which a run samples: for calibration, for the images to score, for trajectories."""
-    own = config.model.sampler
-    counts = config.finetune.trajectories.sampler_steps or [] if config.finetune.steps else []
-    return [
-        own,
-        image_sampler(config),
-        original_sampler(config),
-        *(dataclasses.replace(own, steps=count) for count in counts),
-    ]
-
-
-def original_sampler(config: Config) -> SamplerConfig:
-    """The sampler of the full-precision images that the others are compared with."""
-    steps = config.evaluate.original_steps
-    return image_sampler(config) if steps is None else dataclasses.replace(config.model.sampler, steps=steps)
 
 
 def _images(
@@ -319,13 +298,17 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
     """Build the stages up to the compressed denoiser. Missing prompts or models are reported here, before any work."""
     model = model_identity(config.model, cache=cache)
     found = Quantization(None)
-    if config.quantize.kind != "none" or accelerated.looks_at_prompts(config):
+    smaller = config.quantize.kind != "none" or config.prune.kind != "none"
+    if smaller or accelerated.looks_at_prompts(config):
         found = Quantization(read_prompts(config.calibration))
-    if config.quantize.kind != "none":
+    if smaller:
         calibrate = _calibrate(config, found.prompts, model)
-        sensitivity = _sensitivity(config, calibrate, model)
-        quantize = _quantize(config, calibrate, sensitivity, model)
-        found = dataclasses.replace(found, calibrate=calibrate, sensitivity=sensitivity, quantize=quantize)
+        pruned = _there(Quantization(None, prune=accelerated.prune(config, calibrate, model)), "prune")
+        found = dataclasses.replace(found, calibrate=calibrate, **pruned)
+        if config.quantize.kind != "none":
+            sensitivity = _sensitivity(config, calibrate, model, **pruned)
+            quantize = _quantize(config, calibrate, sensitivity, model, **pruned)
+            found = dataclasses.replace(found, sensitivity=sensitivity, quantize=quantize)
         found = _distilled(config, found, model)
     return _cached(config, found, model)
 
@@ -345,7 +328,7 @@ def _cached(config: Config, found: Quantization, model: str) -> Quantization:
 def build_graph(config: Config, *, cache: Path) -> Graph:
     """Build the stages of a whole experiment, including the prompts and evaluators that score it."""
     model = model_identity(config.model, cache=cache)
-    changed = config.quantize.kind != "none" or config.cache.kind != "none"
+    changed = config.quantize.kind != "none" or accelerated.is_on(config)
     quantization = build_quantization(config, cache=cache) if changed else None
     compared = changed or original_sampler(config) != image_sampler(config)
     prompts = read_prompts(config.evaluate.prompts)

@@ -15,6 +15,7 @@ ERRORS_FILE = "errors.json"  # in such a stage: the output's relative squared er
 SCRATCH = {  # by stage: files needed only to go on after a stop, which hold the weights of `denoiser/` once more
     "quantize": ("items/*", "layers/*", "shared_*.safetensors"),
     "tune_blocks": ("items/*", "blocks/*"),
+    "prune": ("items/*", "original.safetensors"),
     "correct": ("items/*", "sums/*"),
 }
 MADE_BY = ("torch", "diffusers")  # libraries whose versions are kept with a batch of images

@@ -50,6 +50,16 @@ class Models:
         self.release()
         return load_pipeline(self.config.model, device=self.device)
 
+    def pruned(self, directory: Path):
+        """A full-precision pipeline without the operators that a stage took out."""
+        from vqdm.acceleration.operators import remove
+        from vqdm.models.loader import denoiser_of
+        from vqdm.stages.prune import removed_in
+
+        pipeline = self.own()
+        remove(denoiser_of(pipeline), removed_in(directory))
+        return pipeline
+
     def student(self, quantized: Path | None, *, decode: str = "cached", dtype=None):
         """The teacher itself, or a separate pipeline with the denoiser that a stage made; the teacher's is not read.
 
@@ -95,18 +105,18 @@ def ensure_denoiser(
     """
     if stages.denoiser is None:
         return None
-    quantized = ensure_quantized(config, store, stages, models, environment=environment, tracker=tracker)
-    if stages.denoiser is stages.quantize:
-        return quantized
-    return ensure_distilled(
-        config, store, stages, models, quantized=quantized, environment=environment, tracker=tracker
-    )
+    made = ensure_pruned(config, store, stages, models, environment=environment)
+    if stages.quantize is not None:
+        made = ensure_quantized(config, store, stages, models, pruned=made, environment=environment, tracker=tracker)
+    if stages.denoiser in (stages.prune, stages.quantize):
+        return made
+    return ensure_distilled(config, store, stages, models, quantized=made, environment=environment, tracker=tracker)
 
 
-def ensure_quantized(
-    config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict, tracker
-) -> Path:
-    """Make calibration and what quantizes with it; returns the quantized denoiser's directory."""
+def ensure_pruned(
+    config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict
+) -> Path | None:
+    """Make calibration and, if operators are to go, the denoiser without them; returns that one's directory."""
 
     def make_calibration(directory: Path) -> dict:
         from vqdm.models.finite import check_storable
@@ -120,11 +130,44 @@ def ensure_quantized(
             directory, models.teacher, stages.prompts, config=config.calibration, sampler=config.model.sampler
         )
 
+    def make_pruned(directory: Path) -> dict:
+        from vqdm.stages.prune import prune
+
+        return prune(
+            directory,
+            models.own(),
+            calibration,
+            config=config.prune,
+            model=config.model,
+            calibration_config=config.calibration,
+            device=models.device,
+        )
+
+    calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
+    if stages.prune is None:
+        return None
+    return store.ensure(stages.prune, make_pruned, environment=environment, scratch=SCRATCH["prune"])
+
+
+def ensure_quantized(
+    config: Config,
+    store: Store,
+    stages: Quantization,
+    models: Models,
+    *,
+    pruned: Path | None,
+    environment: dict,
+    tracker,
+) -> Path:
+    """Quantize the model, or what pruning left of it; returns the quantized denoiser's directory."""
+    calibration = store.directory(stages.calibrate)
+
     def make_sensitivity(directory: Path) -> dict:
         from vqdm.stages.sensitivity import sensitivity
 
+        pipeline = models.teacher if pruned is None else models.pruned(pruned)
         return sensitivity(
-            directory, models.teacher, calibration, config=config.quantize, model=config.model, device=models.device
+            directory, pipeline, calibration, config=config.quantize, model=config.model, device=models.device
         )
 
     def make_quantized(directory: Path) -> dict:
@@ -132,7 +175,7 @@ def ensure_quantized(
 
         return quantize(
             directory,
-            models.own(),
+            models.own() if pruned is None else models.pruned(pruned),
             calibration,
             config=config.quantize,
             model=config.model,
@@ -150,7 +193,6 @@ def ensure_quantized(
         denoiser = denoiser_of(models.own())
         return quantize_as_peer(directory, denoiser, calibration, config=config.quantize, device=models.device)
 
-    calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
     if isinstance(config.quantize, PeerConfig):
         return store.ensure(stages.quantize, make_as_peer, environment=environment)
     harm = None

@@ -10,7 +10,8 @@ from vqdm.models.location import configs_directory
 from vqdm.models.samplers import check_sampler
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, build_stages, image_list, samplers
+from vqdm.stages.graph import Graph, Quantization, build_stages, image_list
+from vqdm.stages.samplers import samplers
 
 log = logging.getLogger("vqdm")
 LARGE, LONG = 100_000_000, 12 * 3600  # parameters and seconds from which a CPU has to be asked for

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import nn
 
+from vqdm.acceleration.operators import operators
 from vqdm.calibration.blocks import LARGE
 from vqdm.calibration.collect import in_passes, teacher_groups
 from vqdm.calibration.hessian import add_second_moment, token_count
@@ -20,7 +21,7 @@ from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.location import decodes_sliced
 from vqdm.models.specs import LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
-from vqdm.stages.graph import image_sampler
+from vqdm.stages import accelerated
 from vqdm.stages.make import hessian_room
 from vqdm.stages.plan import memory
 from vqdm.stages.plan.distillation import DistillationPlan
@@ -39,6 +40,8 @@ from vqdm.stages.plan.rates import SCORING, Machine, Rates, cpu_rates
 from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import Experiment, StageCost, duration, gibibytes
 from vqdm.stages.plan.training import measure_blocks
+from vqdm.stages.prune import CALLS as CALLS_OF_PRUNING
+from vqdm.stages.samplers import image_sampler
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
 FORWARD_AND_BACKWARD = 3  # forwards
@@ -100,14 +103,15 @@ def stage_costs(
 def stage_names(config: Config) -> list[str]:
     """Names of the stages that `config` needs, as fields of `Graph` and in its order."""
     cached = [name for name, stage in _of_cache(config).items() if stage]
-    if config.quantize.kind == "none" and config.cache.kind == "none":
+    pruned = [] if config.prune.kind == "none" else ["prune"]
+    if config.quantize.kind == "none" and not accelerated.is_on(config):
         return ["images", "evaluate"]
-    if config.quantize.kind == "none":
-        return [*cached, "teacher_images", "images", "evaluate"]
     sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
     distillation = ["tune_blocks"] if config.finetune.block_steps else []
     distillation += ["trajectories", "finetune"] if config.finetune.steps else []
-    return ["calibrate", *sensitivity, "quantize", *distillation, *cached, "teacher_images", "images", "evaluate"]
+    quantized = [] if config.quantize.kind == "none" else [*sensitivity, "quantize"]
+    smaller = ["calibrate", *pruned, *quantized, *distillation] if pruned or quantized else []
+    return [*smaller, *cached, "teacher_images", "images", "evaluate"]
 
 
 def _of_cache(config: Config) -> dict[str, bool]:
@@ -213,6 +217,19 @@ class _Stages(Experiment):
         trained = FORWARD_AND_BACKWARD * config.iterations * batch + 2 * rows
         seconds = blocks.count * recorded * half.seconds(self.cost.sample) + trained * single.seconds(self.cost.sample)
         return self.stage("quantize", used, (seconds, half.origin), note)
+
+    def prune(self) -> StageCost:
+        """Cost of running the model once without each operator: on captions, or on a few recorded calls."""
+        own, sampler, count = self.config.prune, self.config.model.sampler, len(operators(self.denoiser))
+        used = memory.generate_memory(self.model, self._samples_per_call(), 0, device=self.machine.device)
+        if own.score == "latents":
+            samplings = (count + 1) * min(own.prompts, self.calibration_prompts)
+            note = f"{count} operators, each with {own.prompts} captions of {sampler.steps} steps"
+            return self.stage("prune", used, self._sampling(samplings, sampler), note)
+        rates = self._rates()
+        samples = count * CALLS_OF_PRUNING * self._samples_per_call()
+        timed = (None, "") if rates is None else (samples * rates.seconds(self.cost.sample), rates.origin)
+        return self.stage("prune", used, timed, f"{count} operators, each on {CALLS_OF_PRUNING} recorded calls")
 
     def schedule(self) -> StageCost:
         """Cost of sampling the cache's captions, without decoding."""

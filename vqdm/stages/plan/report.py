@@ -72,7 +72,7 @@ def make_plan(
         recorded=recorded,
         **counts,
     )
-    compressing = ("calibrate", "sensitivity", "quantize", *DISTILLATION, "schedule", "correct")
+    compressing = ("calibrate", "prune", "sensitivity", "quantize", *DISTILLATION, "schedule", "correct")
     wanted = compressing if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
     return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo, machine)

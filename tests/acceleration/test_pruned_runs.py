@@ -1,0 +1,69 @@
+"""Pruning as a stage: scores are made once, the codecs and distillation go on from what is left."""
+
+import json
+
+import pytest
+from tiny_world import SMALL, run
+
+from vqdm.acceleration.operators import inside
+
+PRUNED = (*SMALL, "+experiment=tiny_fp", "prune=ld30", "prune.score=prediction", "name=pruned")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pruned")
+    done = run(*PRUNED, f"results_dir={place}")
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def scores(results):
+    (directory,) = results.glob("stages/prune/*")
+    return directory, json.loads((directory / "scores.json").read_text())
+
+
+def test_what_goes_is_what_scores_least(results):
+    directory, found = scores(results)
+    assert 0.3 <= found["weights"] / found["of"] < 0.6 and len(found["scores"]) == 39
+    gone = {row["operator"]: row["score"] for row in found["scores"] if inside(f"{row['operator']}.", found["removed"])}
+    left = {row["operator"]: row["score"] for row in found["scores"] if row["operator"] not in gone}
+    whole = [name for name in gone if name in found["removed"]]
+    assert max(gone[name] for name in whole) <= min(left.values())
+    assert not list(directory.glob("items/*"))
+
+
+def test_quantizing_starts_from_what_is_left(results):
+    learning = ("finetune=end_to_end", "finetune.steps=2", "finetune.check_every=1", "finetune.batch_size=2",
+                "finetune.trajectories.n=2", "finetune.trajectories.validation=1")  # fmt: skip
+    done = run(*PRUNED, "name=both", "quantize=rtn4", *learning, f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
+    removed = scores(results)[1]["removed"]
+    (layers,) = results.glob("stages/quantize/*/layers.json")
+    names = [row["name"] for row in json.loads(layers.read_text())["quantized"]]
+    assert names and not [name for name in names if name.startswith(tuple(f"{gone}." for gone in removed))
+                          and not name.endswith("conv_shortcut")]  # fmt: skip
+    (config,) = results.glob("stages/finetune/*/denoiser/config.json")
+    assert json.loads(config.read_text())["quantization_config"]["removed"] == removed
+
+
+def test_a_pruned_model_in_full_precision_learns(results):
+    done = run(*PRUNED, "name=healed", "finetune=end_to_end", "finetune.steps=8", "finetune.check_every=4",
+               "finetune.batch_size=8", "finetune.trajectories.n=8", "finetune.trajectories.validation=4",
+               f"results_dir={results}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(path.read_text())["validations"] for path in results.glob("stages/finetune/*/history.json")]
+    assert any(loss[-1]["loss"] < 0.9 * loss[0]["loss"] for loss in losses)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("prune.share=0",), "prune.share=0 must be above 0"),
+        (("prune.keep='('",), "prune.keep is no regular expression"),
+        (("finetune=blocks",), "finetune.block_steps goes by the teacher's blocks"),
+    ],
+)
+def test_refusals(overrides, said, tmp_path):
+    done = run(*PRUNED, *overrides, f"results_dir={tmp_path}", "plan=true")
+    assert done.returncode == 1 and said in done.stderr.replace("\n", " ")

@@ -1,0 +1,132 @@
+"""Pruning: every operator scored by what the model does without it, and the model without the least of them.
+
+Scores are items, one per operator, so that hours of them go on after a stop.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqdm.acceleration.operators import choose, operators, remove, without
+from vqdm.calibration.calls import recorded_calls
+from vqdm.calibration.recording import OUTPUT, Call, evenly_spread, play_back
+from vqdm.config.acceleration import PruneConfig
+from vqdm.config.options import CalibrationConfig, ModelConfig
+from vqdm.models.loader import denoiser_of, sample
+from vqdm.prompts import PromptList
+from vqdm.runs.items import batches
+from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.threads import threads_that_are_free
+from vqdm.seeds import torch_generator
+from vqdm.stages.finished import finished_denoiser
+from vqdm.weights.layers import replace_layer
+
+SCORES_FILE = "scores.json"
+CALLS = 8  # evenly spread recorded calls that score=prediction looks at
+
+
+def prune(
+    directory: Path,
+    pipeline,
+    calibration: Path,
+    *,
+    config: PruneConfig,
+    model: ModelConfig,
+    calibration_config: CalibrationConfig,
+    device: str,
+) -> dict:
+    """Fill the stage's directory: `scores.json`, `denoiser/`. Returns what is gone, bits, bytes and output error.
+
+    pipeline: full precision; operators are taken out of its denoiser in place. calibration: that stage's directory.
+    """
+    unet = denoiser_of(pipeline)
+    weights, candidates = operators(unet), _candidates(unet, config)
+    total = sum(parameter.numel() for parameter in unet.parameters())
+    score = {"latents": _by_latents, "prediction": _by_prediction}[config.score]
+    score_of = score(directory, pipeline, calibration, config, model, calibration_config)
+    scores: dict[str, float] = {}
+    with threads_that_are_free() as adjust_threads:
+        for name in tqdm(candidates, desc=f"prune {directory.name}", unit="operator"):
+            if (record := read_item(directory, name)) is None:
+                adjust_threads()
+                original = unet.get_submodule(name)
+                replace_layer(unet, name, without(original).eval())
+                record = {"score": score_of()}
+                replace_layer(unet, name, original)
+                write_item(directory, name, {}, record)
+            scores[name] = record["score"]
+    removed = choose(scores, weights, least=config.share * total)
+    found = {"removed": removed, "weights": sum(weights[name] for name in removed), "of": total}
+    table = [{"operator": name, "weights": weights[name], "score": scores[name]} for name in candidates]
+    write_json(directory / SCORES_FILE, found | {"scores": table})
+    remove(unet, removed)
+    made = finished_denoiser(directory, unet, calibration, dtype=unet.dtype, device=device)
+    return {"operators_removed": len(removed), "weights_removed": found["weights"] / total} | made
+
+
+def removed_in(directory: Path) -> list[str]:
+    """Names of the operators that a finished stage took out."""
+    return json.loads((directory / SCORES_FILE).read_text())["removed"]
+
+
+def _candidates(unet: nn.Module, config: PruneConfig) -> list[str]:
+    """Operators that may go: all but those that prune.keep matches."""
+    return [name for name in operators(unet) if config.keep is None or not re.search(config.keep, name)]
+
+
+def moments_apart(latents: Tensor, others: Tensor) -> float:
+    """LD-Pruner's score, ‖mean z − mean z′‖ + ‖std z − std z′‖, moments over the images of [images, …]."""
+    one, other = latents.double(), others.double()
+    return float((one.mean(0) - other.mean(0)).norm() + (one.std(0) - other.std(0)).norm())
+
+
+def _by_latents(
+    directory: Path, pipeline, calibration: Path, config: PruneConfig, model: ModelConfig, how: CalibrationConfig
+) -> Callable[[], float]:
+    """Scores from the final latents of the calibration's first prompts, the same noise with and without."""
+    prompts = PromptList.read_jsonl(calibration / "prompts.jsonl").prompts[: config.prompts]
+
+    def latents() -> Tensor:
+        made = []
+        for _, rows in batches(len(prompts), how.batch_size):
+            batch = prompts[rows.start : rows.stop]
+            draws = [torch_generator(how.noise_seed, "calibration", p.id) for p in batch]
+            texts = [p.text for p in batch]
+            made.append(sample(pipeline, texts, sampler=model.sampler, generators=draws, output="latent").cpu())
+        return torch.cat(made)
+
+    if read_item(directory, "original") is None:
+        write_item(directory, "original", {"original.safetensors": to_bytes({"latents": latents()})}, {})
+    original = load_file(directory / "original.safetensors")["latents"]
+    return lambda: moments_apart(original, latents())
+
+
+def _by_prediction(
+    _directory: Path, pipeline, calibration: Path, _config, model: ModelConfig, _how
+) -> Callable[[], float]:
+    """Scores from the guided prediction's relative squared error on a few recorded calls."""
+    every = list(recorded_calls(calibration))
+    calls = [every[i] for i in sorted(evenly_spread(len(every), CALLS))]
+    unet = denoiser_of(pipeline)
+
+    def score() -> float:
+        sums = [_guided_error(unet, call, guidance=model.sampler.guidance) for call in calls]
+        return sum(wrong for wrong, _ in sums) / sum(power for _, power in sums)
+
+    return score
+
+
+def _guided_error(unet: nn.Module, call: Call, *, guidance: float) -> tuple[float, float]:
+    """Squared error of u + g (c − u) and its original's square; u and c are halves of the batch, if guided at all."""
+    found, target = play_back(unet, call, device=str(unet.device)).double(), call[OUTPUT].double()
+    if guidance > 1:
+        (u, c), (v, d) = found.chunk(2), target.chunk(2)
+        found, target = u + guidance * (c - u), v + guidance * (d - v)
+    return float((found - target).square().sum()), float(target.square().sum())
