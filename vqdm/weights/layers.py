@@ -10,6 +10,7 @@ from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec, matrix_to_weight
 from vqdm.weights.base import SHARED_NAME, QuantizedWeight, Scheme, SharedPart, state_of
 from vqdm.weights.registry import empty_shared, empty_weight
+from vqdm.weights.text_memory import TEXT_LAYERS, TextMemory
 
 DECODE_MODES = ("per_call", "cached")
 NOT_CAST = "casting to 8 bits would round the scales of quantized weights: leave layerwise casting out, or dequantize()"
@@ -25,7 +26,11 @@ class _QuantizedLayer(nn.Module):
 
     decode: "per_call" decodes in every forward; "cached" keeps the decoded weight, outside the state_dict, until any
     tensor it came from changes. While gradients flow to the quantized weight, it is decoded in every forward.
+    Layers for the prompt's embedding also keep their last output (`text_memory`), either way; keeps_texts=False is for
+    those whose output for one input changes from step to step, as with activations quantized per step.
     """
+
+    keeps_texts = True
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, spec: LayerSpec, *, decode: str):
         nn.Module.__init__(self)  # not that of nn.Linear or nn.Conv2d, which would make a weight of their own
@@ -37,6 +42,10 @@ class _QuantizedLayer(nn.Module):
         self.spec = spec
         self.decode = decode
         self._cache: tuple | None = None  # (state of the sources, decoded weight)
+        self._forget_text()
+
+    def _forget_text(self) -> None:
+        self._texts = TextMemory() if TEXT_LAYERS.search(self.spec.name) else None
 
     @property
     def original_shape(self) -> tuple[int, ...]:
@@ -76,14 +85,20 @@ class _QuantizedLayer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._cache = None
+        self._forget_text()
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True):
         self._cache = None
+        self._forget_text()
         return super().train(mode)
 
     def __getstate__(self):
-        return {**self.__dict__, "_cache": None}  # copies decode for themselves
+        return {**self.__dict__, "_cache": None, "_texts": None}  # copies decode for themselves
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._forget_text()
 
     def extra_repr(self) -> str:
         return f"{self.spec.kind}, bias={self.bias is not None}, decode={self.decode}"
@@ -104,6 +119,12 @@ class QuantizedLinear(_QuantizedLayer, nn.Linear):
         return self._filled(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self._texts is None or torch.compiler.is_compiling() or not self.keeps_texts:
+            return self._product(inputs)
+        bias = [] if self.bias is None else [self.bias]
+        return self._texts.recall(self._product, inputs, [*self._sources(), *bias], decode=self.decode)
+
+    def _product(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.decoded(inputs.dtype), self._bias(inputs.dtype))
 
 
