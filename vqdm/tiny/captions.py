@@ -48,7 +48,7 @@ def _noun_phrase(thing: Thing, rng: np.random.Generator, world: World) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator, *, world: World = TINY) -> str:
-    """A caption for a scene, at most 22 words in tiny and 33 in small."""
+    """A caption for a scene, at most 22 words in tiny and 30 in small."""
     things = [_noun_phrase(thing, rng, world) for thing in scene.things]
     text = things[0] if scene.layout == "single" else _pick(rng, world.relations[scene.layout]).format(*things)
     if rng.random() < 0.85:
