@@ -44,7 +44,7 @@ FACTORIES = (
     "eye", "zeros", "ones", "empty", "full", "arange", "linspace", "tensor", "scalar_tensor", "normal", "rand", "randn",
     "randint", "randperm",
 )  # fmt: skip
-CODEC_NAMES = re.compile(r'"(rtn|gptq|adaround|additive|trellis)"')
+CODEC_NAMES = re.compile(r'"(rtn|gptq|svdquant|adaround|additive|trellis)"')
 TABLES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 
 

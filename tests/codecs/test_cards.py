@@ -28,6 +28,7 @@ LAYERS = {"pattern": PATTERN, "min_size": 16}
 QUICK = {
     "trellis": {"bits": 6},
     "additive": {"bits": 2, "codebook_bits": 4},
+    "svdquant": {"low_rank": 2},
     "adaround": {"iterations": 4, "batch_size": 2, "split_shortcuts": True, "samples": 20},
 }
 

@@ -76,7 +76,7 @@ def test_names_give_bits_and_groups():
         (["model.sampler.step=9"], "there is no option model.sampler.step: did you mean model.sampler.steps?"),
         (["+finetune.trajectories.alone=data"], "did you mean finetune.trajectories.along?"),
         (["quantize=gptq4", "quantize.allocation=sensitivity"], "is an option of trellis, not of the codec"),
-        (["quantize=trellis3", "+quantize.clip=mse"], "option of rtn, gptq, adaround, not of the codec"),
+        (["quantize=trellis3", "+quantize.clip=mse"], "option of rtn, gptq, svdquant, adaround, not of the codec"),
         (["quantize.kind=rtn"], "quantize.kind='rtn' is not given by hand: choose the codec by quantize="),
         (["quantize=rtn", "quantize.kind=gptq"], "not given by hand"),
         (["quantize=vq3", "quantize.group_size=null"], "quantize.group_size"),

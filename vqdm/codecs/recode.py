@@ -15,6 +15,7 @@ from vqdm.codecs.viterbi import Search
 from vqdm.errors import UserError
 from vqdm.weights.additive import AdditiveWeight, decode_additive
 from vqdm.weights.base import QuantizedWeight, widened
+from vqdm.weights.low_rank import LowRankWeight
 from vqdm.weights.scalar import ScalarWeight, decode_scalar, per_input
 from vqdm.weights.trellis import TrellisWeight
 from vqdm.weights.trellis_codes import decode_trellis, pack_states, unpack_states
@@ -39,6 +40,10 @@ def recode_(weight: QuantizedWeight, target: Tensor, *, beam_size: int = BEAM_SI
     if not bool(torch.isfinite(target).all()):
         raise UserError("the weights that codes are to follow are infinite or NaN: lower the learning rate")
     target = target.detach().contiguous()
+    if isinstance(weight, LowRankWeight):  # input scales only weigh the inputs' errors: the search takes them as one
+        left = target - weight.product().to(target.dtype)
+        scales = weight.input_scales
+        return recode_(weight.base, left if scales is None else left / scales.to(left.dtype), beam_size=beam_size)
     if isinstance(weight, TrellisWeight):
         return _recode_trellis(weight, target)
     if isinstance(weight, AdditiveWeight):

@@ -20,24 +20,30 @@ class QuantizeConfig:
     seed: int = number(0, least=0, most=SEEDS)  # seed of the codec's draws, and of the choice of tokens for Hessians
     # tokens of a denoiser call that a Hessian takes; None: all. It is here since experiments set it for any codec
     tokens_per_call: int | None = number(None, least=1)
+    low_rank: int = number(0, least=0, most=4096)  # rank of a 16-bit branch beside the codes, counted in the bits
+    smoothing: float = number(0.0, least=0, most=1)  # with low_rank, α of scales for the codes' inputs; 0: no scales
 
     short: ClassVar[str] = "fp"  # beginning of names and folders: rtn4, vq3
+    counts_all: ClassVar[bool] = False  # `bits` are all of a layer's bits, so that a branch takes some of them
     version: ClassVar[int] = 1  # raised when the codec may give other weights from the same options
 
     @property
     def name(self) -> str:
-        """Short name for labels: rtn4, vq3, trellis2.5; fp."""
-        return self.short if self.kind == "none" else f"{self.short}{self.bits:g}"
+        """Short name for labels: rtn4, vq3, trellis2.5, trellis2.5r8 with a branch of rank 8; fp."""
+        rank = f"r{self.low_rank}" if self.low_rank != type(self)().low_rank else ""
+        return self.short if self.kind == "none" else f"{self.short}{self.bits:g}{rank}"
 
     @classmethod
     def from_name(cls, name: str) -> "QuantizeConfig | None":
-        """Options from a name such as rtn4, or rtn4g64 with groups; None if it names another codec."""
-        found = re.fullmatch(rf"{cls.short}(?P<bits>\d+(?:\.\d+)?)(?:g(?P<group>\d+))?", name)
+        """Options from a name such as rtn4, rtn4g64 with groups, rtn4r8 with a branch; None if another codec's."""
+        pattern = rf"{cls.short}(?P<bits>\d+(?:\.\d+)?)(?:g(?P<group>\d+))?(?:r(?P<rank>\d+))?"
+        found = re.fullmatch(pattern, name)
         grouped = any(field.name == "group_size" for field in fields(cls))
         if found is None or (found["group"] is not None and not grouped):
             return None
         group = {} if found["group"] is None else {"group_size": int(found["group"])}
-        return cls(bits=float(found["bits"]), **group)
+        rank = {} if found["rank"] is None else {"low_rank": int(found["rank"])}
+        return cls(bits=float(found["bits"]), **group, **rank)
 
     def check(self) -> None:
         """Raise UserError, naming the key, for values and combinations that make no sense."""
@@ -46,10 +52,13 @@ class QuantizeConfig:
                 f"quantize.kind={self.kind!r} is not given by hand: choose the codec by quantize={', '.join(OPTIONS)}"
             )
         check_fields(self, "quantize", where=f" for {self.kind}")
+        if self.smoothing and not self.low_rank:
+            raise UserError(f"quantize.smoothing={self.smoothing:g} is for quantize.low_rank=1 or more: give that too")
 
     def settings(self) -> dict:
         """The options that can change the quantized weights, which enter the stage's fingerprint."""
         unused = () if isinstance(self, HessianOptions) else ("tokens_per_call",)
+        unused += () if self.low_rank else ("low_rank", "smoothing")  # which earlier fingerprints do not have
         own = {key: value for key, value in asdict(self).items() if key not in unused}
         return own if self.version == 1 else own | {"codec_version": self.version}
 
@@ -111,6 +120,16 @@ class GptqConfig(HessianOptions, ScalarOptions):
 
 
 @dataclass(kw_only=True)
+class SvdquantConfig(GptqConfig):
+    """Options of SVDQuant's weights (arXiv 2411.05007): smoothed, a low-rank branch, the rest by GPTQ."""
+
+    kind: str = "svdquant"
+    low_rank: int = number(32, least=1, most=4096)
+    smoothing: float = number(0.5, least=0, most=1)
+    short: ClassVar[str] = "svdquant"
+
+
+@dataclass(kw_only=True)
 class AdaroundConfig(ScalarOptions):
     """Options of AdaRound with block reconstruction; batches of 16 are as good as 32 on residual blocks, and faster."""
 
@@ -125,6 +144,10 @@ class AdaroundConfig(ScalarOptions):
 
     def check(self) -> None:
         super().check()
+        if self.low_rank:
+            raise UserError(
+                f"quantize.low_rank={self.low_rank} goes with codecs that make a layer at a time: choose quantize=gptq4"
+            )
         if self.split_shortcuts and self.group_size is not None:
             raise UserError(
                 f"quantize.split_shortcuts=true gives rows two scales: leave quantize.group_size={self.group_size} out"
@@ -185,7 +208,15 @@ class TrellisConfig(HessianOptions, QuantizeConfig):
     allocation: str = choice("uniform", "sensitivity")  # same bits for all layers | by output error
     row_exponent: float = number(1.0, least=0, most=8)  # 1: rows weigh by their output error; 0: all alike
     short: ClassVar[str] = "trellis"
+    counts_all: ClassVar[bool] = True
     version: ClassVar[int] = 2
+
+    def check(self) -> None:
+        super().check()
+        if self.low_rank and self.allocation == "sensitivity":
+            raise UserError(
+                "quantize.low_rank goes with quantize.allocation=uniform: harm is measured without a branch"
+            )
 
     def settings(self) -> dict:
         """All options but the allocation, which the sensitivity stage stands for."""
@@ -258,6 +289,7 @@ OPTIONS: dict[str, type[QuantizeConfig]] = {
     "peer": PeerConfig,
     "rtn": RtnConfig,
     "gptq": GptqConfig,
+    "svdquant": SvdquantConfig,
     "adaround": AdaroundConfig,
     "additive": AdditiveConfig,
     "trellis": TrellisConfig,

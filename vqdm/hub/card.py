@@ -91,7 +91,10 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
 
 def _family(scheme) -> str:
     """Name of a scheme without the numbers that differ from layer to layer."""
-    return scheme.codec if "bits" in scheme.told_by_shapes else scheme.name
+    if "bits" not in scheme.decoder.told_by_shapes:
+        return scheme.name
+    rank = getattr(scheme, "rank", None)
+    return scheme.codec if rank is None else f"{scheme.codec} with a branch of rank {rank}"
 
 
 def licence_of(base: str | None) -> str | None:

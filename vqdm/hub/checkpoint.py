@@ -24,8 +24,8 @@ from vqdm.weights.layers import quantized_layers
 from vqdm.weights.registry import scheme_from_dict
 
 METADATA = "vqdm"
-CODES = ".weight.codes"
-FORMAT_VERSIONS = (1, 2, 3)  # that are read; a file is of the lowest that will do
+CODES = (".weight.codes", ".weight.base.codes")
+FORMAT_VERSIONS = (1, 2, 3, 4)  # that are read; a file is of the lowest that will do
 BESIDE = 3  # the first version that has more than weights: operators that are gone, tensors beside the layers
 CHECKSUM_DIGITS = 16
 _NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
@@ -65,8 +65,7 @@ def described(groups: Sequence[LayerGroup]) -> list[dict]:
     """
     merged: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for group in groups:
-        scheme = {k: v for k, v in group.scheme.to_dict().items() if k not in group.scheme.told_by_shapes}
-        merged.setdefault((json.dumps(scheme), group.shape), []).extend(group.layers)
+        merged.setdefault((json.dumps(group.scheme.to_header()), group.shape), []).extend(group.layers)
     return [
         {"scheme": json.loads(scheme), "shape": list(shape), "layers": sorted(layers)}
         for (scheme, shape), layers in merged.items()

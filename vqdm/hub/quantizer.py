@@ -152,7 +152,7 @@ def _check_shared(groups: Sequence[LayerGroup]) -> None:
     """Raise UserError for schemes that name the same shared part but cannot both decode with it."""
     users: dict[str, tuple] = {}
     for scheme in (group.scheme for group in groups if group.scheme.shared_key is not None):
-        part = scheme.kind, getattr(scheme, "codebooks_shape", None)
+        part = scheme.decoder.kind, getattr(scheme.decoder, "codebooks_shape", None)
         if users.setdefault(scheme.shared_key, part) != part:
             raise UserError(f"{scheme.name} cannot decode with the shared {scheme.shared_key} of other layers")
 

@@ -56,6 +56,15 @@ class Scheme:
         """The scheme as JSON values: its fields and `kind`; `registry.scheme_from_dict` is the inverse."""
         return {"kind": self.kind, **asdict(self)}
 
+    def to_header(self) -> dict:
+        """The fields that a file's header holds: all but those that follow from the shapes of the tensors."""
+        return {key: value for key, value in self.to_dict().items() if key not in self.told_by_shapes}
+
+    @property
+    def decoder(self) -> "Scheme":
+        """The scheme of the codes, which is this one, or that beside which a low-rank branch stands."""
+        return self
+
     @property
     def format_version(self) -> int:
         """The first version of the file format (docs/format.md) whose readers know it."""

@@ -35,7 +35,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 def count_bits(denoiser: nn.Module) -> BitCounts:
     """The three bit counts of a denoiser, quantized or not. ValueError if it has no parameters."""
-    quantized = [module for module in denoiser.modules() if isinstance(module, QuantizedWeight)]
+    quantized = _outermost(denoiser)
     shared = [module for module in denoiser.modules() if isinstance(module, SharedPart)]
     coded = [*quantized, *shared]
     weights = sum(weight.shape[0] * weight.shape[1] for weight in quantized)
@@ -50,6 +50,13 @@ def count_bits(denoiser: nn.Module) -> BitCounts:
         bits_as_in_paper=(in_paper + 16 * _unquantized_weights(denoiser)) / parameters if weights else 16.0,
         bytes=total,
     )
+
+
+def _outermost(denoiser: nn.Module) -> list[QuantizedWeight]:
+    """The quantized weights that are in no other, as codes are beside a low-rank branch."""
+    found = [module for module in denoiser.modules() if isinstance(module, QuantizedWeight)]
+    inner = {id(module) for weight in found for module in weight.modules() if module is not weight}
+    return [weight for weight in found if id(weight) not in inner]
 
 
 def _state(module: nn.Module) -> Iterable[Tensor]:

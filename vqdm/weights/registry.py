@@ -1,13 +1,12 @@
 """The kinds of quantized weights, by the name their scheme has in files."""
 
 from vqdm.errors import UserError
-from vqdm.weights.additive import AdditiveWeight, SharedCodebooks
+from vqdm.weights.additive import SharedCodebooks
 from vqdm.weights.base import QuantizedWeight, Scheme, SharedPart
-from vqdm.weights.scalar import ScalarWeight
-from vqdm.weights.trellis import TrellisTable, TrellisWeight
+from vqdm.weights.low_rank import CODED, LowRankScheme, LowRankWeight
+from vqdm.weights.trellis import TrellisTable
 
-_KINDS = (ScalarWeight, AdditiveWeight, TrellisWeight)
-WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.scheme_type.kind: kind for kind in _KINDS}
+WEIGHTS: dict[str, type[QuantizedWeight]] = CODED | {LowRankScheme.kind: LowRankWeight}
 SHARED_PARTS: dict[str, type[SharedPart]] = {"additive": SharedCodebooks, "trellis": TrellisTable}
 
 
@@ -18,9 +17,17 @@ def scheme_from_dict(fields: dict) -> Scheme:
     """
     numbers = {key: value for key, value in fields.items() if key != "kind"}
     try:
+        if fields["kind"] == LowRankScheme.kind:
+            numbers["base"] = _base_from_dict(numbers["base"])
         return WEIGHTS[fields["kind"]].scheme_type(**numbers)
     except (KeyError, TypeError) as error:
         raise UserError(f"not a weight scheme of this version: {str(fields)[:200]} ({str(error)[:80]})") from error
+
+
+def _base_from_dict(fields: dict) -> Scheme:
+    if not isinstance(fields, dict) or fields.get("kind") not in CODED:
+        raise UserError(f"a low-rank branch stands beside codes, not beside {str(fields)[:80]!r}")
+    return scheme_from_dict(fields)
 
 
 def empty_weight(scheme: Scheme, shape: tuple[int, int], shared: SharedPart | None = None) -> QuantizedWeight:
@@ -30,4 +37,4 @@ def empty_weight(scheme: Scheme, shape: tuple[int, int], shared: SharedPart | No
 
 def empty_shared(scheme: Scheme) -> SharedPart | None:
     """An empty shared part for a scheme to decode with; None if it needs none."""
-    return None if scheme.shared_key is None else SHARED_PARTS[scheme.kind](scheme)
+    return None if scheme.shared_key is None else SHARED_PARTS[scheme.decoder.kind](scheme.decoder)
