@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
 from vqdm.acceleration.operators import remove
 from vqdm.acceleration.stored_cache import Schedule, StoredCache, store_cache
-from vqdm.codecs import additive, gptq, rtn, trellis
+from vqdm.codecs import additive, gptq, low_rank, rtn, trellis
 from vqdm.codecs.adaround import SoftRounding
 from vqdm.codecs.trellis_table import load_table
 from vqdm.errors import UserError
@@ -36,7 +36,7 @@ from vqdm.weights.trellis import TrellisTable
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # tests/golden/trellis holds wide columns, which the encoder no longer gives to layers of so few outputs
-KINDS = ("rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis_byte", "beside")
+KINDS = ("rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis_byte", "beside", "low_rank")
 CODEBOOKS = {"num_codebooks": 2, "codebook_bits": 3, "group_size": 8}
 UNET = {
     "sample_size": 8,
@@ -81,11 +81,24 @@ def encoded(kind: str, matrix: Tensor, spec: LayerSpec, shared: SharedPart | Non
         grid = rtn.encode(matrix, bits=2) if split is None else rtn.encode_split(matrix, split, bits=2)
         grid.scheme = dataclasses.replace(grid.scheme, codec="adaround")
         return SoftRounding(matrix, grid).hardened()
+    if kind == "low_rank":
+        return beside_branch(matrix, hessian, shared if spec.kind == "conv" else None)
     if kind == "trellis_byte":
         return trellis.encode(matrix, hessian, bits=3.25, table=shared)
     if kind == "additive":
         return additive.encode(matrix, hessian, generator=generator, input_scales=True, **CODEBOOKS)
     return additive.encode(matrix, hessian, generator=generator, shared=shared, **CODEBOOKS)
+
+
+def beside_branch(matrix: Tensor, hessian: Tensor, table: TrellisTable | None) -> QuantizedWeight:
+    """A branch beside trellis codes or, without a table, beside scalar codes with input scales."""
+    if table is None:
+        return low_rank.encode_with_branch(
+            matrix, hessian, rank=2, code=lambda w, h: gptq.encode(w, h, bits=3), codec="svdquant", smoothing=0.5
+        )
+    return low_rank.encode_with_branch(
+        matrix, hessian, rank=1, code=lambda w, h: trellis.encode(w, h, bits=3.25, table=table), codec="trellis"
+    )
 
 
 def golden_unet(kind: str) -> nn.Module:
@@ -96,7 +109,7 @@ def golden_unet(kind: str) -> nn.Module:
     if kind == "shared":
         generator = torch_generator(0, "golden", "codebooks")
         shared = additive.train_shared_codebooks(matrices.values(), generator=generator, **CODEBOOKS)
-    if kind == "trellis_byte":
+    if kind in ("trellis_byte", "low_rank"):
         shared = TrellisTable.from_values(load_table())
     for spec in specs:
         swap(unet, spec, encoded(kind, matrices[spec.name], spec, shared))

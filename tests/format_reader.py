@@ -45,7 +45,7 @@ def load(*paths: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]]:
     if len(set(abouts)) != 1:
         raise FormatError("shards of different checkpoints")
     about = json.loads(abouts[0])
-    if about["version"] not in (1, 2, 3):
+    if about["version"] not in (1, 2, 3, 4):
         raise FormatError(f"version {about['version']}")
     return about, tensors
 
@@ -71,18 +71,34 @@ def decode(scheme: dict, shape: list[int], name: str, tensors: dict) -> np.ndarr
         values = np.frombuffer(data, DTYPES[dtype]).reshape(sizes)
         return values.astype(np.float32) if dtype == "F16" else values
 
-    if scheme["kind"] == "scalar":
-        matrix = decode_scalar(scheme, (out, inputs), part)
-    elif scheme["kind"] == "additive":
-        matrix = decode_additive(scheme, (out, inputs), part)
-    elif scheme["kind"] == "trellis":
-        matrix = decode_trellis(scheme.get("side"), (out, inputs), part)
+    if scheme["kind"] == "low_rank":
+        matrix = decode_low_rank(scheme, (out, inputs), part, f"{name}.weight.base.")
     else:
-        raise FormatError(f"layer {name} is of kind {scheme['kind']}")
+        matrix = decode_codes(scheme, (out, inputs), part)
     if len(shape) == 2:
         return matrix
     _, channels, rows, columns = shape
     return np.ascontiguousarray(matrix.reshape(out, rows, columns, channels).transpose(0, 3, 1, 2))
+
+
+def decode_codes(scheme: dict, shape: tuple[int, int], part) -> np.ndarray:
+    if scheme["kind"] == "scalar":
+        return decode_scalar(scheme, shape, part)
+    if scheme["kind"] == "additive":
+        return decode_additive(scheme, shape, part)
+    if scheme["kind"] == "trellis":
+        return decode_trellis(scheme.get("side"), shape, part)
+    raise FormatError(f"codes of kind {scheme['kind']}")
+
+
+def decode_low_rank(scheme: dict, shape: tuple[int, int], part, base: str) -> np.ndarray:
+    matrix = decode_codes(scheme["base"], shape, lambda key, at=base: part(key, at))
+    if scheme["input_scales"]:
+        matrix = matrix * part("input_scales")
+    left, right = part("left"), part("right")
+    for k in range(scheme["rank"]):
+        matrix = matrix + left[:, k, None] * right[k]
+    return matrix
 
 
 def decode_scalar(scheme: dict, shape: tuple[int, int], part) -> np.ndarray:

@@ -23,7 +23,11 @@ from vqdm.codecs.cards import CODECS
 from vqdm.config.codecs import GptqConfig, QuantizeConfig, SvdquantConfig, TrellisConfig
 from vqdm.models.specs import LayerSpec
 from vqdm.runs.device import one_thread_each
+from vqdm.weights.base import Scheme
 from vqdm.weights.bits import tensor_bytes
+from vqdm.weights.low_rank import LowRankScheme, branch_bits
+from vqdm.weights.scalar import ScalarScheme
+from vqdm.weights.trellis import TrellisScheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from codec_layers import MODELS, Layer, find_layers, model_layers, model_specs, quadratic
@@ -38,12 +42,27 @@ CODES = {
 }
 
 
+def _scheme(spec: LayerSpec, config: QuantizeConfig) -> Scheme | None:
+    """As the codec's, but every layer by itself, without a share of the trellis table; None without room for it."""
+    scales = config.smoothing > 0
+    branch = branch_bits(spec.shape, config.low_rank, input_scales=scales) if config.low_rank else 0.0
+    if 2 * branch > config.bits:
+        return None
+    if isinstance(config, TrellisConfig):
+        base = TrellisScheme.of_layer(spec.shape, config.bits - branch)
+    else:
+        base = ScalarScheme(codec="gptq", bits=int(config.bits))
+    if not config.low_rank:
+        return base
+    return LowRankScheme(codec=config.kind, rank=config.low_rank, input_scales=scales, base=base)
+
+
 def measure(layer: Layer, config: QuantizeConfig) -> tuple[float, float] | None:
     """(bits, held-out error relative to the output's power); None where the branch has no room."""
     codec = CODECS[config.kind]
     spec = LayerSpec(name=layer.name, kind="linear", shape=tuple(layer.weight.shape))
-    scheme = codec.schemes([spec], config)[layer.name]
-    if isinstance(scheme, str) or (config.low_rank > 0) != hasattr(scheme, "rank"):
+    scheme = _scheme(spec, config)
+    if scheme is None:
         return None
     shared = None if scheme.shared_key is None else codec.make_shared([layer.weight], scheme, config)
     weight = codec.encode(layer.weight, layer.hessian, scheme, config=config, shared=shared, layer=layer.name)

@@ -28,7 +28,7 @@ LAYERS = {"pattern": PATTERN, "min_size": 16}
 QUICK = {
     "trellis": {"bits": 6},
     "additive": {"bits": 2, "codebook_bits": 4},
-    "svdquant": {"low_rank": 2},
+    "svdquant": {"low_rank": 1, "bits": 6},
     "adaround": {"iterations": 4, "batch_size": 2, "split_shortcuts": True, "samples": 20},
 }
 
@@ -95,13 +95,16 @@ def test_every_codec_has_options_and_a_card():
         assert parse_scheme(OPTIONS[kind]().name).kind == kind
 
 
-@pytest.mark.parametrize("kind", CODECS)
+@pytest.mark.parametrize("kind", [*CODECS, "trellis beside a branch"])
 def test_a_codec_goes_all_the_way(kind, tmp_path):
-    config, unet, original = config_of(kind), small_unet(), small_unet()
+    config, unet, original = config_of(kind.partition(" ")[0]), small_unet(), small_unet()
+    config.low_rank = 2 if "branch" in kind else config.low_rank
     planned = small_unet()
     bits = planned_bits(planned, config, **LAYERS)
     quantize(unet, config)
-    assert {layer.weight.scheme.codec for layer in quantized_layers(unet).values()} == {kind}
+    assert {layer.weight.scheme.codec for layer in quantized_layers(unet).values()} == {config.kind}
+    branches = {getattr(layer.weight.scheme, "rank", 0) for layer in quantized_layers(unet).values()}
+    assert branches == {config.low_rank}
     assert count_bits(unet).bytes == bits.bytes == count_bits(planned).bytes
 
     attach(torch.nn.Module.float(torch.nn.Module.half(unet)).eval().requires_grad_(False))

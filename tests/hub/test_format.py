@@ -18,6 +18,7 @@ from vqdm.weights.additive import AdditiveScheme
 from vqdm.weights.base import Scheme
 from vqdm.weights.bitpack import pack
 from vqdm.weights.layers import quantized_layers, swap
+from vqdm.weights.low_rank import LowRankScheme
 from vqdm.weights.registry import empty_shared, empty_weight
 from vqdm.weights.scalar import ScalarScheme
 from vqdm.weights.trellis import TrellisScheme
@@ -41,6 +42,13 @@ SCHEMES = [
     AdditiveScheme(num_codebooks=3, codebook_bits=9, group_size=3, out_group_size=8),
     AdditiveScheme(num_codebooks=2, codebook_bits=6, group_size=4, input_scales=True, shared="codebooks"),
     AdditiveScheme(num_codebooks=2, codebook_bits=3, group_size=12, out_group_size=2, shared="own_name"),
+    LowRankScheme(codec="gptq", rank=1, base=ScalarScheme(codec="gptq", bits=4, group_size=8)),
+    LowRankScheme(codec="svdquant", rank=5, input_scales=True, base=ScalarScheme(bits=3)),
+    LowRankScheme(
+        codec="additive",
+        rank=2,
+        base=AdditiveScheme(num_codebooks=2, codebook_bits=6, group_size=4, shared="codebooks"),
+    ),
 ]
 
 
@@ -123,9 +131,9 @@ def test_a_saved_unet_of_every_kind(kind, tmp_path):
 
 
 def test_there_is_a_golden_checkpoint_of_every_codec():
-    kinds = {"rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis", "trellis_byte", "beside"}
-    assert set(GOLDEN_KINDS) >= kinds
-    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 370_000
+    kinds = {"rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis", "trellis_byte"}
+    assert set(GOLDEN_KINDS) >= kinds | {"beside", "low_rank"}
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 420_000
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)
@@ -159,8 +167,8 @@ def test_the_reader_finds_damage_and_other_versions(tmp_path):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(FormatError, match="does not match its checksum"):
         read(path)
-    path.write_bytes(content.replace(rb"{\"version\":1", rb"{\"version\":4"))
-    with pytest.raises(FormatError, match="version 4"):
+    path.write_bytes(content.replace(rb"{\"version\":1", rb"{\"version\":9"))
+    with pytest.raises(FormatError, match="version 9"):
         read(path)
 
 

@@ -20,7 +20,7 @@ from vqdm.models.specs import LayerSpec
 from vqdm.weights.base import LARGEST, STORED, QuantizedWeight, Scheme
 from vqdm.weights.low_rank import LowRankScheme, LowRankWeight, branch_bits
 
-ROUNDS = 2  # of codes, then factors
+ROUNDS = 1  # of codes, then factors: more gave .0 to .1 dB (docs/lab-notes.md)
 DAMPING = 0.01  # added to the Hessian's diagonal, relative to its mean: the factors' inverse needs it
 
 
@@ -43,7 +43,7 @@ def with_low_rank(codec: Codec) -> Codec:
     def assign(specs: list[LayerSpec], config, harm: Harm | None) -> dict[str, Scheme | str]:
         if not config.low_rank:
             return codec.schemes(specs, config, harm)
-        return {spec.name: _scheme_beside(codec, spec, config) for spec in specs}
+        return _schemes_beside(codec, specs, config)
 
     def encoder_bytes(shape: Shape, config) -> float:
         own = codec.encoder_bytes(shape, config)
@@ -61,21 +61,28 @@ def with_low_rank(codec: Codec) -> Codec:
     )
 
 
-def _scheme_beside(codec: Codec, spec: LayerSpec, config: QuantizeConfig) -> Scheme | str:
-    """The scheme with a branch, where the layer has room for it: else that without, in the bits that were asked for."""
-    alone = codec.schemes([spec], config)[spec.name]
-    if isinstance(alone, str) or 2 * config.low_rank > min(spec.shape):
-        return alone
+def _has_room(spec: LayerSpec, config: QuantizeConfig) -> bool:
+    """True unless the branch has half the layer's smaller side, or takes more than half the bits that are asked for."""
+    cost = branch_bits(spec.shape, config.low_rank, input_scales=config.smoothing > 0)
+    return 2 * config.low_rank <= min(spec.shape) and 2 * cost <= config.bits
+
+
+def _schemes_beside(codec: Codec, specs: list[LayerSpec], config: QuantizeConfig) -> dict[str, Scheme | str]:
+    """Schemes with a branch for layers that have room for it. Codecs whose bits count all get what it leaves."""
     scales = config.smoothing > 0
-    left = config.bits - branch_bits(spec.shape, config.low_rank, input_scales=scales) * config.counts_all
-    if left < 1:
-        return alone
-    beside = codec.schemes([spec], dataclasses.replace(config, bits=left))[spec.name]
-    if isinstance(beside, str):
-        return alone
-    return LowRankScheme(codec=config.kind, rank=config.low_rank, input_scales=scales, base=beside)
+    alone = codec.schemes(specs, config)
+    fitting = [spec for spec in specs if not isinstance(alone[spec.name], str)]
+    chosen = [spec for spec in fitting if _has_room(spec, config)]
+    taken = sum(branch_bits(spec.shape, config.low_rank, input_scales=scales) * spec.size for spec in chosen)
+    left = config.bits - config.counts_all * taken / max(1, sum(spec.size for spec in fitting))
+    found = codec.schemes(specs, dataclasses.replace(config, bits=left))
+    for spec in chosen:
+        base = found[spec.name]
+        found[spec.name] = LowRankScheme(codec=config.kind, rank=config.low_rank, input_scales=scales, base=base)
+    return found
 
 
+@torch.no_grad()
 def encode_with_branch(
     weight: Tensor,
     hessian: Tensor,
@@ -84,7 +91,7 @@ def encode_with_branch(
     code: Callable[[Tensor, Tensor], QuantizedWeight],
     codec: str,
     smoothing: float = 0.0,
-    rounds: int | None = None,
+    rounds: int = ROUNDS,
 ) -> LowRankWeight:
     """Codes by `code(target, second moments)` and factors of this rank for a weight [out, in].
 
@@ -98,7 +105,7 @@ def encode_with_branch(
     moments = hessian * applied[:, None] * applied
     left, right = _factors(weight, root, rank)
     best: tuple[float, LowRankWeight] | None = None
-    for _ in range(rounds or ROUNDS):
+    for _ in range(rounds):
         base = code((weight - left.float() @ right.float()) / applied, moments)
         decoded = base().float() * applied
         left, right = _factors(weight - decoded, root, rank)
