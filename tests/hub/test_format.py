@@ -133,7 +133,7 @@ def test_a_saved_unet_of_every_kind(kind, tmp_path):
 def test_there_is_a_golden_checkpoint_of_every_codec():
     kinds = {"rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis", "trellis_byte"}
     assert set(GOLDEN_KINDS) >= kinds | {"beside", "low_rank"}
-    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 420_000
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 440_000
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)

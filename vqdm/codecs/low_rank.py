@@ -120,7 +120,9 @@ def _root(hessian: Tensor) -> Tensor:
     """The lower triangular C of H = C Cᵀ, damped as much as it takes."""
     mean = hessian.diagonal().mean().clamp(min=1e-30)
     for factor in (1, 10, 100):
-        root, failed = torch.linalg.cholesky_ex(hessian + DAMPING * factor * mean * torch.eye(len(hessian)))
+        root, failed = torch.linalg.cholesky_ex(
+            hessian + DAMPING * factor * mean * torch.eye(len(hessian), device=hessian.device)
+        )
         if not failed:
             return root
     raise UserError("the second moments of a layer's inputs are no second moments: calibrate again")
