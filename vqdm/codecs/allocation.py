@@ -9,11 +9,15 @@ from torch import nn
 from vqdm.codecs.cards import CODECS
 from vqdm.codecs.codec import Harm
 from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec, layer_specs, skipped_specs
 from vqdm.weights.base import Scheme
 from vqdm.weights.bits import BitCounts, count_bits
 from vqdm.weights.layers import swap_empty
+from vqdm.weights.scalar import ScalarScheme
+
+MIN_SIZE = ModelConfig.min_size  # of layers in parts beside the denoiser
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,17 @@ def assign_schemes(
     quantized = [(spec, found[spec.name]) for spec in specs if not isinstance(found[spec.name], str)]
     unfit = [(spec, found[spec.name]) for spec in specs if isinstance(found[spec.name], str)]
     return Assignment(quantized, skipped + unfit)
+
+
+def assign_part(module: nn.Module, config: QuantizeConfig, *, embeddings: int) -> Assignment:
+    """Schemes for a text encoder or VAE: those of `config`, and `embeddings` bits by row for token embeddings."""
+    specs = layer_specs(module, min_size=MIN_SIZE)
+    coded = [spec for spec in specs if spec.kind != "embedding"]
+    found = CODECS[config.kind].schemes(coded, config, None)
+    found |= {spec.name: ScalarScheme(bits=embeddings) for spec in specs if spec.kind == "embedding"}
+    quantized = [(spec, found[spec.name]) for spec in specs if not isinstance(found[spec.name], str)]
+    unfit = [(spec, found[spec.name]) for spec in specs if isinstance(found[spec.name], str)]
+    return Assignment(quantized, skipped_specs(module, min_size=MIN_SIZE) + unfit)
 
 
 def read_harm(directory: Path) -> Harm:

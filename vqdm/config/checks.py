@@ -96,6 +96,9 @@ def check(config: Config) -> None:
     _check_acceleration(config)
     if isinstance(config.quantize, PeerConfig) and config.prune.kind != "none":
         raise UserError("quantize=peer quantizes the whole model: give prune=none, or another of conf/quantize")
+    if config.parts.given and (config.quantize.kind == "none" or isinstance(config.quantize, PeerConfig)):
+        raise UserError("parts are quantized beside the denoiser: give quantize=trellis3 too, or parts=none")
+    config.parts.codecs()
     if isinstance(config.quantize, PeerConfig) and (config.task == "compress" or config.finetune.steps):
         raise UserError(
             "quantize=peer makes rows to compare with, which are neither saved as a pipeline nor distilled: "

@@ -17,6 +17,7 @@ from vqdm.config import acceleration
 from vqdm.config import options as schema
 from vqdm.config.checks import check
 from vqdm.config.codecs import OPTIONS
+from vqdm.config.parts import PartsConfig
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
 
@@ -25,6 +26,7 @@ GROUPS = {
     "calibration": schema.CalibrationConfig,
     "finetune": schema.FinetuneConfig,
     "prune": acceleration.PruneConfig,
+    "parts": PartsConfig,
     "cache": acceleration.CacheConfig,
     "evaluate": schema.EvaluateConfig,
     "tracker": schema.TrackerConfig,

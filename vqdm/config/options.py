@@ -9,6 +9,7 @@ import dataclasses
 
 from vqdm.config.acceleration import CacheConfig, PruneConfig
 from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.parts import PartsConfig
 from vqdm.config.ranges import MOST, SEEDS, number
 
 TINY_WORLDS = ("tiny", "small")
@@ -26,9 +27,12 @@ TRANSFORMER_PATTERN = (
     r"(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj|net\.(0\.proj|2)|proj_(mlp|out)|norm(1|1_context)?\.linear)$"
 )
 
+CLIP_PATTERN = r"(token_embedding|(q|k|v|out)_proj|fc[12]|text_projection)$"  # positions and norms stay in 16 bit
+VAE_PATTERN = r"(conv\d*|conv_(shortcut|in|out)|to_(q|k|v|out\.0))$"
+
 
 def layer_pattern(denoiser: str, layers: str | None) -> str:
-    """A regular expression for the layers to quantize: `layers`, or the default for a denoiser class of that name.
+    """A regular expression for the layers to quantize: `layers`, or the default for a model class of that name.
 
     U-Nets: the paper's layers. Transformers (PixArt, SD3, FLUX): every Linear inside the blocks; embeddings and output
     layers stay in 16 bit. The linears of adaptive norms are quantized too, though they see one token per image: they
@@ -37,6 +41,10 @@ def layer_pattern(denoiser: str, layers: str | None) -> str:
     """
     if layers is not None:
         return layers
+    if denoiser.startswith("CLIPText"):
+        return CLIP_PATTERN
+    if denoiser.startswith("Autoencoder"):
+        return VAE_PATTERN
     return PAPER_PATTERN if denoiser.startswith("UNet") else TRANSFORMER_PATTERN
 
 
@@ -250,6 +258,7 @@ class Config:
     quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
+    parts: PartsConfig = dataclasses.field(default_factory=PartsConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)

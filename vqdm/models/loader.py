@@ -37,15 +37,15 @@ def denoiser_of(pipeline) -> nn.Module:
     return getattr(pipeline, denoiser_part(pipeline))
 
 
-def load_pipeline(config: ModelConfig, *, device: str, denoiser: nn.Module | None = None):
+def load_pipeline(config: ModelConfig, *, device: str, denoiser: nn.Module | None = None, **parts: nn.Module):
     """A diffusers text-to-image pipeline in evaluation mode, with the model's sampler and rescaling applied.
 
-    denoiser: takes the place of the model's own, which is then not read, and is not rescaled.
+    denoiser, parts: take the places of the model's own, which are then not read; that denoiser is not rescaled.
     """
     directory = model_directory(config)
     check_sampler(directory, config.sampler)
     given = {} if denoiser is None else {denoiser_directory(directory).name: denoiser}
-    pipeline = _from_files(config, directory, **given)
+    pipeline = _from_files(config, directory, **given, **parts)
     place = single_file(config) or directory
     _check_whole(pipeline, place)
     check_finite(pipeline, place)

@@ -185,3 +185,13 @@ def full_precision_bytes(config: ModelConfig) -> int:
         return denoiser_bytes(file)
     directory = denoiser_directory(model_directory(config, allow_network=False))
     return sum(path.stat().st_size for path in weight_files(directory, variant=config.variant))
+
+
+def part_bytes(config: ModelConfig) -> dict[str, int]:
+    """Bytes on disk of the other parts' safetensors files, by part; empty for a single file, whose parts lie in one."""
+    if single_file(config) is not None:
+        return {}
+    directory = model_directory(config, allow_network=False)
+    places = [directory / name for name in parts_of(directory) if name not in DENOISERS]
+    weighty = [place for place in places if any(place.glob("*.safetensors"))]
+    return {p.name: sum(file.stat().st_size for file in weight_files(p, variant=config.variant)) for p in weighty}

@@ -29,8 +29,8 @@ class LayerSpec:
     """Everything a codec's caller knows about a layer."""
 
     name: str  # the module's name in the denoiser
-    kind: str  # "linear" | "conv"
-    shape: tuple[int, int]  # [out, in] of the matrix; for a convolution [out, kh·kw·in_channels]
+    kind: str  # "linear" | "conv" | "embedding"
+    shape: tuple[int, int]  # the matrix: [out, in]; [out, kh·kw·in_channels] of a convolution, [tokens, width]
     conv: ConvGeometry | None = None
     split: int | None = None  # inputs that are the hidden state, where the others are a skip connection
 
@@ -87,6 +87,8 @@ def _specs(denoiser: nn.Module, pattern: str | None, min_size: int) -> Iterator[
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             spec = dataclasses.replace(spec_of(name, module), split=splits.get(name))
             yield spec, _reason_to_skip(name, module, selected=selected, min_size=min_size)
+        elif isinstance(module, nn.Embedding) and selected.search(name):
+            yield LayerSpec(name, "embedding", tuple(module.weight.shape)), None
 
 
 def shortcut_splits(denoiser: nn.Module) -> dict[str, int]:

@@ -33,6 +33,8 @@ def frame(table: Table, rows: list[list[dict]], results: Path):
                 line |= compared(metric, line[metric], row.published.get(metric), tolerance)
         lines.append(line | {"not_run": " ".join(_not_run(table, scores))})
     data = pd.DataFrame(lines)
+    if not any(run["bits"].get("parts") for runs in rows for run in runs):
+        data = data.drop(columns="pipeline_mib", errors="ignore")
     return data if data["not_run"].any() else data.drop(columns="not_run")
 
 
@@ -41,7 +43,8 @@ def _sizes(row: Row, runs: list[dict], *, paper_bits: bool) -> dict:
     sizes = {name: bits.get(name) for name in ("bits_per_weight", "bits_quantized")}
     if paper_bits:
         sizes |= {"bits_as_in_paper": bits.get("bits_as_in_paper"), "bits_published": row.published.get("bits")}
-    return sizes | {"mib": bits["file_bytes"] / 2**20 if runs else None}
+    sizes |= {"mib": bits["file_bytes"] / 2**20 if runs else None}
+    return sizes | ({"pipeline_mib": bits["pipeline_bytes"] / 2**20} if "pipeline_bytes" in bits else {})
 
 
 def _scored(metric: str, scores: list[dict]) -> dict:

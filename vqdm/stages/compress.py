@@ -13,14 +13,17 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.stages.accelerate import ensure_cache, stored_cache
 from vqdm.stages.graph import Quantization
-from vqdm.stages.make import Models, ensure_denoiser, environment_of
+from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
 
 log = logging.getLogger("vqdm")
 
 
 def output_directory(config: Config, store: Store, stages: Quantization) -> Path:
     """The compressed pipeline's directory: `output`, or a place named by its fingerprint."""
-    return store.root / "compressed" / stages.denoiser.directory_name if config.output is None else Path(config.output)
+    if config.output is not None:
+        return Path(config.output)
+    parts = "" if stages.parts is None else f"-parts-{stages.parts.short}"
+    return store.root / "compressed" / f"{stages.denoiser.directory_name}{parts}"
 
 
 def compress_model(config: Config, store: Store, stages: Quantization, *, device: Device, tracker) -> dict:
@@ -34,6 +37,7 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
         config, store, stages, models, environment=environment_of(config, device), tracker=tracker
     )
     ensure_cache(config, store, stages, models, compressed=quantized, environment=environment_of(config, device))
+    ensure_parts(config, store, stages, models, environment=environment_of(config, device))
     summary = store.summary(stages.denoiser)
     if processes.is_main():
         pipeline = models.student(quantized, decode="per_call")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.metrics.families import FAMILIES
-from vqdm.models.location import full_precision_bytes
+from vqdm.models.location import full_precision_bytes, part_bytes
 from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.accelerate import accelerated_pipeline, ensure_cache
-from vqdm.stages.graph import Graph, build_graph, image_list
+from vqdm.stages.graph import Graph, Quantization, build_graph, image_list
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
-from vqdm.stages.make import Models, ensure_denoiser, environment_of
+from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
 from vqdm.stages.samplers import image_sampler, original_sampler
 
 log = logging.getLogger("vqdm")
@@ -45,6 +45,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     if stages is not None:
         compressed = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
         ensure_cache(config, store, stages, models, compressed=compressed, environment=environment)
+        ensure_parts(config, store, stages, models, environment=environment)
     work = Work(config, store, models, compressed, device, environment)
     for count in rungs(config, len(graph.prompts)):
         _climb(work, count, of=len(graph.prompts), tracker=tracker)
@@ -187,13 +188,25 @@ def _scores(directory: Path) -> dict:
 def _bits(config: Config, store: Store, graph: Graph) -> dict:
     """Bits and file size, from the last stage that makes a denoiser, or of the model as it is, all in 16 bit."""
     if graph.quantization is not None and graph.quantization.denoiser is not None:
-        return store.summary(graph.quantization.denoiser)
+        return store.summary(graph.quantization.denoiser) | _pipeline_bytes(config, store, graph.quantization)
     return {
         "bits_per_weight": 16.0,
         "bits_quantized": 16.0,
         "bits_as_in_paper": 16.0,
         "file_bytes": full_precision_bytes(config.model),
     }
+
+
+def _pipeline_bytes(config: Config, store: Store, stages: Quantization) -> dict:
+    """Bytes of the whole pipeline's weights on disk, where other parts are quantized too or their files are known."""
+    others = part_bytes(config.model)
+    if stages.parts is not None:
+        made = store.summary(stages.parts)["parts"]
+        others |= {name: part["file_bytes"] for name, part in made.items()}
+    if not others:
+        return {}
+    named = {} if stages.parts is None else {"parts": sorted(made)}
+    return {"pipeline_bytes": store.summary(stages.denoiser)["file_bytes"] + sum(others.values())} | named
 
 
 def _tracked(name: str, score: dict, protocol: dict) -> dict:

@@ -28,6 +28,7 @@ from vqdm.runs.provenance import installed_version
 from vqdm.runs.store import Stage
 from vqdm.stages import accelerated
 from vqdm.stages.caption_images import images_identity
+from vqdm.stages.part_stages import parts_stage
 from vqdm.stages.samplers import image_sampler, original_sampler
 
 VERSIONS = {
@@ -58,6 +59,7 @@ class Quantization:
     finetune_prompts: PromptList | None = None
     trajectories: Stage | None = None
     finetune: Stage | None = None
+    parts: Stage | None = None
     schedule: Stage | None = None
     correct: Stage | None = None
 
@@ -74,7 +76,7 @@ class Quantization:
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
         trained = ("tune_blocks", "trajectories", "finetune")
-        return _there(self, "calibrate", "prune", "sensitivity", "quantize", *trained, "schedule", "correct")
+        return _there(self, "calibrate", "prune", "sensitivity", "quantize", *trained, "parts", "schedule", "correct")
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -269,7 +271,7 @@ def _images(
         return _stage("generate", f"{config.model.name}-fp", settings, model=model)
     denoiser, last = quantization.denoiser, quantization.sampling
     label = f"{config.model.name}-fp" if denoiser is None else denoiser.label
-    upstream = {} if last is None else {last.name: last}
+    upstream = {stage.name: stage for stage in (last, quantization.parts) if stage is not None}
     return _stage("generate", label, settings | accelerated.settings(config), model=model, **upstream)
 
 
@@ -309,7 +311,7 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
             sensitivity = _sensitivity(config, calibrate, model, **pruned)
             quantize = _quantize(config, calibrate, sensitivity, model, **pruned)
             found = dataclasses.replace(found, sensitivity=sensitivity, quantize=quantize)
-        found = _distilled(config, found, model)
+        found = dataclasses.replace(_distilled(config, found, model), parts=parts_stage(config, calibrate, model))
     return _cached(config, found, model)
 
 

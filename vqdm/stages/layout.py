@@ -16,6 +16,7 @@ SCRATCH = {  # by stage: files needed only to go on after a stop, which hold the
     "quantize": ("items/*", "layers/*", "shared_*.safetensors"),
     "tune_blocks": ("items/*", "blocks/*"),
     "prune": ("items/*", "original.safetensors"),
+    "parts": ("layers/*",),
     "correct": ("items/*", "sums/*"),
 }
 MADE_BY = ("torch", "diffusers")  # libraries whose versions are kept with a batch of images

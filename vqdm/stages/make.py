@@ -32,6 +32,7 @@ class Models:
 
     def __init__(self, config: Config, device: str):
         self.config, self.device = config, device
+        self.part_directory: Path | None = None  # of the stage that quantizes text encoders and VAE, once it is there
 
     @functools.cached_property
     def teacher(self):
@@ -42,6 +43,18 @@ class Models:
     def release(self) -> None:
         """Free the memory of a pipeline that no stage needs any more."""
         self.__dict__.pop("teacher", None)
+
+    def _parts(self) -> dict:
+        """The quantized text encoders and VAE, on the CPU; none where the model's own serve."""
+        if self.part_directory is None:
+            return {}
+        import torch
+
+        from vqdm.hub.parts import load_part
+
+        dtype = getattr(torch, self.config.model.dtype)
+        places = sorted(file.parent for file in self.part_directory.glob("*/config.json"))
+        return {place.name: load_part(place, dtype=dtype) for place in places}
 
     def own(self):
         """A full-precision pipeline that may be changed."""
@@ -70,7 +83,8 @@ class Models:
         if quantized is None:
             return self.teacher
         self.release()
-        return load_pipeline(self.config.model, device=self.device, denoiser=self._denoiser(quantized, decode, dtype))
+        denoiser = self._denoiser(quantized, decode, dtype)
+        return load_pipeline(self.config.model, device=self.device, denoiser=denoiser, **self._parts())
 
     def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
         """A student's pipeline, and the full-precision denoiser it replaces; arguments as for `student`."""
@@ -111,6 +125,25 @@ def ensure_denoiser(
     if stages.denoiser in (stages.prune, stages.quantize):
         return made
     return ensure_distilled(config, store, stages, models, quantized=made, environment=environment, tracker=tracker)
+
+
+def ensure_parts(config: Config, store: Store, stages: Quantization, models: Models, *, environment: dict) -> None:
+    """Make the quantized text encoders and VAE that are asked for; pipelines of `models` have them from then on."""
+
+    def make(directory: Path) -> dict:
+        from vqdm.stages.parts import quantize_parts
+
+        return quantize_parts(
+            directory,
+            models.own(),
+            store.directory(stages.calibrate),
+            config=config.parts,
+            sampler=config.model.sampler,
+            noise_seed=config.calibration.noise_seed,
+        )
+
+    if stages.parts is not None:
+        models.part_directory = store.ensure(stages.parts, make, environment=environment, scratch=SCRATCH["parts"])
 
 
 def ensure_pruned(

@@ -1,4 +1,4 @@
-"""Linear and Conv2d layers whose weight is a QuantizedWeight, and functions that put them into a denoiser."""
+"""Linear, Conv2d and Embedding layers whose weight is a QuantizedWeight, and functions that put them into a model."""
 
 from collections.abc import Iterable
 
@@ -175,7 +175,30 @@ class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
         return F.conv2d(inputs, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
 
-def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
+class QuantizedEmbedding(_QuantizedLayer, nn.Embedding):
+    """nn.Embedding with a quantized weight [tokens, width]; a token's row is decoded when it is read."""
+
+    def __init__(self, weight: QuantizedWeight, bias: None, spec: LayerSpec, *, decode: str = "per_call"):
+        super().__init__(weight, bias, spec, decode=decode)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = self.max_norm = None
+        self.scale_grad_by_freq = self.sparse = False
+
+    def dequantized(self) -> nn.Embedding:
+        """The same layer with the decoded weight."""
+        layer = nn.Embedding(*self.weight.shape, device="meta")
+        layer.weight = nn.Parameter(self.weight().detach(), requires_grad=False)
+        return layer.train(self.training)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight.rows(tokens)
+
+
+_KINDS = {"linear": QuantizedLinear, "conv": QuantizedConv2d, "embedding": QuantizedEmbedding}
+QuantizedLayer = QuantizedLinear | QuantizedConv2d | QuantizedEmbedding
+
+
+def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
     """The denoiser's quantized layers by name, in module order."""
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, _QuantizedLayer)}
 
@@ -195,16 +218,13 @@ def replace_layer(denoiser: nn.Module, name: str, module: nn.Module) -> None:
     setattr(denoiser.get_submodule(parent), child, module)
 
 
-def swap(
-    denoiser: nn.Module, spec: LayerSpec, weight: QuantizedWeight, *, decode: str = "per_call"
-) -> QuantizedLinear | QuantizedConv2d:
+def swap(denoiser: nn.Module, spec: LayerSpec, weight: QuantizedWeight, *, decode: str = "per_call") -> QuantizedLayer:
     """Replace the layer of `spec` by one with `weight` and the same bias; returns the new layer.
 
     A weight's shared part is registered at the denoiser's root. ValueError if another one is there already.
     """
     old = denoiser.get_submodule(spec.name)
-    kind = QuantizedLinear if spec.conv is None else QuantizedConv2d
-    layer = kind(weight, old.bias, spec, decode=decode)
+    layer = _KINDS[spec.kind](weight, getattr(old, "bias", None), spec, decode=decode)
     for shared in weight.shared:
         share(denoiser, weight.scheme.shared_key, shared)
     replace_layer(denoiser, spec.name, layer.train(old.training))

@@ -149,6 +149,15 @@ class ScalarWeight(FixedWidthWeight):
         weight.zeros.data.copy_(zeros)
         return weight
 
+    def rows(self, index: Tensor) -> Tensor:
+        """The decoded rows [..., in] at an index of any shape, without decoding the others."""
+        if self.shape[1] % 8:  # codes are packed by eight: a row does not begin at a byte
+            return self()[index]
+        chosen = self.codes.view(self.shape[0], -1)[index.flatten()].flatten()
+        shape = index.numel(), self.shape[1]
+        own = (values[index.flatten()] for values in (self.scales, self.zeros))
+        return decode_by_torch(chosen, *own, shape, self.scheme.bits, self.scheme.split).view(*index.shape, -1)
+
     def forward(self) -> Tensor:
         scales, zeros, scheme = self.scales, self.zeros, self.scheme
         if ops.apply_to(scales, zeros):
