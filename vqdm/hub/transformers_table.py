@@ -27,7 +27,7 @@ class TextEncoderQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if quantization_config.groups is None:
             raise UserError(
-                "vqdm quantizes denoisers while loading, not text encoders: give PipelineQuantizationConfig "
+                "while loading, vqdm quantizes denoisers, not text encoders: give PipelineQuantizationConfig "
                 'components_to_quantize=["unet"] (or ["transformer"]), or quant_mapping={"unet": VQDMConfig(scheme)}; '
                 "run.py's parts.text_encoders=trellis3 compresses them with captions"
             )

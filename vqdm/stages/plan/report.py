@@ -13,6 +13,7 @@ from vqdm.models.single_file import component_on_meta
 from vqdm.runs.store import write_json
 from vqdm.stages.plan.cost import DISTILLATION, stage_costs, stage_names
 from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
+from vqdm.stages.plan.parts import PartSize, part_lines, plan_parts
 from vqdm.stages.plan.rates import Machine
 from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import StageCost, duration, gibibytes
@@ -27,6 +28,7 @@ class Plan:
     costs: list[StageCost]
     todo: set[str] | None  # names of the stages that are not done; None: not known
     machine: Machine
+    parts: dict[str, PartSize] = dataclasses.field(default_factory=dict)  # what else is to be quantized
 
     @property
     def seconds(self) -> float | None:
@@ -75,7 +77,8 @@ def make_plan(
     compressing = ("calibrate", "prune", "sensitivity", "quantize", *DISTILLATION, "schedule", "correct")
     wanted = compressing if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
-    return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo, machine)
+    parts = {} if not config.parts.given else plan_parts(config, {p.name: component_on_meta(p) for p in parts})
+    return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo, machine, parts)
 
 
 def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
@@ -110,6 +113,7 @@ def summary(plan: Plan) -> str:
         f"{denoiser.bytes / (2 * original):.3f} × its weights at 16 bit)",
         f"bits_per_weight {counts.bits_per_weight:.3f}, bits_quantized {counts.bits_quantized:.3f}, "
         f"bits_as_in_paper {counts.bits_as_in_paper:.3f}",
+        *part_lines(plan.parts, denoiser.bytes),
         f"memory and times for {plan.machine.label}:",
         *(cost_line(cost, plan) for cost in plan.costs),
     ]
