@@ -48,9 +48,9 @@ def test_error_falls_with_iterations_and_with_k():
 
 
 def test_means_of_a_step_are_the_clusters_means_and_empty_ones_take_the_worst_points():
-    data = torch.tensor([[0.0], [1.0], [5.0], [50.0]])
+    data = torch.tensor([[0.0], [1.0], [5.0], [50.0]]).double()
     labels, errors = torch.tensor([0, 0, 0, 0]), torch.tensor([0.0, 1.0, 25.0, 2500.0])
-    assert module._means(data, labels, errors, k=3).flatten().tolist() == [14.0, 50.0, 5.0]
+    assert module._means(data, labels, errors, k=3, unit=1.0).flatten().tolist() == [14.0, 50.0, 5.0]
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])

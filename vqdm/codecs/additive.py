@@ -160,7 +160,8 @@ def learn_codebooks(
 ) -> Tensor:
     """Learn codebooks [M, K, g] for groups fp32 [n, g]: residual k-means, then rounds of code search and least squares.
 
-    Each group is treated as a row of its own, with the identity as the Hessian.
+    Each group is treated as a row of its own, with the identity as the Hessian. The same on every processor: k-means
+    and searches are exact, and least squares are solved in fp64 and rounded.
     """
     size = 1 << scheme.codebook_bits
     codebooks = residual_kmeans(points, scheme.num_codebooks, size, iterations=iterations, generator=generator)
@@ -171,7 +172,7 @@ def learn_codebooks(
     )
     for _ in range(refinements):
         search(points, identity, parts, beam_size=REFINEMENT_BEAM)
-        parts.codebooks = fit_codebooks(points, identity, parts, steps=REFINEMENT_STEPS)
+        parts.codebooks = fit_codebooks(points, identity.double(), parts, steps=REFINEMENT_STEPS)
     return parts.codebooks
 
 
@@ -231,8 +232,8 @@ def _encoder_bytes(shape: Shape, config: AdditiveConfig) -> float:
     square, full = 4 * shape[1] ** 2, 4 * shape[0] * shape[1]
     if config.recipe == "paper":
         tables = 4 * shape[1] * config.num_codebooks << config.codebook_bits
-        return full + square + max(8 * full, 4 * DISTANCES + 5 * full) + 2 * tables
-    distances = 4 * min(DISTANCES, SAMPLES << config.codebook_bits)
+        return full + square + max(8 * full, 8 * DISTANCES + 7 * full) + 2 * tables
+    distances = 8 * min(DISTANCES, SAMPLES << config.codebook_bits)
     return full + max(6 * square + 2.75 * full, 3 * square + 8.25 * full, 2 * square + 3.6 * full + distances)
 
 

@@ -162,8 +162,9 @@ def fit_codebooks(weight: Tensor, hessian: Tensor, parts: Parts, *, steps: int) 
 
     The normal equations are singular: codebooks may trade constants (g (M − 1) directions), and some codewords are
     unused. Starting from the present codebooks, with single codewords' blocks as the preconditioner, this does no harm.
+    It computes in the Hessian's dtype: in fp64, processors that add in other orders find the same fp32 numbers.
     """
-    codes, scales, size = parts.codes, parts.scales[:, None], parts.codebooks.shape[1]
+    codes, scales, size = parts.codes, parts.scales[:, None].to(hessian.dtype), parts.codebooks.shape[1]
     metrics = codeword_metrics(hessian, parts)
     metrics.diagonal(dim1=2, dim2=3).add_(RIDGE * metrics.diagonal(dim1=2, dim2=3).mean().clamp(min=1e-30))
     inverse = torch.linalg.inv(metrics)
@@ -171,8 +172,8 @@ def fit_codebooks(weight: Tensor, hessian: Tensor, parts: Parts, *, steps: int) 
     def gradient(error: Tensor) -> Tensor:
         return decode_transposed(scales * (error @ hessian), codes, size)
 
-    codebooks = parts.codebooks.clone()
-    residual = gradient(weight - parts.decoded())
+    codebooks = parts.codebooks.to(hessian.dtype, copy=True)
+    residual = gradient((weight - parts.decoded()).to(hessian.dtype))
     direction = torch.zeros_like(residual)
     first = power = None
     for _ in range(steps):
@@ -186,15 +187,15 @@ def fit_codebooks(weight: Tensor, hessian: Tensor, parts: Parts, *, steps: int) 
         curvature = float((direction * image).sum())
         codebooks += power / curvature * direction
         residual -= power / curvature * image
-    return codebooks
+    return codebooks.float()
 
 
 def codeword_metrics(hessian: Tensor, parts: Parts) -> Tensor:
     """Metric of every codeword, Σ scale_o² H_jj over the groups (o, j) that use it: [M, K, g, g]."""
     metrics = group_blocks(hessian, parts.codebooks.shape[2])
-    sums = torch.zeros(*parts.codebooks.shape, parts.codebooks.shape[2], device="cpu")
+    sums = hessian.new_zeros(*parts.codebooks.shape, parts.codebooks.shape[2])
     flat = sums.view(*parts.codebooks.shape[:2], -1)
-    arrays = (metrics.flatten(1), parts.codes, parts.scales.square(), flat)
+    arrays = (metrics.flatten(1), parts.codes, parts.scales.square().to(sums), flat)
     kernels.codeword_metrics(*(a.numpy() for a in arrays))
     return sums
 

@@ -1,4 +1,4 @@
-"""The inner loops of additive codes, compiled by numba: one thread, no global state, the same result every time.
+"""The inner loops of additive codes, compiled by numba: one thread, no global state, on every processor the same bits.
 
 Arrays are fp32 and C-contiguous, codes int32 [rows, groups, M]; codebooks [M, K, g]. With H_j the g × g metric of group
 j, images[j] = codebooks · H_j [groups, M, K, g] and norms[j] = c H_j cᵀ [groups, M, K'], words [M, g', K'] = codebooks
@@ -14,7 +14,8 @@ import numba
 import numpy as np
 
 LANES = 8  # g and K are padded to multiples of it: products summed in registers, and candidates compared at once
-compiled = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
+# Without "reassoc" and "contract", which cost nothing here: sums then have one order, and so one result, on every CPU
+compiled = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"nsz", "nnan"})
 
 
 @compiled

@@ -27,15 +27,15 @@ class Parts:
 
 
 def decode(codebooks: Tensor, codes: Tensor) -> Tensor:
-    """Decode Σ_m codebook_m[code_m]: [M, K, g] and [out, groups, M] to [out, groups · g]."""
-    decoded = torch.empty(codes.shape[0], codes.shape[1] * codebooks.shape[2], device="cpu")
+    """Decode Σ_m codebook_m[code_m]: [M, K, g] and [out, groups, M] to [out, groups · g], in the codebooks' dtype."""
+    decoded = codebooks.new_empty(codes.shape[0], codes.shape[1] * codebooks.shape[2])
     kernels.gather(codebooks.contiguous().numpy(), codes.numpy(), decoded.numpy())
     return decoded
 
 
 def decode_transposed(gradient: Tensor, codes: Tensor, size: int) -> Tensor:
     """The transpose of `decode`, and so its gradient: [out, in] to [M, size = K, g], a sum for every codeword."""
-    sums = torch.zeros(codes.shape[2], size, gradient.shape[1] // codes.shape[1], device="cpu")
+    sums = gradient.new_zeros(codes.shape[2], size, gradient.shape[1] // codes.shape[1])
     kernels.scatter(gradient.contiguous().numpy(), codes.numpy(), sums.numpy())
     return sums
 
@@ -67,7 +67,7 @@ def padded_words(codebooks: Tensor) -> Tensor:
 def codeword_tables(codebooks: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:
     """The kernels' images [groups, M, K, g] and norms [groups, M, K'] under the metrics [groups, g, g]."""
     images = torch.einsum("mkd,jde->jmke", codebooks, metrics).contiguous()
-    norms = (images * codebooks).sum(-1)
+    norms = (images.double() * codebooks).sum(-1).float()
     return images, F.pad(norms, (0, -norms.shape[2] % kernels.LANES), value=torch.inf).contiguous()
 
 

@@ -172,6 +172,7 @@ class AdditiveConfig(HessianOptions, QuantizeConfig):
     recipe: str = choice("fast", "paper")  # exact group searches | VQDM as published
     beam_size: int = number(8, least=1, most=4096)
     short: ClassVar[str] = "vq"
+    version: ClassVar[int] = 2
 
     @property
     def num_codebooks(self) -> int:
