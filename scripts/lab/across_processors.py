@@ -21,7 +21,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from vqdm.calibration.calls import recorded_calls
 from vqdm.calibration.collect import collect, drive_teacher
 from vqdm.codecs.allocation import assign_schemes
 from vqdm.codecs.encode import encode_layer, make_shared, matrix_of, users_of_shared
