@@ -11,13 +11,16 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
 from vqdm.errors import UserError
 from vqdm.report.gallery import LARGEST, WEBP_QUALITY
+from vqdm.report.marks import marks_of
 from vqdm.report.page import PageContent, PageMethod, write_page
+from vqdm.report.plot import plot_data
 
 SIZE = 16
 HOSTILE = (
@@ -112,6 +115,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def page(browser_page, made):
     browser_page.goto(made.as_uri())
+    choice(browser_page, "Order").select_option(label="as listed")
     return browser_page
 
 
@@ -236,7 +240,7 @@ def test_text_from_outside_never_becomes_markup(page):
     assert page.locator("img[src=x], #gallery b, #results script, .notes script").count() == 0
     assert page.title() == "Table <1> & co" and page.locator("h1").inner_text() == "Table <1> & co"
     assert page.locator("tbody th").nth(2).inner_text() == 'VQ <3> & "bit"'
-    assert "</ul><script>alert(4)</script>" in page.locator(".notes").inner_text()
+    assert "</ul><script>alert(4)</script>" in page.locator(".notes").text_content()
     assert "echo '<b>' && true" in page.locator("pre").inner_text()
     page.locator("#grid button").nth(2).click()
     assert page.locator("#zoom-prompt").inner_text() == HOSTILE[0]
@@ -289,8 +293,9 @@ def test_the_worst_come_first_as_numpy_orders_them(page, made):
     original = [image_file(made, 0, row) for row in range(12)]
     scores = np.array([[psnr(original[row], image_file(made, m, row)) for row in range(12)] for m in (1, 2, 3)])
     prompts = shown_prompts(page)
+    page.reload()
     assert choice(page, "Score").input_value() == "1", "PSNR is what is shown first"
-    choice(page, "Order").select_option(label="worst of any method first")
+    assert choice(page, "Order").input_value() == "-1", "and the worst of any method"
     assert shown_prompts(page) == [prompts[row] for row in np.argsort(scores.min(0))]
     choice(page, "Order").select_option(label="worst of trellis first")
     by_trellis = [prompts[row] for row in np.argsort(scores[2])]
@@ -460,6 +465,7 @@ def test_images_that_were_not_made_are_said_to_be_missing(tmp_path, browser_page
     (made.methods[1].images / "images" / "000002.png").unlink()
     write_page(tmp_path / "p.html", made)
     browser_page.goto((tmp_path / "p.html").as_uri())
+    choice(browser_page, "Order").select_option(label="as listed")
     browser_page.locator("#grid .row").nth(2).scroll_into_view_if_needed()
     expect(browser_page.locator("#grid .row").nth(2).get_by_text("not made")).to_have_count(1)
     browser_page.locator("#grid .row").nth(2).locator("button").nth(1).click()
@@ -477,6 +483,7 @@ def test_several_images_of_a_prompt_are_rows_of_their_own(tmp_path, browser_page
         methods.append(PageMethod(f"m{number}", directory, scored))
     write_page(tmp_path / "p.html", replace(made, methods=methods, prompts=["first", "second"], images_per_prompt=3))
     browser_page.goto((tmp_path / "p.html").as_uri())
+    choice(browser_page, "Order").select_option(label="as listed")
     assert shown_prompts(browser_page) == ["first"] * 3 + ["second"] * 3
     assert browser_page.locator(".head .hint").nth(4).text_content() == "prompt 2, image 2"
     assert choice(browser_page, "Score").inner_text() == "clip_score", "copy is no score"
@@ -495,13 +502,12 @@ def test_a_page_without_images_or_layers(tmp_path, browser_page):
     browser_page.get_by_role("button", name="Dark").click()
 
 
-def test_five_hundred_prompts_open_fast(tmp_path, browser_page, capsys):
+def test_five_hundred_prompts_open_fast_and_are_turned_in_pages_of_fifty(tmp_path, browser_page, capsys):
     made = content(tmp_path, rows=500, noise={f"method {i}": 3 * i for i in range(8)})
     write_page(tmp_path / "p.html", made, max_mib=64)
     browser_page.goto((tmp_path / "p.html").as_uri())
     count = "[...document.querySelectorAll('#grid img')].filter(i => i.src && i.complete).length"
-    rows = browser_page.locator("#grid .row")
-    assert browser_page.locator("#grid img").count() == 4000
+    assert browser_page.locator("#grid img").count() == 400
     at_load = browser_page.evaluate(count)
     ready = browser_page.evaluate("performance.getEntriesByName('ready')[0].startTime")
     parsed = browser_page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive")
@@ -509,7 +515,165 @@ def test_five_hundred_prompts_open_fast(tmp_path, browser_page, capsys):
         print(f"\n500 prompts × 8 methods, {(tmp_path / 'p.html').stat().st_size / 2**20:.1f} MiB: ", end="")
         print(f"gallery ready after {ready:.0f} ms, parsed after {parsed:.0f} ms, {at_load} images decoded")
     assert at_load < 100
-    for row in (0, 400):
-        rows.nth(row).evaluate("row => row.scrollIntoView()")
-        wait_for_source(browser_page.locator(f"#grid .row:nth-child({row + 1}) img").last)
-    assert 0 < browser_page.evaluate(count) < 400
+    choice(browser_page, "Order").select_option(label="as listed")
+    pager = browser_page.get_by_role("group", name="Pages of images", exact=True)
+    turn = pager.get_by_role("button", name="Next")
+    assert pager.get_by_role("button", name="Previous").is_disabled()
+    seen = shown_prompts(browser_page)
+    for page in range(2, 11):
+        turn.click()
+        assert f"page {page} of 10" in pager.inner_text()
+        seen += shown_prompts(browser_page)
+    assert seen == list(made.prompts), "every prompt once, in order"
+    assert turn.is_disabled() and browser_page.locator("#count").inner_text() == "451–500 of 500"
+    wait_for_source(browser_page.locator("#grid .row").first.locator("img").last)
+    browser_page.get_by_label("Prompts with").fill("red")
+    assert browser_page.locator("#count").inner_text() == "1–50 of 248 of 500 shown"
+
+
+def test_the_dialog_walks_across_pages_and_closes_where_it_ended(tmp_path, browser_page):
+    write_page(tmp_path / "p.html", content(tmp_path, rows=60))
+    browser_page.goto((tmp_path / "p.html").as_uri())
+    choice(browser_page, "Order").select_option(label="as listed")
+    browser_page.locator("#grid .row").nth(49).locator("button").first.click()
+    browser_page.keyboard.press("ArrowDown")
+    assert browser_page.locator("#zoom-prompt").inner_text() == "a green cube 50"
+    browser_page.keyboard.press("Escape")
+    expect(browser_page.locator("[aria-label='full precision, prompt 51: enlarge']")).to_be_focused()
+    assert len(shown_prompts(browser_page)) == 10
+
+
+# ---- what stands first ----------------------------------------------------------------------------------------------
+
+DATA = pd.DataFrame(
+    [
+        ("full precision", 16.0, 6.9, 1.0, 0.1, None, None),
+        ("RTN 4 bit", 4.8, 2.1, 1.1, 0.1, 20.0, 0.5),
+        ("VQ <3> & \"bit\"", 3.8, 1.7, 1.2, 0.1, 19.0, 0.25),
+        ("trellis", 3.7, 1.6, 1.3, 0.1, 25.0, 0.125),
+    ],
+    columns=["method", "bits_per_weight", "mib", "fid", "fid_se", "psnr_to_fp", "psnr_to_fp_se"],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A page with marks and a plot; the RTN row is smaller than full precision and beaten by trellis."""
+    root = tmp_path_factory.mktemp("first")
+    header = ("method", "bits_per_weight", "mib", "fid", "psnr_to_fp")
+    rows = [[str(value) for value in row] for row in DATA[list(header)].to_numpy()]
+    made = content(root, rows=60, table_header=header, table_rows=rows)
+    plot = plot_data(DATA, [0, 1, 2, 3])
+    findings = ("trellis <b>won</b>.", "And more.")
+    made = replace(made, marks=marks_of(DATA, header), plot=plot, findings=findings)
+    write_page(root / "p.html", made)
+    return root / "p.html"
+
+
+@pytest.fixture
+def first_page(browser_page, first):
+    browser_page.goto(first.as_uri())
+    return browser_page
+
+
+def point(page, name: str):
+    return page.locator(".point").filter(has=page.locator("circle")).and_(page.locator(f"[aria-label^='{name}']"))
+
+
+def test_what_won_stands_above_the_table_and_paired_metrics_stand_first(first_page):
+    assert first_page.locator(".finding").all_inner_texts() == ["trellis <b>won</b>.", "And more."]
+    shown = first_page.get_by_role("region", name="Table of results")
+    assert shown.locator("thead th").all_inner_texts() == ["method", "bits_per_weight", "psnr_to_fp", "mib"]
+    folded = first_page.get_by_role("region", name="Table of other metrics")
+    assert not folded.is_visible()
+    first_page.get_by_text("Other metrics: fid").click()
+    assert folded.locator("thead th").all_inner_texts() == ["method", "fid"]
+    assert not first_page.get_by_label("Protocol").last.is_visible()
+    first_page.get_by_text("Protocol", exact=True).click()
+    assert first_page.locator(".notes").is_visible()
+
+
+def test_the_best_of_a_column_and_the_front_are_marked(first_page):
+    shown = first_page.get_by_role("region", name="Table of results")
+    assert shown.locator("strong").all_inner_texts() == ["3.7", "25.0", "1.6"]
+    marked = shown.locator("tr").filter(has=first_page.locator(".front"))
+    assert marked.count() == 1 and "trellis" in marked.inner_text()
+    first_page.get_by_text("Other metrics: fid").click()
+    assert first_page.get_by_role("region", name="Table of other metrics").locator("strong").all_inner_texts() == [
+        "1.1"
+    ]
+
+
+def test_the_plots_points_stand_by_their_numbers(first_page):
+    """Places are linear in bits and PSNR, however the axes lie."""
+    places = {}
+    for name in DATA["method"][1:]:
+        box = point(first_page, name.replace('"', '\\"').replace("'", "")).locator("circle").bounding_box()
+        places[name] = (box["x"], box["y"])
+    ours = DATA[1:][["bits_per_weight", "psnr_to_fp"]].to_numpy()
+    drawn = np.array(list(places.values()))
+    for axis, sign in ((0, 1), (1, -1)):
+        steps, expected = np.diff(drawn[:, axis]), sign * np.diff(ours[:, axis])
+        assert steps / steps[1] == pytest.approx(expected / expected[1], rel=0.03, abs=0.01)
+    assert first_page.locator("#plot .label").all_text_contents() == list(DATA["method"][1:]), "labelled at the points"
+    assert first_page.locator("#plot .frontier").get_attribute("points").count(",") == 1
+
+
+def test_pointing_at_a_row_shows_its_numbers(first_page):
+    tip = first_page.locator("#plot-tip")
+    assert not tip.is_visible()
+    point(first_page, "RTN 4 bit").hover()
+    lines = tip.locator("div").all_inner_texts()
+    assert lines[:2] == ["RTN 4 bit", "PSNR to full precision, dB: 20.00 ± 0.50"]
+    assert "bits per weight, everything counted: 4.80" in lines and "MiB on disk: 2.10" in lines
+    first_page.mouse.move(5, 5)
+    expect(tip).to_be_hidden()
+    choice(first_page, "Metric").select_option(label="FID ↓")
+    point(first_page, "trellis").focus()
+    assert tip.locator("div").nth(1).inner_text() == "FID: 1.300 ± 0.100"
+    assert first_page.locator("#plot .label").first.text_content() == "full precision"
+    choice(first_page, "Size").select_option(label="MiB on disk")
+    assert (
+        point(first_page, "trellis")
+        .get_attribute("aria-label")
+        .startswith("trellis, FID: 1.300 ± 0.100, MiB on disk: 1.60")
+    )
+
+
+@pytest.mark.parametrize("by_keyboard", [False, True])
+def test_a_click_on_a_row_shows_its_images_the_worst_first(first_page, first, by_keyboard):
+    if by_keyboard:
+        point(first_page, "trellis").focus()
+        first_page.keyboard.press("Enter")
+    else:
+        point(first_page, "trellis").click()
+    scores = [psnr(image_file(first, 0, row), image_file(first, 3, row)) for row in range(60)]
+    worst = int(np.argmin(scores))
+    assert choice(first_page, "Order").input_value() == "3"
+    assert active(first_page) == f"trellis, prompt {worst + 1}: enlarge"
+    expect(first_page.locator("#grid .row").first).to_be_in_viewport()
+    assert first_page.locator(".chosen").count() == 50
+
+
+def test_the_navigation_stays_and_says_where_one_is(first_page):
+    bar = first_page.locator(".bar")
+    for name in ("How it was made", "Images", "Results"):
+        first_page.get_by_role("link", name=name).click()
+        expect(first_page.get_by_role("link", name=name)).to_have_attribute("aria-current", "true")
+        expect(first_page.locator("nav [aria-current]")).to_have_count(1)
+        assert bar.bounding_box()["y"] == 0
+        heading = first_page.get_by_role("heading", name=name, exact=True).bounding_box()
+        assert heading["y"] >= bar.bounding_box()["height"], "the heading is not behind the bar"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_plot_and_tables_stay_within_the_window(first_page, width):
+    first_page.set_viewport_size({"width": width, "height": 844})
+    expect(first_page.locator("#plot")).to_have_js_property(
+        "clientWidth", first_page.evaluate("document.getElementById('plot-holder').clientWidth")
+    )
+    assert first_page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    for name in ("RTN 4 bit", "trellis"):
+        point(first_page, name).hover()
+        tip, holder = (first_page.locator(id_).bounding_box() for id_ in ("#plot-tip", "#plot-holder"))
+        assert tip["x"] >= holder["x"] and tip["x"] + tip["width"] <= holder["x"] + holder["width"] + 1

@@ -19,9 +19,11 @@ from string import Template
 
 from vqdm.errors import UserError
 from vqdm.report.gallery import LARGEST, WEBP_QUALITY, Gallery, PageMethod, empty_gallery, fill_gallery, script_json
+from vqdm.report.marks import Marks
 from vqdm.runs.files import atomic_write
 
 FILES = Path(__file__).with_name("page_files")
+SCRIPTS = ("page.js", "gallery.js", "plot.js", "layers.js")  # one script on the page, in this order
 SLACK = 512  # bytes for the text about the gallery, known only when it is filled
 WIDE = 300  # points; a wider figure has a row of its own
 LAYER_COLUMNS = {  # key of a record in layers.json: its name on the page, and whether it is a number
@@ -40,10 +42,13 @@ class PageContent:
     """Contents of a page. All texts are plain: they are escaped here and never read as HTML or Markdown."""
 
     title: str
+    findings: Sequence[str] = ()  # what won, in sentences; the first is the headline
     summary: str = ""
     table_header: Sequence[str] = ()
     table_rows: Sequence[Sequence[str]] = ()
-    notes: Sequence[str] = ()  # the protocol, below the table
+    marks: Marks | None = None  # None: all columns, none marked
+    notes: Sequence[str] = ()  # the protocol, folded below the table
+    plot: Mapping | None = None  # of `plot.plot_data`
     figures: Sequence[tuple[str, Path]] = ()  # (title, SVG)
     methods: Sequence[PageMethod] = ()
     prompts: Sequence[str] = ()  # all prompts that the methods were scored on, in order
@@ -71,12 +76,14 @@ def write_page(path: Path, content: PageContent, *, max_mib: float = 64) -> None
 
 
 def _render(content: PageContent, gallery: Gallery) -> str:
-    style, script, page = (_file(name) for name in ("page.css", "page.js", "page.html"))
+    style, page = (_file(name) for name in ("page.css", "page.html"))
+    script = "\n".join(map(_file, SCRIPTS))
     layers = [_layers(method) for method in content.methods if method.layers is not None]
     sections = {
-        "results": ("Results", _table(content) + _notes(content)),
-        "figures": ("Figures", "".join(_figure(title, path) for title, path in content.figures)),
+        "results": ("Results", _tables(content) + _notes(content)),
+        "tradeoff": ("Quality against size", _file("plot.html") if content.plot else ""),
         "gallery": ("Images", _gallery_html(content, gallery) if gallery.methods else ""),
+        "figures": ("Figures", "".join(_figure(title, path) for title, path in content.figures)),
         "layers": ("Layers", _file("layers.html") if layers else ""),
         "made": ("How it was made", _commands(content) + _versions(content)),
     }
@@ -84,12 +91,13 @@ def _render(content: PageContent, gallery: Gallery) -> str:
     return Template(page).substitute(
         policy=_policy(style, script),
         title=escape(content.title),
+        findings="".join(_paragraph("finding", sentence) for sentence in content.findings),
         summary=_paragraph("summary", content.summary),
         navigation="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in there),
         sections="".join(_section(*section) for section in there),
         style=style,
         script=script,
-        data=script_json(_data(content, gallery) | {"layers": layers}),
+        data=script_json(_data(content, gallery) | {"layers": layers, "plot": content.plot}),
         rows=",\n".join(gallery.rows),
         images="\n".join(
             f'<script type="application/json" id="images-{row}">{images}</script>'
@@ -142,28 +150,51 @@ def _is_numeric(text: str) -> bool:
     return re.match(r"[-−+]?\d[\d.,]*($|[^\w.,])|(–|—|not run.*)?$", text) is not None
 
 
-def _table(content: PageContent) -> str:
-    """The table as HTML: columns of numbers are right-aligned, and the first cell of a row is its header."""
+def _tables(content: PageContent) -> str:
+    """The table with the columns to be read first, a line on its marks, and all other columns folded below it."""
     if not content.table_rows:
         return ""
-    columns = range(len(content.table_header))
-    kinds = ["number" if c and all(_is_numeric(row[c]) for row in content.table_rows) else "text" for c in columns]
-    head = "".join(f'<th scope="col" class="{kinds[c]}">{escape(content.table_header[c])}</th>' for c in columns)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f'<td class="{kinds[c]}">{escape(row[c])}</td>' for c in columns[1:])
-        + "</tr>\n"
-        for row in content.table_rows
+    marks = content.marks or Marks(tuple(range(len(content.table_header))))
+    html = _table(content, marks.first, marks, label="Table of results")
+    if marks.best:
+        front = f" ◆ On the front: no row of as few bits has better {marks.front_by}." if marks.front else ""
+        html += _paragraph("hint", f"Bold: the best of its column among compressed rows; ± may hide the order.{front}")
+    if not marks.folded:
+        return html
+    names = ", ".join(content.table_header[column] for column in marks.folded)
+    return html + (
+        f"<details><summary>Other metrics: {escape(names)}</summary>\n"
+        f"{_table(content, (0, *marks.folded), marks, label='Table of other metrics')}</details>\n"
     )
+
+
+def _table(content: PageContent, columns: Sequence[int], marks: Marks, *, label: str) -> str:
+    """A table as HTML: columns of numbers are right-aligned, and the first cell of a row is its header."""
+    rows = content.table_rows
+    kinds = {c: "number" if c and all(_is_numeric(row[c]) for row in rows) else "text" for c in columns}
+    head = "".join(f'<th scope="col" class="{kinds[c]}">{escape(content.table_header[c])}</th>' for c in columns)
+
+    def cell(number: int, column: int) -> str:
+        text = escape(rows[number][column])
+        if column == columns[0]:
+            front = ' <span class="front" title="on the front">◆</span>' if number in marks.front else ""
+            return f'<th scope="row">{text}{front}</th>'
+        inner = f"<strong>{text}</strong>" if (number, column) in marks.best else text
+        return f'<td class="{kinds[column]}">{inner}</td>'
+
+    body = "".join("<tr>" + "".join(cell(i, c) for c in columns) + "</tr>\n" for i in range(len(rows)))
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Table of results">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
     )
 
 
 def _notes(content: PageContent) -> str:
+    """The protocol, folded."""
     items = "".join(f"<li>{escape(note)}</li>" for note in content.notes)
-    return f'<ul class="notes" aria-label="Protocol">{items}</ul>\n' if items else ""
+    if not items:
+        return ""
+    return f'<details><summary>Protocol</summary>\n<ul class="notes" aria-label="Protocol">{items}</ul></details>\n'
 
 
 def _figure(title: str, path: Path) -> str:

@@ -7,9 +7,14 @@ from vqdm.report.figures.collection import figures_of
 from vqdm.report.figures.pareto import LABELS
 from vqdm.report.formats import TableContent
 from vqdm.report.gallery import PageMethod
+from vqdm.report.marks import marks_of
 from vqdm.report.page import PageContent, write_page
+from vqdm.report.paired import HOW, findings
+from vqdm.report.plot import plot_data
 from vqdm.report.records import images_of, scores_of
 from vqdm.stages.layout import IMAGES_FILE, captions_of
+
+HEADERS = LABELS | {"mib": "MiB", "bits_quantized": "bits of quantized layers"}
 
 
 def write_report(content: TableContent, rows: list[list[dict]], *, commands: list[str], results: Path) -> list[Path]:
@@ -20,20 +25,28 @@ def write_report(content: TableContent, rows: list[list[dict]], *, commands: lis
     firsts = [runs[0] for runs in rows if runs]
     figures = figures_of(content.name, content.data, firsts, results)
     page = results / "reports" / f"{content.name}.html"
-    write_page(page, _page(content, firsts, figures, commands=commands, results=results))
+    write_page(page, _page(content, rows, figures, commands=commands, results=results))
     return [*(path.with_name(f"{path.name}.svg") for _, path in figures), page]
 
 
-def _page(content: TableContent, runs: list[dict], figures, *, commands: list[str], results: Path) -> PageContent:
+def _page(content: TableContent, rows: list[list[dict]], figures, *, commands: list[str], results: Path) -> PageContent:
+    runs = [own[0] for own in rows if own]
     shown = _comparable(runs, results)
     protocol = scores_of(shown[0], results)["protocol"] if shown else {"images_per_prompt": 1}
+    places = iter(range(len(shown)))
+    plot = plot_data(content.data, [next(places) if own and own[0] in shown else None for own in rows])
+    drawn = [(title, path) for title, path in figures if plot is None or "-pareto-" not in path.name]
+    found = findings(rows, results)
     return PageContent(
         title=content.title,
-        summary=" ".join(content.below).replace("`", ""),
-        table_header=[LABELS.get(name, name.replace("_", " ")) for name in content.cells.columns],
+        findings=found,
+        summary=" ".join([*([HOW] if found else []), *content.below]).replace("`", ""),
+        table_header=[HEADERS.get(name, name.replace("_", " ")) for name in content.cells.columns],
         table_rows=content.cells.values.tolist(),
+        marks=marks_of(content.data, list(content.cells.columns)),
         notes=content.notes,
-        figures=[(title, path.with_name(f"{path.name}.svg")) for title, path in figures],
+        plot=plot,
+        figures=[(title, path.with_name(f"{path.name}.svg")) for title, path in drawn],
         methods=[_method(run, results, images=run in shown) for run in runs],
         prompts=_prompts(shown, protocol, results),
         images_per_prompt=protocol["images_per_prompt"],
