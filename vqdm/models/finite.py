@@ -3,7 +3,7 @@
 After a computation nobody can tell them any more: an image of NaN is cast to black, and a black image has a score.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,10 +44,14 @@ def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     return torch.aminmax(tensor.detach())
 
 
-def check_finite(pipeline, place: Path | str) -> None:
-    """UserError, naming the tensor, for a NaN or infinite weight of any part: text encoders, VAE and denoiser."""
+def check_finite(pipeline, place: Path | str, *, checked: Container[str] = ()) -> None:
+    """UserError, naming the tensor, for a NaN or infinite weight of any part: text encoders, VAE and denoiser.
+
+    checked: parts whose own loading has looked already; other libraries' tensors cannot always be looked at.
+    """
     for part, module in pipeline.components.items():
-        for name, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
+        weights = module.state_dict() if isinstance(module, nn.Module) and part not in checked else {}
+        for name, tensor in weights.items():
             if (fault := fault_of(tensor)) is not None:
                 why = "the file is damaged or was saved from a training that diverged; get it again"
                 if fault == "infinite" and tensor.dtype == torch.float16:

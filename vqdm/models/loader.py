@@ -48,7 +48,7 @@ def load_pipeline(config: ModelConfig, *, device: str, denoiser: nn.Module | Non
     pipeline = _from_files(config, directory, **given, **parts)
     place = single_file(config) or directory
     _check_whole(pipeline, place)
-    check_finite(pipeline, place)
+    check_finite(pipeline, place, checked={*given, *parts})
     pipeline.set_progress_bar_config(disable=True)
     set_sampler(pipeline, config.sampler)
     denoiser_of(pipeline).eval().requires_grad_(False)
