@@ -5,6 +5,7 @@ so at once.
 """
 
 import functools
+import gc
 import json
 from pathlib import Path
 
@@ -41,8 +42,9 @@ class Models:
         return load_pipeline(self.config.model, device=self.device)
 
     def release(self) -> None:
-        """Free the memory of a pipeline that no stage needs any more."""
+        """Free the memory of pipelines that no stage needs any more; they refer to themselves."""
         self.__dict__.pop("teacher", None)
+        gc.collect()
 
     def _parts(self) -> dict:
         """The quantized text encoders and VAE, on the CPU; none where the model's own serve."""
