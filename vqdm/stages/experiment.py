@@ -71,6 +71,8 @@ def _score(work: Work, graph: Graph) -> dict:
                 return models.teacher
             return accelerated_pipeline(config, store, stages, models, work.compressed)
 
+        if stages is not None:
+            models.release()
         with processes.opened(store, graph.images) as images:
             _generate(config, graph, images, pipeline, sampler=image_sampler(config), **made)
     models.release()

@@ -233,6 +233,7 @@ def ensure_quantized(
     harm = None
     if stages.sensitivity is not None:
         harm = store.ensure(stages.sensitivity, make_sensitivity, environment=environment)
+    models.release()
     quantized = store.ensure(stages.quantize, make_quantized, environment=environment, scratch=SCRATCH["quantize"])
     layers = json.loads((quantized / "layers.json").read_text())["quantized"]
     tracker.table("quantize/layers", layers)
@@ -291,11 +292,13 @@ def ensure_distilled(
 
     tuned = quantized
     if stages.tune_blocks is not None:
+        models.release()
         scratch = SCRATCH["tune_blocks"]
         tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
     if stages.finetune is None:
         return tuned
     trajectories = store.ensure(stages.trajectories, make_trajectories, environment=environment)
+    models.release()
     return processes.together(store, stages.finetune, make_finetuned, environment=environment)
 
 
