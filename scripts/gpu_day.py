@@ -88,7 +88,7 @@ STEPS = (
     Step(
         "encoding",
         ("scripts/bench_sdxl_layers.py --workers 8 --results {out}",),
-        ("scripts/bench_sdxl_layers.py --shapes 320x320 --results {out}",),
+        ("scripts/bench_sdxl_layers.py --shapes 320x640 --results {out}",),
         lambda folder: read_table(folder / "tables" / "bench_sdxl_layers.csv"),
     ),
 )
