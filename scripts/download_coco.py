@@ -3,6 +3,7 @@
     python scripts/download_coco.py                               # what the SDXL experiments need: 256 MB
     python scripts/download_coco.py --what captions2014 val2014   # 6.9 GB; --list names all
     python scripts/download_coco.py --what val2017 --to /data/coco --keep
+    python scripts/download_coco.py --what fid_reference         # published statistics for the paper's FID
 
 Every file is checked against its published sha256; what broke off goes on; what is there is not fetched again. On a
 machine without network put the archive where the message says, and run the same command.
@@ -22,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from vqdm.runs.command_line import run_script
 
 from downloads import RemoteFile, check_room, fetch, part_of, size_of
+from fid_reference import MEMBER, URL, download_reference
 from tqdm import tqdm
 
 from vqdm.errors import UserError
@@ -108,6 +110,7 @@ ITEMS = {
     ),
 }  # fmt: skip
 DEFAULT = ("captions30k", "captions2017")
+REFERENCE = "fid_reference"  # not among the items: neither its size nor its sha256 is published
 
 
 def download(name: str, item: Item, directory: Path, *, keep: bool = False, **options) -> bool:
@@ -180,6 +183,33 @@ def _extract(file: zipfile.ZipFile, info: zipfile.ZipInfo, directory: Path) -> P
     return target
 
 
+def download_statistics(directory: Path, *, keep: bool, url: str) -> str | None:
+    """Fetch the statistics for FID, unless they are there as a receipt lists them: then None."""
+    receipt = directory / RECEIPTS / f"{REFERENCE}.json"
+    known = _receipt(receipt)
+    if known and (directory / MEMBER).is_file() and size_of(directory / MEMBER) == known["files"].get(MEMBER):
+        return None
+    return download_reference(directory, receipt, known, url=url, keep=keep)
+
+
+def _receipt(file: Path) -> dict | None:
+    """What was received earlier; None without a receipt, or for a damaged one."""
+    try:
+        known = json.loads(file.read_bytes())
+        return known if isinstance(known["files"], dict) and isinstance(known["sha256"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _needed(names: list[str], directory: Path) -> str:
+    """A line on what is about to be downloaded."""
+    absent = [
+        n for n in names if n in ITEMS and not _is_complete(directory / RECEIPTS / f"{n}.json", ITEMS[n], directory)
+    ]
+    sizes = ", ".join(f"{name} {ITEMS[name].file.size / 1e6:,.1f} MB" for name in absent)
+    return f"to download: {sizes}, {sum(ITEMS[n].file.size for n in absent) / 1e9:.2f} GB in all" if absent else ""
+
+
 def mirrored(item: Item, mirror: str) -> Item:
     """The same file from elsewhere; its sha256 stays."""
     url = item.file.url.replace(COCO, mirror.rstrip("/"))
@@ -188,7 +218,14 @@ def mirrored(item: Item, mirror: str) -> Item:
 
 def main(arguments: list[str] | None = None, *, say: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=ITEMS, default=DEFAULT, metavar="NAME", help=", ".join(ITEMS))
+    parser.add_argument(
+        "--what",
+        nargs="+",
+        choices=[*ITEMS, REFERENCE],
+        default=DEFAULT,
+        metavar="NAME",
+        help=", ".join([*ITEMS, REFERENCE]),
+    )
     parser.add_argument("--to", type=Path, default=Path("data"), help="directory (default: data)")
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking them")
     parser.add_argument("--mirror", default=COCO, help=f"in the place of {COCO}")
@@ -198,10 +235,17 @@ def main(arguments: list[str] | None = None, *, say: Callable[[str], None] = pri
     if options.list:
         for name, item in ITEMS.items():
             say(f"{name:13} {item.file.size / 1e6:9,.1f} MB  {item.what}")
+        say(f"{REFERENCE:13} size unknown  statistics for the paper's FID ({MEMBER}), from {URL}")
         return 0
     try:
         with locked(options.to):
+            if needed := _needed(options.what, options.to):
+                say(needed)
             for name in options.what:
+                if name == REFERENCE:
+                    found = download_statistics(options.to, keep=options.keep, url=URL)
+                    say(f"{name}: {found or f'{options.to / MEMBER} was already there'}")
+                    continue
                 fresh = download(name, mirrored(ITEMS[name], options.mirror), options.to, keep=options.keep)
                 say(f"{name}: {ITEMS[name].what} {'is now' if fresh else 'was already'} in {options.to}")
     except (UserError, OSError) as error:

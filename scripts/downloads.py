@@ -25,7 +25,7 @@ log = logging.getLogger("vqdm")
 class RemoteFile:
     url: str
     size: int  # bytes
-    sha256: str
+    sha256: str | None  # None: not published
 
     @property
     def name(self) -> str:
@@ -53,6 +53,22 @@ def fetch(file: RemoteFile, target: Path, *, attempts: int = ATTEMPTS, pause: fl
     return target
 
 
+def stated_size(url: str, target: Path, *, timeout: float = 30) -> int:
+    """Bytes of a file as its server states them. UserError without a network, and for a server that does not say."""
+    try:
+        headers = {"Accept-Encoding": "identity"}
+        response = requests.head(url, headers=headers, allow_redirects=True, timeout=timeout)
+    except requests.RequestException as error:
+        if target.is_file():  # put there by hand
+            return size_of(target)
+        raise _offline(RemoteFile(url, 0, None), part_of(target), _in_words(error)) from error
+    length = response.headers.get("Content-Length", "")
+    if response.status_code != 200 or not length.isdigit():
+        said = f"the server answers {response.status_code} {response.reason} when asked for the size"
+        raise UserError(f"{url}: {said}; try again later, or put the file at {target} yourself")
+    return int(length)
+
+
 def part_of(target: Path) -> Path:
     """Path of a download until it is whole."""
     return target.with_name(target.name + PART_SUFFIX)
@@ -62,6 +78,8 @@ def check_file(file: RemoteFile, path: Path) -> None:
     """UserError unless the file at `path` is the known one. A download that is not is removed: it cannot be resumed."""
     size = size_of(path)
     if size == file.size:
+        if file.sha256 is None:
+            return
         found = _sha256(path)
         if found == file.sha256:
             return
@@ -174,6 +192,6 @@ def _in_words(error: requests.RequestException) -> str:
 
 
 def _offline(file: RemoteFile, part: Path, reason: str) -> UserError:
-    kept = f"{size_of(part)} of {file.size} bytes are kept; " if part.exists() else ""
+    kept = f"{size_of(part)} of {file.size or 'unknown'} bytes are kept; " if part.exists() else ""
     whole = part.with_suffix("")
     return UserError(f"{file.url}: {reason}; {kept}run the same command again, or put the file at {whole} yourself")

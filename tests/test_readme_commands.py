@@ -469,6 +469,11 @@ def without_network_it_says_where_the_file_goes(done: Done):
     assert "run the same command again" in done.error()
 
 
+@rule(r"python scripts/download_coco\.py --what fid_reference", code=1)
+def without_network_it_says_where_the_archive_goes(done: Done):
+    assert "put the file at data/fid-files.tar.gz yourself" in done.error()
+
+
 @rule(r"python run\.py \+experiment=sdxl_vq3( evaluate\.reference=\S+| quantize\.recipe=fast finetune=none)?", code=1)
 def sdxl_names_at_once_what_it_lacks(done: Done):
     every_run_names_at_once_what_it_lacks(done)

@@ -28,7 +28,8 @@ def run(config: Config) -> dict | None:
     if config.task == "tiny_train":
         return _tiny_train(config, store)
     if config.plan:
-        return print_plan(config, store)
+        print_plan(config, store)
+        return None
     return _run(config, store, _ready(config, store))
 
 
@@ -45,9 +46,7 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
     first = rows[chosen[0]][0]
     if first.plan:
-        for config in (config for i in chosen for config in rows[i]):
-            print(f"— {config.name}, {config.method or ''}")
-            print_plan(config, Store(Path(config.results_dir)), every_layer=False)
+        _plan_rows([config for i in chosen for config in rows[i]])
         return
     store = Store(Path(first.results_dir))  # one command, so one folder
     rows = [[_grouped(config, table.name) for config in configs] for configs in rows]
@@ -83,6 +82,16 @@ def _run_row(runs: list[tuple[Config, Graph]], store: Store) -> list[dict]:
         except NotRunHere as reason:
             log.warning("not run: %s", reason)
     return made
+
+
+def _plan_rows(configs: list[Config]) -> None:
+    plans = []
+    for config in configs:
+        print(f"— {config.name}, {config.method or ''}")
+        plans.append((config, print_plan(config, Store(Path(config.results_dir)), every_layer=False)))
+    from vqdm.stages.plan.rows import total_line
+
+    print(total_line(plans))
 
 
 def _track_table(name: str, config: Config, files: list[Path], store: Store, made: list[list[dict]]) -> None:

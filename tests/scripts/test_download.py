@@ -45,6 +45,12 @@ class Answer(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_HEAD(self):
+        body = self.server.files.get(self.path)
+        self.send_response(404 if body is None else 200)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+
     def do_GET(self):
         server = self.server
         asked = self.headers.get("Range")
@@ -359,6 +365,7 @@ def test_the_command_fetches_from_a_mirror_and_says_so(server, tmp_path, monkeyp
     arguments = ["--what", "val2017", "--to", str(tmp_path), "--mirror", server.at("/mirror/")]
     assert coco.main(arguments) == coco.main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == [
+        "to download: val2017 0.0 MB, 0.00 GB in all",
         f"val2017: photographs is now in {tmp_path}",
         f"val2017: photographs was already in {tmp_path}",
     ]
@@ -371,6 +378,6 @@ def test_the_command_ends_in_one_line_when_a_file_is_not_the_known_one(server, t
     command = [sys.executable, str(SCRIPTS / "download_coco.py"), "--what", "captions2017"]
     command += ["--to", str(tmp_path / "data"), "--mirror", server.at("")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, timeout=600)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (1, "to download: captions2017 252.9 MB, 0.25 GB in all\n")
     assert done.stderr.count("\n") == 1
     assert "is 30 bytes there instead of 252907541" in done.stderr

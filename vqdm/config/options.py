@@ -193,6 +193,7 @@ class EvaluateConfig:
     evaluators: str | None = None  # of family tiny: a directory or one of TINY_WORLDS; None = those of tiny
     weights: str = "data/metrics"  # folder searched for the other families' files, before the hub's cache
     reference: str | None = None  # statistics of real images (scripts/make_reference_stats.py), or .npz with mu, sigma
+    published_reference: str | None = None  # a .npz that stands in for `reference` as soon as it is there
     steps: int | None = number(None, least=1, most=10_000)  # sampling steps; None = model.sampler.steps
     original_steps: int | None = number(None, least=1, most=10_000)  # of the originals; None = as many as the images'
     batch_size: int = number(32, least=1, most=65_536)  # images sampled, and looked at, at once

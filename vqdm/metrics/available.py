@@ -31,7 +31,7 @@ class Scoring:
 
 def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Scoring:
     """Find what can be scored. originals: True if there are full-precision images too. cache: of the files' hashes."""
-    reference = find_reference(config.reference, cache=cache)
+    reference = find_reference(_reference(config), cache=cache)
     scoring = Scoring({}, {}, reference, {})
     for name in dict.fromkeys(config.metrics):
         family = FAMILIES[name]
@@ -50,6 +50,12 @@ def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Sco
     return scoring
 
 
+def _reference(config: EvaluateConfig) -> str | None:
+    """The reference that is asked for, or else the published one if it is here."""
+    published = config.published_reference
+    return config.reference or (published if published is not None and Path(published).is_file() else None)
+
+
 def _weights(config: EvaluateConfig, family: str, cache: Path) -> tuple[list[Path], list[str]]:
     """Paths and sha256 of a family's weights; UserError, worded for a table, if one is missing."""
     if family == "tiny":
@@ -65,7 +71,10 @@ def _weights(config: EvaluateConfig, family: str, cache: Path) -> tuple[list[Pat
 def _without_reference(reference: Reference | None, family: str, weights: list[str]) -> dict[str, str]:
     """{metric: why not} for a family's metrics that the reference cannot serve; UserError if it was made otherwise."""
     if reference is None:
-        why = "needs evaluate.reference: statistics of real images, made by scripts/make_reference_stats.py"
+        why = (
+            "needs evaluate.reference: statistics of real images, by scripts/download_coco.py --what fid_reference "
+            "or scripts/make_reference_stats.py"
+        )
         return dict.fromkeys(FAMILIES[family].against_reference, why)
     reference.check_weights(family, weights)
     lacking = [] if reference.serves(family) else FAMILIES[family].against_reference

@@ -16,6 +16,7 @@ class Weights:
     url: str | None = None
     sha256: str = ""  # its first digits, if published; "" = any file is taken, and its hash goes into the protocol
     marker: str | None = None  # the file that marks a directory as whole
+    megabytes: int = 0  # to download, about: the network's parameters × 4 bytes, those of HPS × 2
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,30 @@ INCEPTION = Weights(
     "weights-inception-2015-12-05-6726825d.pth",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     sha256="6726825d",
+    megabytes=96,
 )
 CLIP_H14 = Weights(
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
     hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_model.safetensors",
+    megabytes=3944,
 )
 CLIP_L14 = Weights(
-    "ViT-L-14-openai.safetensors", hub="timm/vit_large_patch14_clip_224.openai:open_clip_model.safetensors"
+    "ViT-L-14-openai.safetensors",
+    hub="timm/vit_large_patch14_clip_224.openai:open_clip_model.safetensors",
+    megabytes=1711,
 )
 CLIP_L14_336 = Weights(
-    "ViT-L-14-336-openai.safetensors", hub="timm/vit_large_patch14_clip_336.openai:open_clip_model.safetensors"
+    "ViT-L-14-336-openai.safetensors",
+    hub="timm/vit_large_patch14_clip_336.openai:open_clip_model.safetensors",
+    megabytes=1712,
 )
-PICKSCORE = Weights("PickScore_v1", hub="yuvalkirstain/PickScore_v1", marker="model.safetensors")
-HPSV2 = Weights("HPS_v2.1_compressed.pt", hub="xswu/HPSv2:HPS_v2.1_compressed.pt")
+PICKSCORE = Weights("PickScore_v1", hub="yuvalkirstain/PickScore_v1", marker="model.safetensors", megabytes=3944)
+HPSV2 = Weights("HPS_v2.1_compressed.pt", hub="xswu/HPSv2:HPS_v2.1_compressed.pt", megabytes=1972)
 ALEXNET = Weights(
-    "alexnet-owt-7be5be79.pth", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"
+    "alexnet-owt-7be5be79.pth",
+    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    sha256="7be5be79",
+    megabytes=244,
 )
 
 _TINY_TO_FP = ("distance_to_fp", "agreement_with_fp", "fid_to_fp")

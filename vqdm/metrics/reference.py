@@ -96,6 +96,11 @@ def find_reference(path: str | None, *, cache: Path) -> Reference | None:
     return Reference(place, files_identity(place, cache), about)
 
 
+def check_npz(path: Path) -> None:
+    """Raise UserError unless a file holds mu and sigma of Inception's features."""
+    _read_npz(path)
+
+
 def _read_npz(path: Path) -> dict:
     """Read {"mean", "covariance"} in float64. Arrays only: a file that would have to be unpickled is refused."""
     import numpy as np

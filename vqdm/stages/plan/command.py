@@ -17,8 +17,10 @@ log = logging.getLogger("vqdm")
 LARGE, LONG = 100_000_000, 12 * 3600  # parameters and seconds from which a CPU has to be asked for
 
 
-def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> None:
+def print_plan(config: Config, store: Store, *, every_layer: bool = True):
     """Print what a run will do and take; write it to plans/<experiment>.json. Nothing is loaded, downloaded or made.
+
+    Returns the plan.
 
     What keeps the stages from being known (a caption file that is missing) is said; the rest is planned all the same.
     """
@@ -41,6 +43,7 @@ def print_plan(config: Config, store: Store, *, every_layer: bool = True) -> Non
         print(layer_table(plan.denoiser))
     print(summary(plan))
     print(f"wrote {file}")
+    return plan
 
 
 def _plan(config: Config, store: Store, stages: Graph | Quantization | None, todo: set[str] | None):

@@ -88,10 +88,7 @@ class DistillationPlan(Experiment):
         size = self._bytes_on_disk(counts, step.output)
         encoding = self._encoding() if counts.encoded else ForwardCost()
         work = [self.cost.sample.times(counts.rows), encoding.times(counts.encoded)]
-        note = (
-            f"{counts.prompts:,} captions, {counts.rows:,} rows, {counts.samples:,} samples kept, "
-            f"{gibibytes(size)} on disk"
-        )
+        note = f"{counts.prompts:,} captions, {counts.rows:,} rows, {counts.samples:,} samples kept"
         hours = sum(map(self._on_a_gpu(dtype).seconds, work)) / 3600
         timed = self.timed(self.recorded.sampling(), counts.rows / self.guided, work, dtype=dtype)
         detail = dataclasses.asdict(counts) | {"disk_bytes": size, "gpu_hours": hours}

@@ -11,29 +11,40 @@ from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.location import DENOISERS, configs_directory
 from vqdm.models.single_file import component_on_meta
 from vqdm.runs.store import write_json
-from vqdm.stages.plan.cost import DISTILLATION, stage_costs, stage_names
+from vqdm.stages.plan.cost import DISTILLATION, guidance_factor, stage_costs, stage_names
+from vqdm.stages.plan.forward import latent_size
 from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
 from vqdm.stages.plan.parts import PartSize, part_lines, plan_parts
 from vqdm.stages.plan.rates import Machine
 from vqdm.stages.plan.recorded import Recorded
+from vqdm.stages.plan.space import disk_bytes, downloads, missing_lists, with_disk
 from vqdm.stages.plan.stage import StageCost, duration, gibibytes
 from vqdm.weights.layers import swap_empty
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The quantized denoiser, what every stage takes, and the machine that this is for."""
+    """The quantized denoiser, what every stage takes, and the machine that this is for.
+
+    fetched: {what: bytes} of what is downloaded first; lists: files of captions that are missing.
+    """
 
     denoiser: DenoiserPlan
     costs: list[StageCost]
     todo: set[str] | None  # names of the stages that are not done; None: not known
     machine: Machine
     parts: dict[str, PartSize] = dataclasses.field(default_factory=dict)  # what else is to be quantized
+    fetched: dict[str, int] = dataclasses.field(default_factory=dict)
+    lists: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def to_run(self) -> list[StageCost]:
+        return [cost for cost in self.costs if self.todo is None or cost.name in self.todo]
 
     @property
     def seconds(self) -> float | None:
         """Seconds of all stages that are still to run; None if one of them cannot be estimated."""
-        known = [cost.seconds for cost in self.costs if self.todo is None or cost.name in self.todo]
+        known = [cost.seconds for cost in self.to_run]
         return None if None in known else sum(known)
 
     @property
@@ -63,11 +74,12 @@ def make_plan(
     parts = [part for part in directory.iterdir() if (part / "config.json").is_file()]
     modules = {part.name: component_on_meta(part) for part in parts if part.name not in DENOISERS}
     modules |= {"denoiser": denoiser}
+    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     costs = stage_costs(
         config,
         denoiser,
         assignment.specs,
-        parts={name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
+        parts=parameters,
         vae=modules.get("vae"),
         student=_student(config, assignment),
         machine=machine,
@@ -77,8 +89,30 @@ def make_plan(
     compressing = ("calibrate", "prune", "sensitivity", "quantize", *DISTILLATION, "schedule", "correct")
     wanted = compressing if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
-    parts = {} if not config.parts.given else plan_parts(config, {p.name: component_on_meta(p) for p in parts})
-    return Plan(plan_denoiser(denoiser_on_meta(model), assignment), costs, todo, machine, parts)
+    others = {} if not config.parts.given else plan_parts(config, {p.name: component_on_meta(p) for p in parts})
+    planned = plan_denoiser(denoiser_on_meta(model), assignment)
+    costs = with_disk(
+        costs,
+        config,
+        denoiser,
+        rows=_recorded_rows(config, denoiser, counts["calibration_prompts"]),
+        images=counts["images"],
+        numbers=_image_numbers(denoiser, modules.get("vae"), model.sampler.size),
+        file=planned.bytes,
+    )
+    pipeline = getattr(torch, model.dtype).itemsize * sum(parameters.values())
+    return Plan(planned, costs, todo, machine, others, downloads(config, pipeline), missing_lists(config))
+
+
+def _recorded_rows(config: Config, denoiser: torch.nn.Module, prompts: int) -> int:
+    steps = min(config.calibration.recorded_steps, config.model.sampler.steps)
+    return prompts * steps * guidance_factor(denoiser, config.model.sampler.guidance)
+
+
+def _image_numbers(denoiser: torch.nn.Module, vae: torch.nn.Module | None, size: int | None) -> int:
+    """Numbers of an image, 3 · height · width; 0 without a decoder."""
+    height, width = latent_size(denoiser, size)
+    return 0 if vae is None else 3 * height * width * 4 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
@@ -118,8 +152,20 @@ def summary(plan: Plan) -> str:
         *(cost_line(cost, plan) for cost in plan.costs),
     ]
     if plan.seconds is not None:
-        lines.append(f"  what is still to run: {duration(plan.seconds)}")
-    return "\n".join(lines)
+        disk = f", up to {gibibytes(disk_bytes(plan.to_run))} on disk" if plan.to_run else ""
+        lines.append(f"  what is still to run: {duration(plan.seconds)}{disk}")
+    return "\n".join([*lines, *fetch_lines(plan)])
+
+
+def fetch_lines(plan: Plan) -> list[str]:
+    """Lines with what is not here and is fetched, or has to be, before the run."""
+    lines = []
+    if plan.fetched:
+        parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in plan.fetched.items())
+        lines.append(f"to download, about {sum(plan.fetched.values()) / 1e9:.1f} GB: {parts}")
+    if plan.lists:
+        lines.append(f"captions to fetch first, by scripts/download_coco.py (--list: sizes): {', '.join(plan.lists)}")
+    return lines
 
 
 def cost_line(cost: StageCost, plan: Plan) -> str:
@@ -131,10 +177,11 @@ def cost_line(cost: StageCost, plan: Plan) -> str:
         card = plan.machine.card
         if card is not None and cost.memory.device > card.memory:
             memory += f" (more than the {gibibytes(card.memory)} of an {card.name})"
+    disk = f", up to {gibibytes(cost.disk)} on disk" if cost.disk else ""
     origin = "estimate" if cost.origin.startswith("estimate") else cost.origin
     time = "time not estimated" if cost.seconds is None else f"{duration(cost.seconds)} ({origin})"
     state = " (done)" if plan.todo is not None and cost.name not in plan.todo else ""
-    return f"  {cost.name:14s} {memory}, {time}{state}{f'; {cost.note}' if cost.note else ''}"
+    return f"  {cost.name:14s} {memory}{disk}, {time}{state}{f'; {cost.note}' if cost.note else ''}"
 
 
 def write_plan(plan: Plan, file: Path, *, experiment: str, model: str) -> None:
@@ -151,4 +198,5 @@ def write_plan(plan: Plan, file: Path, *, experiment: str, model: str) -> None:
     counts = plan.denoiser.counts.to_dict() | {"bytes": plan.denoiser.bytes}
     found = {"experiment": experiment, "model": model, "device": plan.machine.device} | counts
     found |= {"machine": plan.machine.label, "peak_memory_bytes": plan.peak_memory_bytes, "seconds": plan.seconds}
+    found |= {"downloads": plan.fetched, "missing_lists": plan.lists}
     write_json(file, found | {"rest": plan.denoiser.rest, "stages": stages, "layers": layers})

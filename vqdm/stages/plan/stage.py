@@ -17,6 +17,7 @@ class StageCost:
     """What a stage takes. name: its field of `vqdm.stages.graph.Graph`. None: not estimated, and `note` says why.
 
     origin: how the seconds are known, estimated or recorded. detail: numbers behind the note, for the plan's JSON.
+    disk: the most bytes that its directory takes when it is done.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StageCost:
     note: str = ""
     origin: str = ""
     detail: dict = field(default_factory=dict)
+    disk: int | None = None
 
 
 @dataclass(frozen=True)
