@@ -20,7 +20,7 @@ from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checksum
 from vqdm.hub.pipelines import set_decode
 from vqdm.models.finite import check_finite, check_storable
-from vqdm.models.loader import call_parameters, check_on_device, denoiser_of, denoiser_part
+from vqdm.models.loader import call_parameters, check_on_device, denoiser_of, denoiser_part, execution_device
 from vqdm.models.samplers import NATIVE
 from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts, prompt_list
@@ -86,8 +86,9 @@ def compress(
             config=config,
             model=model,
             calibration_config=calibration,
-            device=str(denoiser_of(pipeline).device),
+            device=str(execution_device(pipeline)),
         )
+    pipeline.maybe_free_model_hooks()  # under model offloading, the next call finds it as the last one left it
     set_decode(denoiser_of(pipeline), "per_call")
     return pipeline
 

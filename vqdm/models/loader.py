@@ -95,8 +95,18 @@ def call_parameters(pipeline) -> Mapping[str, inspect.Parameter]:
     return found
 
 
+def execution_device(pipeline) -> torch.device:
+    """The device that a pipeline in memory computes on: its weights', or that to which model offloading moves them."""
+    return pipeline._execution_device
+
+
 def check_on_device(pipeline) -> None:
-    """UserError for a pipeline in memory whose weights are elsewhere, as sequential offloading has it."""
+    """UserError for a pipeline in memory whose layers' weights come and go, as by sequential or group offloading."""
+    if any(_is_in_a_group(module) for module in denoiser_of(pipeline).modules()):
+        raise UserError(
+            "group offloading holds the denoiser's layers, which are to be replaced: load the pipeline without it "
+            "(enable_group_offload), compress it, then offload"
+        )
     for part, module in pipeline.components.items():
         state = module.state_dict() if isinstance(module, nn.Module) else {}
         if away := next((name for name, tensor in state.items() if tensor.is_meta), None):
@@ -104,6 +114,11 @@ def check_on_device(pipeline) -> None:
                 f"the weight {away} of the pipeline's {part} is on the meta device: load the pipeline without "
                 "offloading (enable_sequential_cpu_offload, device_map), compress it, then offload"
             )
+
+
+def _is_in_a_group(module: nn.Module) -> bool:
+    hooks = getattr(module, "_diffusers_hook", None)
+    return hooks is not None and hooks.get_hook("group_offloading") is not None
 
 
 def _check_whole(pipeline, place: Path) -> None:
