@@ -46,6 +46,7 @@ class DriftingWeight(QuantizedWeight):
         """Search the codes nearest to weight + drift, keep the rest as the new drift, and return how many codes
         changed.
 
+        On a GPU it is slow, bound by launches: of a trellis layer, value after value of its columns, tens of thousands.
         UserError for a drift that is not finite.
         """
         target = self.inner().float() + self.drift
