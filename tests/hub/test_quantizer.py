@@ -139,7 +139,7 @@ def _first_group(config):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["quantization_config"].update(version=4), "format version 4"),
+        (lambda c: c["quantization_config"].update(version=9), "format version 9"),
         (lambda c: c["quantization_config"].pop("groups"), "scheme"),
         (lambda c: c["quantization_config"]["groups"].pop(), "other quantized layers"),
         (lambda c: _first_group(c)["layers"].append("somewhere.else"), "somewhere.else|other quantized layers"),
