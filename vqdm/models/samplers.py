@@ -52,15 +52,22 @@ def _setting(file: Path, name: str, default):
 
 
 def set_sampler(pipeline, sampler: SamplerConfig) -> None:
-    """Replace the pipeline's scheduler but keep the model's own noise schedule; "native" keeps the scheduler too."""
+    """Replace the pipeline's scheduler but keep the model's own noise schedule; "native" keeps the scheduler too.
+
+    Estimates of the clean image are not clipped, unless the model's own settings ask for it: DDIM's default is for
+    pixels from −1 to 1, and latents reach farther.
+    """
     import diffusers
 
     own = pipeline.scheduler
     kind = type(own) if sampler.scheduler == NATIVE else getattr(diffusers, SCHEDULERS[sampler.scheduler])
     extra = {} if sampler.timestep_spacing is None else {"timestep_spacing": sampler.timestep_spacing}
-    if not extra.keys() <= inspect.signature(kind.__init__).parameters.keys():
+    known = inspect.signature(kind.__init__).parameters.keys()
+    if not extra.keys() <= known:
         raise UserError(
             f"model.sampler.timestep_spacing={sampler.timestep_spacing}: {kind.__name__} has no such setting; "
             "set it to null"
         )
+    if "clip_sample" in known and "clip_sample" not in own.config:
+        extra["clip_sample"] = False
     pipeline.scheduler = kind.from_config(own.config, **extra)
