@@ -5,6 +5,7 @@ python run.py +experiment=tiny_vq3          # one row of it
 python run.py table=table1_tiny             # a table of experiments/: what is missing is run
 python run.py table=table1_tiny row=table1_tiny_fp   # one row of it, as a job of its own
 python run.py +experiment=sdxl_vq3 plan=true
+python run.py --help, list=experiments|tables|runs          # what there is
 python run.py --multirun +experiment=tiny_codec quantize=gptq quantize.bits=2,3,4   # jobs: conf/hydra/launcher
 """
 

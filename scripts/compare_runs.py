@@ -2,8 +2,11 @@
 
 python scripts/compare_runs.py codecs_trellis3 codecs_rtn4 [--model tiny_outlier] [--results results]
 python scripts/compare_runs.py sdxl_vq3 sdxl_qdiffusion4 --model sdxl --reference data/reference/coco2014_val_30k
+python scripts/compare_runs.py SWEEP/0 SWEEP/2                      # jobs of a sweep, by folder, or by their labels
 
-A run is named as in experiments/; its calibration seeds (NAME_seed1, …) are averaged image by image first. Means over
+First comes a sentence on which is better, by the paired metrics; then the numbers, rounded by their errors (--exact:
+as they are). A run is named as in experiments/; its calibration seeds (NAME_seed1, …) are averaged image by image
+first. It is also named by NAME/FINGERPRINT, its record's file, a sweep's job or that job's label. Means over
 images: paired standard error over prompts. Scores of a whole set (FID, KID, CMMD): the same prompts are drawn for both
 runs, --resamples times, from the features that the runs kept; "bias" is how far the draws' mean difference lies from
 the difference of all images, as FID rises when images stand twice; the 95 % interval is of the draws less this bias.
@@ -12,6 +15,7 @@ The Inception score and KID over subsets have no such draws and are left out.
 
 import argparse
 import functools
+import math
 import re
 import sys
 from pathlib import Path
@@ -20,9 +24,19 @@ from vqdm.runs.command_line import run_script
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from vqdm.errors import UserError
-from vqdm.report.paired import SAME_IMAGES, SAME_NUMBERS, compare_images, difference_row, image_scores
+from vqdm.report.any_runs import find_records
+from vqdm.report.formats import DIGITS
+from vqdm.report.paired import (
+    SAME_IMAGES,
+    SAME_NUMBERS,
+    compare_images,
+    difference_row,
+    image_scores,
+    verdict_sentence,
+)
 from vqdm.report.records import is_finished
 from vqdm.report.scored import Run, columns_of, read_run
 from vqdm.runs.store import Store
@@ -30,7 +44,7 @@ from vqdm.stages.layout import IMAGES_FILE
 
 
 def find_runs(results: Path, name: str, model: str) -> list[Run]:
-    """The newest of every calibration seed that there is."""
+    """The newest of every calibration seed that there is; a job of a sweep, or one run's record, is what it names."""
     found = [
         (record["experiment"], file.stat().st_mtime, record)
         for file, record in Store(results).runs()
@@ -38,9 +52,10 @@ def find_runs(results: Path, name: str, model: str) -> list[Run]:
     ]
     found = [one for one in found if is_finished(one[2], results)]
     newest = {run: record for run, _, record in sorted(found, key=lambda one: one[:2])}
-    if not newest:
-        raise UserError(f"no finished run {name} on {model} under {results}; run its experiment first")
-    return [read_run(results, record) for record in newest.values()]
+    records = list(newest.values()) or find_records(results, name, model=model)
+    if not newest and len(records) > 1:
+        raise UserError(f"{name} names {len(records)} runs; give one, or all of them to scripts/report.py")
+    return [read_run(results, record) for record in records]
 
 
 def check(runs: list[Run], *, mixed: bool) -> list[str]:
@@ -166,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--evaluators", help="evaluate.evaluators of the runs")
     parser.add_argument("--images-only", action="store_true", help="only what is a mean over images")
     parser.add_argument("--mixed", action="store_true", help="also where protocols, dtypes or devices differ")
+    parser.add_argument("--exact", action="store_true", help="numbers with five digits, the interval and the bias")
     options = parser.parse_args(arguments)
     try:
         if options.resamples < 2:
@@ -176,8 +192,33 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     protocol = both[0][0].protocol
     copies = f" × {protocol['images_per_prompt']}" if protocol["images_per_prompt"] > 1 else ""
+    print(verdict_sentence(*map(called, both, (options.first, options.second)), table.to_dict("records")))
     print(f"{options.first} against {options.second} on {options.model}, n = {protocol['n']}{copies}")
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.5g}"))
+    if options.exact:
+        print(table.to_string(index=False, float_format=lambda value: f"{value:.5g}"))
+    else:
+        print(rounded(table))
+
+
+def called(runs: list[Run], name: str) -> str:
+    """A run's name for people, with its size where it is known."""
+    record = runs[0].record
+    bits = record["bits"].get("bits_per_weight")
+    return record.get("method", name) + ("" if bits is None else f" ({bits:.2f} bits)")
+
+
+def rounded(table: pd.DataFrame) -> str:
+    """The differences ± their paired standard errors, both to two digits of the error."""
+    rows = []
+    for row in table.to_dict("records"):
+        error = row["paired_se"]
+        digits = DIGITS.get(row["metric"], 3) if not error > 0 else max(0, 1 - math.floor(math.log10(error)))
+        numbers = [f"{row[key]:.{digits}f}" for key in ("first", "second")]
+        difference = f"{row['difference']:+.{digits}f} ± {error:.{digits}f}"
+        rows.append([row["metric"], *numbers, difference, f"{row['better_by_se']:+.1f}"])
+    headers = ["metric", "first", "second", "difference ± error", "better by errors"]
+    align = ["left", *["right"] * 4]
+    return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
 
 
 if __name__ == "__main__":

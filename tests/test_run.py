@@ -303,7 +303,7 @@ def test_two_processes_share_the_work(tmp_path):
     ]
     said = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sum("calibrate: 100%" in text for text in said) == 1, "the shared calibration is made once"
+    assert sum("calibrate: " in text for text in said) == 1, "the shared calibration is made once"
 
 
 def test_an_unsupported_python_is_one_line(tmp_path):

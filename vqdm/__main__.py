@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vqdm.config.compose import NamedSweep, one_line, overrides_for_rows, register_schemas, run_as_job, to_config
 from vqdm.config.places import CONF, EXPERIMENTS, SCRIPT
 from vqdm.errors import UserError
-from vqdm.runs import processes, sweeps
+from vqdm.runs import processes, progress, sweeps
 from vqdm.runs.entry import STOPPED, leave_at_once, prepare, reader_is_gone
 
 OF_NAMED_ROW: list[str] = []  # overrides that are put before the user's
@@ -84,8 +84,9 @@ def _run(composed: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _composed(composed: DictConfig) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("vqdm").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[progress.LogHandler()])
+    spoken = logging.DEBUG if composed.verbose else logging.INFO
+    logging.getLogger("vqdm").setLevel(spoken if processes.is_main() else logging.WARNING)
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeping and not processes.launched():  # those of torchrun stay together
         run_as_job([str(SCRIPT)] if SCRIPT.is_file() else ["-m", "vqdm"])
@@ -119,6 +120,30 @@ def _say_launcher_failed(error: Exception) -> None:
     sys.exit(f"error: the sweep's launcher stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
+def _looked_up(arguments: list[str]) -> str | None:
+    """What was asked for that runs nothing: help, a list, or what the tab key completes; None: run."""
+    from vqdm.config import help
+
+    if {"-h", "--help"} & set(arguments):
+        return help.help_text(next((argument for argument in arguments if not argument.startswith("-")), None))
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if given.get("list") == "runs":
+        from vqdm.report.any_runs import list_runs
+
+        return list_runs(Path(given.get("results_dir", "results")))
+    if "list" in given:
+        return help.list_of(given["list"])
+    if "query" in given and (offered := help.completions(os.environ.get("COMP_LINE", ""))) is not None:
+        return " ".join(offered)
+    return None
+
+
+def _report_sweep(directory: Path, results: Path) -> None:
+    from vqdm.pipeline import end_sweep
+
+    end_sweep(directory, results)
+
+
 def main() -> None:
     """Run the command that sys.argv holds, in a process that has not imported torch so far."""
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
@@ -129,8 +154,13 @@ def main() -> None:
     register_schemas()
     for number in (signal.SIGINT, *CLUSTER_SIGNALS):
         signal.signal(number, _stop)
+    NamedSweep.report = staticmethod(_report_sweep)
     try:
         sys.argv[1:] = [LADDER.sub(r"\1[\2]", argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in sys.argv[1:]]
+        if (answer := _looked_up(sys.argv[1:])) is not None:
+            print(answer)
+            return
         OF_NAMED_ROW[:] = _of_named_row(sys.argv[1:])
         first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-]\S*=", argument)), 1)
         sys.argv[first:first] = OF_NAMED_ROW

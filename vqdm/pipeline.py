@@ -5,15 +5,17 @@ import functools
 import hashlib
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.errors import NotRunHere, UserError
 from vqdm.report.experiments import Table
-from vqdm.runs import processes
+from vqdm.runs import processes, progress, sweeps
 from vqdm.runs.files import canonical_json, is_writable
 from vqdm.runs.store import Store
+from vqdm.runs.texts import duration
 from vqdm.stages.accelerated import is_on
 from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
 from vqdm.stages.plan.command import print_plan, say_before_work
@@ -30,7 +32,26 @@ def run(config: Config) -> dict | None:
     if config.plan:
         print_plan(config, store)
         return None
-    return _run(config, store, _ready(config, store))
+    stages = _ready(config, store)
+    with _shown_as([config], [stages], store) as begin:
+        begin(0)
+        record = _run(config, store, stages)
+    if processes.is_main() and config.task == "experiment" and not sweeps.is_job():
+        from vqdm.report.terminal import run_summary
+
+        print(run_summary(record, store.root))
+    return record
+
+
+def _shown_as(configs: list[Config], graphs: list[Graph | Quantization], store: Store):
+    """The screen's line on all these runs, with the stages of each kind that they still need; rows share them."""
+    from vqdm.runs.device import resolve_device
+
+    stages = {stage.fingerprint: stage for graph in graphs for stage in graph.stages()}
+    kinds = Counter(stage.name for stage in stages.values() if store.status(stage) != "done")
+    device = resolve_device(configs[0].device, threads=configs[0].threads)
+    log.info("%s", device)
+    return progress.whole([config.method or config.name for config in configs], kinds)
 
 
 def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:
@@ -40,8 +61,7 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     configurations were run before, so that each row can be a job of its own; theirs may be []. mixed: runs of different
     protocols may share a column.
     """
-    from vqdm.report.formats import markdown_of, table_content, write_table
-    from vqdm.report.report import write_report
+    from vqdm.report.formats import table_content, write_table
 
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
     first = rows[chosen[0]][0]
@@ -52,36 +72,61 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     rows = [[_grouped(config, table.name) for config in configs] for configs in rows]
     graphs = {(i, config.name): _ready(config, store) for i in chosen for config in rows[i]}  # before any work
     made = [[] if i in chosen else _finished(configs, store) for i, configs in enumerate(rows)]
-    for i in chosen:
-        made[i] = _run_row([(config, graphs[i, config.name]) for config in rows[i]], store)
-        config = rows[i][-1]
-        content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
-        if writable := is_writable(store.root):
-            text, files = write_table(content, made, results=store.root)
-    if not writable:
+    work, files = [(i, config) for i in chosen for config in rows[i]], []
+    with _shown_as([config for _, config in work], list(graphs.values()), store) as begin:
+        for number, (i, config) in enumerate(work):
+            begin(number)
+            made[i] += _run_unless_refused(config, store, graphs[i, config.name])
+            content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
+            if is_writable(store.root):
+                _, files = write_table(content, made, results=store.root)
+    if processes.is_main():
+        _end_table(content, made, files, config=config, store=store, command=table.command(config.model.name))
+
+
+def _end_table(content, made: list[list[dict]], files: list[Path], *, config: Config, store: Store, command: str):
+    """Print the table, make its figures and page, and say where all of it is.
+
+    files: the table's own, the Markdown first; none where nothing can be written.
+    """
+    from vqdm.report.formats import markdown_of
+    from vqdm.report.report import write_report
+    from vqdm.report.terminal import closing, table_summary
+
+    if not files:
         print(markdown_of(content), f"{store.root} cannot be written, so the table is only shown", sep="\n")
         return
-    print(text)  # before what only decorates it
-    if processes.is_main():
-        files += write_report(content, made, commands=[table.command(config.model.name)], results=store.root)
+    print(markdown_of(content) if config.verbose else table_summary(content, file=files[0]))  # before what decorates it
+    with progress.step("figures and page"):
+        files += write_report(content, made, commands=[command], results=store.root)
         _track_table(content.name, config, files, store, made)
-    print("wrote " + ", ".join(str(file) for file in files))
+    log.debug("wrote %s", ", ".join(map(str, files)))
+    print(closing(made, store.root, table=files[0], page=files[-1]))
+
+
+def end_sweep(directory: Path, results: Path) -> None:
+    """Print a table of the sweep's jobs that were scored; it is written with its figures and page."""
+    from vqdm.report.any_runs import report_sweep
+
+    try:
+        said = report_sweep(directory, results)
+    except UserError as error:  # it only decorates: the jobs are done
+        said = f"no table of the sweep: {error}"
+    if said is not None:
+        print(f"\n{said}")
 
 
 def _grouped(config: Config, group: str) -> Config:
     return dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, group=group))
 
 
-def _run_row(runs: list[tuple[Config, Graph]], store: Store) -> list[dict]:
-    """Run a row; returns the records of its runs, without those that another library refused."""
-    made = []
-    for config, graph in runs:
-        log.info("— %s", config.name)
-        try:
-            made.append(_run(config, store, graph))
-        except NotRunHere as reason:
-            log.warning("not run: %s", reason)
-    return made
+def _run_unless_refused(config: Config, store: Store, graph: Graph) -> list[dict]:
+    """The record of a run; none if another library refuses it."""
+    try:
+        return [_run(config, store, graph)]
+    except NotRunHere as reason:
+        log.warning("not run: %s", reason)
+        return []
 
 
 def _plan_rows(configs: list[Config]) -> None:
@@ -212,7 +257,7 @@ def _check_layers(config: Config) -> None:
     bits = planned_bits(
         denoiser_on_meta(config.model), config.quantize, pattern=config.model.layers, min_size=config.model.min_size
     )
-    log.info("%s: will take %.3f bits per weight, %.2f MiB", config.name, bits.bits_per_weight, bits.bytes / 2**20)
+    log.debug("%s: will take %.3f bits per weight, %.2f MiB", config.name, bits.bits_per_weight, bits.bytes / 2**20)
 
 
 def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
@@ -222,7 +267,6 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
 
     began = time.monotonic()
     device = resolve_device(config.device, threads=config.threads)
-    log.info("%s", device)
     record, last = _record(config, store, stages), stages.stages()[-1]
     processes.check_agreement(last.fingerprint)
     if not is_writable(store.root):
@@ -248,8 +292,17 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
             _log_stages(tracker, store, stages)  # if the run fails, those that are done by then
         finally:
             tracker.finish(failed=failed)
-    log.info("%s: finished in %.1f s", config.name, time.monotonic() - began)
+    called = config.name if config.method is None else f"{config.method} ({config.name})"
+    log.info("%s: finished in %s%s", called, duration(time.monotonic() - began), _said_of(record, store.root))
     return record
+
+
+def _said_of(record: dict, results: Path) -> str:
+    """The scores in a line, for a run that has any."""
+    from vqdm.report.records import is_finished
+    from vqdm.report.terminal import row_line
+
+    return f": {row_line(record, results)}" if is_finished(record, results) else ""
 
 
 def _shown(config: Config, store: Store, last) -> dict:

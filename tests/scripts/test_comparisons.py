@@ -70,7 +70,14 @@ def write_run(results, name, *, seed, reference="r" * 64, model="tiny", **protoc
     (evaluate / "metrics.json").write_text(json.dumps(written))
     (results / "runs" / name).mkdir(parents=True)
     directories = {"evaluate": str(evaluate.relative_to(results))}
-    record = {"experiment": name, "model": model, "stages": stages, "directories": directories, "bits": {}}
+    record = {
+        "experiment": name,
+        "method": name,
+        "model": model,
+        "stages": stages,
+        "directories": directories,
+        "bits": {},
+    }
     (results / "runs" / name / "0.json").write_text(json.dumps(record))
     return frame
 
@@ -92,11 +99,16 @@ def reference(tmp_path):
     return directory, find_reference(str(directory), cache=tmp_path / "hashes.json").sha256, real
 
 
+def printed(results, *arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as found:
+        compare_runs.main([*arguments, "--results", str(results)])
+    return found.getvalue()
+
+
 def compared(results, *more):
-    """The printed table, by metric."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        compare_runs.main(["x", "y", "--results", str(results), *more])
-    return pd.read_csv(io.StringIO(printed.getvalue().partition("\n")[2]), sep=r"\s+", index_col="metric")
+    """The printed table, by metric, with all digits."""
+    text = printed(results, "x", "y", "--exact", *more)
+    return pd.read_csv(io.StringIO(text.split("\n", 2)[2]), sep=r"\s+", index_col="metric")
 
 
 def refused(said, results, *more):
@@ -209,6 +221,49 @@ def test_a_run_that_only_compressed_or_is_not_done_is_not_compared(tmp_path):
     for name, directories in (("1", {"quantize": "q"}), ("2", {"evaluate": "stages/evaluate/half_done"})):
         (tmp_path / "runs" / "x" / f"{name}.json").write_text(json.dumps(record | {"directories": directories}))
     assert len(compared(tmp_path, "--images-only")) == 2
+
+
+def test_a_sentence_comes_first_and_numbers_are_rounded_by_their_errors(tmp_path):
+    write_run(tmp_path, "x", seed=1)
+    write_run(tmp_path, "y", seed=2)
+    exact = compared(tmp_path, "--images-only").loc["lpips_to_fp"]
+    sentence, names, _, _, *lines = printed(tmp_path, "x", "y", "--images-only").splitlines()
+    told = abs(exact["better_by_se"]) > 1.96
+    assert ("is better than" in sentence) == told and "of 1 paired metrics" in sentence.replace(
+        "metric of 1", "of 1 paired metrics"
+    )
+    assert names.startswith("x against y")
+    row = next(line.split() for line in lines if line.startswith("lpips_to_fp"))
+    assert float(row[3]) == pytest.approx(exact["difference"], abs=0.06 * exact["paired_se"])
+    assert len(row[5].lstrip("0.")) == 2, "two digits of the error"
+
+
+def test_a_job_of_a_sweep_is_compared_by_its_place_or_its_label(tmp_path):
+    write_run(tmp_path, "y", seed=2)
+    write_run(tmp_path, "swept", seed=1)
+    job = tmp_path / "sweeps" / "bits" / "3"
+    job.mkdir(parents=True)
+    about = {"number": 3, "label": "quantize.bits=3", "error": None, "run": "runs/swept/0.json"}
+    (job / "job.json").write_text(json.dumps(about))
+    by_place, by_folder = (printed(tmp_path, name, "y", "--images-only") for name in ("bits/3", str(job)))
+    assert (
+        by_place.splitlines()[2:]
+        == by_folder.splitlines()[2:]
+        == printed(tmp_path, "swept", "y", "--images-only").splitlines()[2:]
+    )
+    record = tmp_path / "runs" / "swept" / "0.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"method": "quantize.bits=3"}))
+    assert printed(tmp_path, "quantize.bits=3", "y", "--images-only").splitlines()[2:] == by_place.splitlines()[2:]
+
+
+def test_an_unknown_name_is_answered_with_the_runs_there_are(tmp_path):
+    for name, seed in (("x", 1), ("codecs_trellis3", 2), ("codecs_rtn4", 3)):
+        write_run(tmp_path, name, seed=seed)
+    with pytest.raises(
+        SystemExit,
+        match=r"no finished run codecs_treliss3 on tiny under .*; there are codecs_trellis3, codecs_rtn4, x$",
+    ):
+        compare_runs.main(["codecs_treliss3", "x", "--results", str(tmp_path)])
 
 
 def test_equal_bits_are_read_off_the_trellis_curve():

@@ -56,5 +56,13 @@ def recorded_positions(config: CalibrationConfig, total: int, batch: str) -> set
 
 def recorded_calls(directory: Path) -> Iterator[Call]:
     """The recorded calls in order, with one in memory at a time."""
-    for path in sorted((directory / "calls").glob("*.safetensors")):
+    for path in _call_files(directory):
         yield load_file(path)
+
+
+def call_count(directory: Path) -> int:
+    return len(_call_files(directory))
+
+
+def _call_files(directory: Path) -> list[Path]:
+    return sorted((directory / "calls").glob("*.safetensors"))

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from vqdm.calibration.blocks import execution_order
-from vqdm.calibration.calls import recorded_calls, recorded_positions, sample_batches
+from vqdm.calibration.calls import call_count, recorded_calls, recorded_positions, sample_batches
 from vqdm.calibration.hessian import HessianRecorder, shrunk
 from vqdm.calibration.recording import play_back
 from vqdm.config.options import CalibrationConfig, QuantizeConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec, in_groups
 from vqdm.prompts import PromptList
+from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
 
 ONE_TOKEN = re.compile(r"norm\w*\.linear$")  # adaptive norms of transformers read one token per image
@@ -77,7 +78,8 @@ def drive_teacher(denoiser: nn.Module, calibration: Path, *, device: str) -> Dri
     """A function that plays all recorded calls back to the full-precision denoiser."""
 
     def drive(recorder: HessianRecorder) -> None:
-        for call in recorded_calls(calibration):
+        calls = recorded_calls(calibration)
+        for call in progress.over(calls, "Hessians", unit="call", total=call_count(calibration)):
             play_back(denoiser, call, device=device)
 
     return drive
@@ -89,7 +91,8 @@ def drive_student(pipeline, calibration: Path, *, config: CalibrationConfig, sam
     prompts = PromptList.read_jsonl(calibration / "prompts.jsonl")
 
     def drive(recorder: HessianRecorder) -> None:
-        for name, _, run in sample_batches(pipeline, prompts, config=config, sampler=sampler):
+        batches = sample_batches(pipeline, prompts, config=config, sampler=sampler)
+        for name, _, run in progress.over(batches, "Hessians of the student", unit="batch", apart=False):
             with _only_at(denoiser_of(pipeline), recorder, recorded_positions(config, sampler.steps, name)):
                 run()
 

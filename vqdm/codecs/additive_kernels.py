@@ -10,12 +10,13 @@ each adds norm − 2 rest · word, where rest, at first v, then loses the word's
 
 import functools
 
-import numba
 import numpy as np
+
+from vqdm.runs.compiling import njit
 
 LANES = 8  # g and K are padded to multiples of it: products summed in registers, and candidates compared at once
 # Without "reassoc" and "contract", which cost nothing here: sums then have one order, and so one result, on every CPU
-compiled = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"nsz", "nnan"})
+compiled = functools.partial(njit, nogil=True, cache=True, fastmath={"nsz", "nnan"})
 
 
 @compiled

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqdm.codecs.allocation import assign_schemes
 from vqdm.codecs.cards import CODECS
@@ -10,6 +9,7 @@ from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec, weight_to_matrix
+from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
 from vqdm.weights.base import Scheme, SharedPart
 from vqdm.weights.layers import swap
@@ -67,7 +67,7 @@ def quantize_without_data(
     problems = assign_schemes(denoiser, config, pattern=pattern, min_size=ModelConfig.min_size).quantized
     with one_thread_each():
         shared = {k: make_shared(denoiser, v, config=config) for k, v in users_of_shared(problems).items()}
-        for spec, scheme in tqdm(problems, desc="quantize", unit="layer"):
+        for spec, scheme in progress.over(problems, "quantize", unit="layer"):
             matrix = matrix_of(denoiser, spec).cpu()
             hessian = torch.eye(spec.shape[1], device="cpu") if codec.needs_hessian(config) else None
             part = shared.get(scheme.shared_key)

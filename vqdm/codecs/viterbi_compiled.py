@@ -1,7 +1,8 @@
 """The search of `viterbi`, compiled by numba. Constants stand in this file, the only one that numba's cache watches."""
 
 import numpy as np
-from numba import njit
+
+from vqdm.runs.compiling import njit
 
 SEAM = 32  # values on either side of the seam that decide its state; a sequence of at most so many is short
 

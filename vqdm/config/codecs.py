@@ -170,7 +170,7 @@ class AdditiveConfig(HessianOptions, QuantizeConfig):
     codebooks: str = choice("layer", "block", "model")  # each has a set of its own
     input_scales: bool = False  # True: an additional scale per input
     recipe: str = choice("fast", "paper")  # exact group searches | VQDM as published
-    beam_size: int = number(8, least=1, most=4096)
+    beam_size: int = number(8, least=1, most=4096)  # candidates kept in a search for codes
     short: ClassVar[str] = "vq"
     version: ClassVar[int] = 2
 

@@ -1,14 +1,17 @@
 """Everything to do with Hydra: schemas, turning a composed configuration into dataclasses, and leading a sweep."""
 
+import contextlib
 import dataclasses
-import difflib
+import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +23,7 @@ from vqdm.config.codecs import OPTIONS
 from vqdm.config.parts import PartsConfig
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
+from vqdm.runs.texts import nearest
 
 GROUPS = {
     "model": schema.ModelConfig,
@@ -83,8 +87,14 @@ def no_option(key: str) -> str:
     if key != name and owners:
         return f"{key} is an option of {', '.join(owners)}, not of the codec that was chosen: give quantize={owners[0]}"
     known = _keys(schema.Config)
-    nearest = difflib.get_close_matches(key, [*known, *GROUPS, "quantize"], n=1, cutoff=0.0)[0]
-    return f"there is no option {key}: did you mean {nearest}?"
+    return f"there is no option {key}: did you mean {nearest(key, [*known, *GROUPS, 'quantize', 'experiment'])}?"
+
+
+def _no_choice(key: str, found: str, choices: str) -> str:
+    """A message on why a group has no such choice, with the nearest one; names that begin with base_ are schemas."""
+    known = [choice for choice in choices.split() if not choice.startswith("base_")]
+    like = f"did you mean {nearest(found, known)}? " if known else ""
+    return f"there is no {key}={found}: {like}there are {', '.join(known)}"
 
 
 def one_line(error: BaseException) -> str:
@@ -93,6 +103,10 @@ def one_line(error: BaseException) -> str:
     unknown = re.search(r"Key '[^']*' (?:is )?not in .* full_key: (\S+)", f"{text} {cause}")
     if unknown:
         return no_option(unknown[1])
+    if other := re.search(
+        r"Could not find '([^']+)/([^'/]+)' Available options in '[^']*': (.*?)( Config search|$)", text
+    ):
+        return _no_choice(*other.groups()[:3])
     merging = text.startswith("Error merging override") and cause
     return f"{text}: {cause.partition(' full_key:')[0]}" if merging else text
 
@@ -106,6 +120,10 @@ class NamedSweep(Callback):
     """Callback that gives a sweep the directory named by its overrides, and at its end says which jobs failed."""
 
     directory: Path | None = None  # directory of the sweep that this process leads
+    jobs: int | None = None  # how many it has; None: not known beforehand
+    report: Callable[[Path, Path], None] | None = (
+        None  # (sweep, results): says what was found, when all jobs have ended
+    )
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         overrides = [
@@ -114,6 +132,7 @@ class NamedSweep(Callback):
         ]
         parsed = OverridesParser.create().parse_overrides(overrides)
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+        NamedSweep.jobs = _count([override for override in parsed if override.is_sweep_override()])
         if not any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
             where = f"${{results_dir}}/sweeps/{sweeps.sweep_name(overrides, swept)}"
             with read_write(config), open_dict(config):
@@ -130,8 +149,17 @@ class NamedSweep(Callback):
         runs = Path(config.results_dir) / "tracker" / "wandb"
         if next(runs.glob("offline-run-*"), None):
             _say(f"tracker: offline; upload with `wandb sync {runs}`")
+        if NamedSweep.report is not None:
+            NamedSweep.report(NamedSweep.directory, Path(config.results_dir))
         if lines := sweeps.failures(NamedSweep.directory):
             sys.exit("\n".join(lines))
+
+
+def _count(swept: list) -> int | None:
+    """How many jobs these overrides make; None if that takes a look at files, as for a glob."""
+    with contextlib.suppress(HydraException):
+        return math.prod(len(list(override.sweep_iterator())) for override in swept)
+    return None
 
 
 def run_as_job(program: list[str]) -> None:
@@ -142,7 +170,15 @@ def run_as_job(program: list[str]) -> None:
     command = [sys.executable, *program, *_flags(hydra), *overrides, *_method(label, overrides)]
     one_by_one = hydra.launcher._target_.endswith(".BasicLauncher")  # several at once would all print
     _say(f"— job {hydra.job.num}: {label}" + ("" if one_by_one else f"; its log: {directory / sweeps.LOG}"))
-    error = sweeps.run_job(command, directory, number=hydra.job.num, overrides=overrides, label=label, show=one_by_one)
+    error = sweeps.run_job(
+        command,
+        directory,
+        number=hydra.job.num,
+        overrides=overrides,
+        label=label,
+        show=one_by_one,
+        of=NamedSweep.jobs if one_by_one else None,
+    )
     _say(f"— job {hydra.job.num}: " + ("done" if error is None else f"failed: {error}"))
 
 

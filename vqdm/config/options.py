@@ -55,10 +55,11 @@ class PromptsConfig:
     source: str = "builtin"  # tiny | small | builtin | file
     path: str | None = None  # a .json (COCO, Karpathy), .csv, .tsv, .jsonl or .txt file; giving it sets source=file
     column: str | None = None  # column of a table; None = the first of captions, caption, prompt, text
-    split: str = "train"  # source=tiny, small: train | validation | test | reference | unseen_pairs; Karpathy's file:
-    # train (without restval) | val | test | restval; other files have no splits
-    n: int | None = number(64, least=1, most=MOST)
-    order: str = "first"  # first | shuffled
+    # source=tiny, small: train | validation | test | reference | unseen_pairs; Karpathy's file: train (without
+    # restval) | val | test | restval; other files have no splits
+    split: str = "train"
+    n: int | None = number(64, least=1, most=MOST)  # number of prompts; None = all
+    order: str = "first"  # the first ones: first | shuffled
     seed: int = number(0, least=0, most=SEEDS)  # seed of the shuffle
     sha256: str | None = None  # required sha256 of the list, of a longer list that begins with it, or of the file
 
@@ -69,8 +70,10 @@ class PromptsConfig:
 
 @dataclasses.dataclass
 class SamplerConfig:
+    """How images are sampled."""
+
     scheduler: str = "ddim"  # ddim | euler | euler_ancestral | dpm_solver | native (the model's own; flow matching)
-    steps: int = number(20, least=1, most=10_000)
+    steps: int = number(20, least=1, most=10_000)  # sampling steps
     guidance: float = number(3.0, least=0, most=1000)  # classifier-free guidance scale; 0 = none (turbo models)
     timestep_spacing: str | None = None  # None = the model's own; turbo models use trailing
     size: int | None = number(None, least=8, most=16_384)  # pixels; None = the model's own
@@ -81,12 +84,12 @@ class RescaleConfig:
     """Function-preserving per-channel rescalings, which give heavy-tailed channels like those of large models."""
 
     sigma: float = number(0.0, least=0, most=5)  # standard deviation of log s; 0 = off
-    seed: int = number(0, least=0, most=SEEDS)
+    seed: int = number(0, least=0, most=SEEDS)  # seed of the draws of s
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    name: str = "tiny"
+    name: str = "tiny"  # the model's name, in labels and records
     builtin: str | None = None  # a model shipped with the package, or with the repository beside it
     world: str = "tiny"  # whose captions and evaluators calibration=tiny and evaluate=tiny take: TINY_WORLDS
     path: str | None = None  # or a local diffusers directory or .safetensors file with the original key names
@@ -94,7 +97,7 @@ class ModelConfig:
     # seed of random weights for `configs`, drawn into `path` (sdxl: 7 GB); None: the files that are there
     random_seed: int | None = number(None, least=0, most=SEEDS)
     hub_id: str | None = None  # or a hub id with a pinned revision
-    revision: str | None = None
+    revision: str | None = None  # the commit of hub_id to take; must be given with it
     variant: str | None = None  # variant of the weight files, e.g. fp16
     dtype: str = "float32"  # dtype of the computation
     layers: str | None = None  # regular expression for the layers to quantize; None = by the model (`layer_pattern`)
@@ -109,15 +112,15 @@ class CalibrationConfig(PromptsConfig):
 
     recorded_steps: int = number(4, least=1, most=10_000)  # number of sampling steps whose denoiser calls are kept
     timesteps: str = "uniform"  # uniform: evenly spread steps | normal: each batch draws its own ~ N(0.4 T, 0.4 T)
-    batch_size: int = number(16, least=1, most=65_536)
-    noise_seed: int = number(0, least=0, most=SEEDS)
+    batch_size: int = number(16, least=1, most=65_536)  # prompts sampled at once
+    noise_seed: int = number(0, least=0, most=SEEDS)  # seed of the noise to sample from
 
 
 @dataclasses.dataclass
 class TrajectoriesConfig(PromptsConfig):
     """Prompts, and the noisy latents on the way to their images, on which the student learns."""
 
-    n: int | None = number(128, least=1, most=MOST)
+    n: int | None = number(128, least=1, most=MOST)  # number of prompts to train on
     order: str = "shuffled"  # with a seed other than the calibration's, so that a long list gives few of the same
     seed: int = number(1, least=0, most=SEEDS)
     along: str = "teacher"  # sampled by teacher | student; data: noised latents of images
@@ -128,7 +131,7 @@ class TrajectoriesConfig(PromptsConfig):
     sampler_steps: list[int] | None = number(None, least=1, most=10_000)
     recorded_steps: int | None = number(None, least=1, most=10_000)  # evenly spread steps kept of each; None = all
     batch_size: int = number(16, least=1, most=65_536)  # prompts sampled at once
-    noise_seed: int = number(0, least=0, most=SEEDS)
+    noise_seed: int = number(0, least=0, most=SEEDS)  # seed of the noise to sample from
 
 
 @dataclasses.dataclass
@@ -136,9 +139,9 @@ class TrainedConfig:
     """The parts of the student that train."""
 
     codebooks: bool = True  # codebooks, or the trellis table
-    scales: bool = True
-    biases: bool = True
-    norms: bool = True
+    scales: bool = True  # scales of quantized layers
+    biases: bool = True  # biases of quantized layers
+    norms: bool = True  # weights and biases of norms
     rest: bool = True  # layers that are not quantized
 
 
@@ -153,13 +156,11 @@ class FinetuneConfig:
     # a weight's step, in units of the learning rate × its row's root mean square
     code_rate: float = number(2.0, least=0, most=1e4, above=True)
     code_every: int = number(10, least=1, most=MOST)  # steps between two searches for nearer codes
-    seed: int = number(0, least=0, most=SEEDS)
-    # block after block, on the calibration's recorded calls
-    # relative learning rate; None = 0.03 × the root of the block's error
+    seed: int = number(0, least=0, most=SEEDS)  # seed of the draws of samples
+    # learning rate, relative, of block after block; None = 0.03 × the root of the block's error
     block_rate: float | None = number(None, least=0, most=10, above=True)
     block_samples: int = number(512, least=1, most=MOST)  # rows of recorded calls; an eighth of them judges
-    block_batch_size: int = number(32, least=1, most=65_536)
-    # end to end
+    block_batch_size: int = number(32, least=1, most=65_536)  # rows per step
     trajectories: TrajectoriesConfig = dataclasses.field(default_factory=TrajectoriesConfig)
     # samples per step over all processes; one is a caption at a timestep, both guidance halves
     batch_size: int = number(32, least=1, most=65_536)
@@ -175,12 +176,12 @@ class FinetuneConfig:
     checkpointing: bool = False  # True: recompute activations for the backward pass
     loss: str = "guided"  # error of the guided prediction (guided), or of both its halves alike (halves)
     weighting: str = "uniform"  # weights of timesteps: uniform | min_snr (Hang et al. 2023)
-    min_snr: float = number(5.0, least=0, most=1e6, above=True)
+    min_snr: float = number(5.0, least=0, most=1e6, above=True)  # limit of the weights of weighting=min_snr
     # weight of the blocks' relative squared error, for which the teacher has to run along
     feature_weight: float = number(0.0, least=0, most=1e6)
     refresh: int = number(50, least=1, most=MOST)  # for trajectories.along=student: steps between two recordings
     check_every: int = number(50, least=1, most=MOST)  # steps between two validations, each with a checkpoint
-    validation_samples: int = number(256, least=1, most=MOST)
+    validation_samples: int = number(256, least=1, most=MOST)  # samples that a validation looks at
 
 
 @dataclasses.dataclass
@@ -189,7 +190,7 @@ class EvaluateConfig:
     metrics: list[str] = dataclasses.field(default_factory=lambda: ["tiny", "paired"])  # families: METRIC_FAMILIES
     # numbers of prompts after which to score on the way to all of them, so that a bad run is seen early; null = none
     ladder: list[int] | None = number(None, least=1, most=MOST)
-    images_per_prompt: int = number(1, least=1, most=65_536)
+    images_per_prompt: int = number(1, least=1, most=65_536)  # images of each prompt, from noise of their own
     evaluators: str | None = None  # of family tiny: a directory or one of TINY_WORLDS; None = those of tiny
     weights: str = "data/metrics"  # folder searched for the other families' files, before the hub's cache
     reference: str | None = None  # statistics of real images (scripts/make_reference_stats.py), or .npz with mu, sigma
@@ -206,33 +207,34 @@ class EvaluateConfig:
 class TrackerConfig:
     kind: str = "wandb"  # wandb | none
     mode: str = "auto"  # auto: online when a key is set, else offline | offline | online
-    project: str = "vqdm"
-    group: str | None = None
+    project: str = "vqdm"  # the project of W&B
+    group: str | None = None  # the group of W&B; None = the table's or sweep's name
 
 
 @dataclasses.dataclass
 class TinyTrainConfig:
     """Train a world from nothing; step counts are those of the shipped weights of tiny."""
 
-    world: str = "tiny"  # TINY_WORLDS
-    seed: int = number(0, least=0, most=SEEDS)
-    scenes: int = number(150_000, least=1, most=MOST)
-    batch_size: int = number(128, least=1, most=65_536)
-    vae_steps: int = number(4200, least=1, most=MOST)
-    vae_batch_size: int = number(32, least=1, most=65_536)
-    vae_scenes: int = number(100_000, least=1, most=MOST)
-    text_steps: int = number(3000, least=1, most=MOST)
-    text_scenes: int = number(100_000, least=1, most=MOST)
-    unet_steps: int = number(12_000, least=1, most=MOST)
-    turbo_steps: int = number(2500, least=1, most=MOST)
-    turbo_guidance: float = number(3.0, least=0, most=1000)
-    attribute_steps: int = number(2500, least=1, most=MOST)
-    clip_steps: int = number(1500, least=1, most=MOST)
-    evaluator_scenes: int = number(80_000, least=1, most=MOST)  # plus a quarter as many with unseen pairs
-    reference_scenes: int = number(4096, least=1, most=MOST)
-    unet_batch_size: int | None = number(None, least=1, most=65_536)  # None = batch_size
+    world: str = "tiny"  # which world: TINY_WORLDS
+    seed: int = number(0, least=0, most=SEEDS)  # seed of everything that is drawn
+    scenes: int = number(150_000, least=1, most=MOST)  # scenes to train the U-Net on
+    batch_size: int = number(128, least=1, most=65_536)  # scenes per step
+    vae_steps: int = number(4200, least=1, most=MOST)  # steps of the VAE
+    vae_batch_size: int = number(32, least=1, most=65_536)  # scenes per step of the VAE
+    vae_scenes: int = number(100_000, least=1, most=MOST)  # scenes to train the VAE on
+    text_steps: int = number(3000, least=1, most=MOST)  # steps of the text encoders
+    text_scenes: int = number(100_000, least=1, most=MOST)  # scenes to train the text encoders on
+    unet_steps: int = number(12_000, least=1, most=MOST)  # steps of the U-Net
+    turbo_steps: int = number(2500, least=1, most=MOST)  # steps of the few-step student
+    turbo_guidance: float = number(3.0, least=0, most=1000)  # guidance that the few-step student learns in
+    attribute_steps: int = number(2500, least=1, most=MOST)  # steps of the attribute network, an evaluator
+    clip_steps: int = number(1500, least=1, most=MOST)  # steps of the CLIP model, an evaluator
+    # scenes to train the evaluators on, plus a quarter as many with unseen pairs
+    evaluator_scenes: int = number(80_000, least=1, most=MOST)
+    reference_scenes: int = number(4096, least=1, most=MOST)  # scenes that FID, KID and CMMD compare with
+    unet_batch_size: int | None = number(None, least=1, most=65_536)  # scenes per step of the U-Net; None = batch_size
     growth_every: int | None = number(None, least=1, most=MOST)  # steps of the U-Net between two looks at its images
-    growth_captions: int = number(128, least=1, most=MOST)
+    growth_captions: int = number(128, least=1, most=MOST)  # captions of such a look
     init_from: str | None = None  # diffusers directory with a U-Net to train on from
 
 
@@ -251,8 +253,9 @@ class Config:
     threads: int | None = number(None, least=1, most=1024)  # torch's threads on the CPU; None = the free cores
     # GiB of Hessians that quantize.hessian_from=student sums in one pass of sampling; less: more passes, same result
     memory_budget_gb: float = number(4.0, least=0, most=100_000, above=True)
-    results_dir: str = "results"
+    results_dir: str = "results"  # the folder for all that runs make
     show_layers: bool = False  # True: print a line for every layer quantized
+    verbose: bool = False  # True, or -v: say everything, also each stage's own lines and a table's whole protocol
     output: str | None = None  # for task=compress, the directory to write; None = below results_dir
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqdm.calibration.blocks import device_of, only_these_train
 from vqdm.calibration.recording import LATENTS, play
@@ -23,7 +22,7 @@ from vqdm.distillation.optimizer import RelativeAdam, learning_rate
 from vqdm.distillation.parameters import Trained, trained_parameters
 from vqdm.distillation.trajectories import Batch, Trajectories
 from vqdm.errors import UserError
-from vqdm.runs import processes
+from vqdm.runs import processes, progress
 from vqdm.runs.device import one_order_of_sums
 from vqdm.seeds import torch_generator
 
@@ -66,10 +65,11 @@ class Distillation:
         state = checkpoints.restore()
         learned = only_these_train(student, [part.parameter for part in trained])
         repeatable = one_order_of_sums(device_of(student))
-        with learned, repeatable, _checkpointed(student, checkpointing=config.checkpointing):
+        shown = progress.bar("finetune", config.steps, unit="step")
+        with learned, repeatable, _checkpointed(student, checkpointing=config.checkpointing), shown as bar:
             module = _distributed(student)
-            steps = tqdm(range(state.step, config.steps), "finetune", initial=state.step, total=config.steps)
-            for step in steps:
+            bar.skip(state.step, items=state.step)
+            for step in range(state.step, config.steps):
                 self._check(state, checkpoints)
                 loss = self._gradients(module, step)
                 if not math.isfinite(loss):
@@ -86,7 +86,7 @@ class Distillation:
                     moved = sum(weight.settle() for weight in drifting.values())
                 state.step = step + 1
                 state.losses.append(loss)
-                steps.set_postfix(loss=f"{loss:.5f}")
+                bar.add(note=f"loss {loss:.5f}")
                 self.report({"step": step + 1, "loss": loss, "learning_rate": rate, "codes_moved": moved})
             self._check(state, checkpoints)
         checkpoints.load_best(state)

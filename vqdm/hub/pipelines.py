@@ -16,7 +16,7 @@ from vqdm.errors import UserError
 from vqdm.hub.card import CARD_FILE
 from vqdm.hub.config import METHOD, VQDMConfig
 from vqdm.hub.quantizer import attach
-from vqdm.models.foreign import json_object, loading, safetensors_header
+from vqdm.models.foreign import json_object, loading, safetensors_header, without_bars
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
 from vqdm.models.parts import weight_files
@@ -29,20 +29,14 @@ INDEX = "model_index.json"  # the file that makes a directory a pipeline
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Silence diffusers' progress bars inside; a full disk raises OSError rather than an error of safetensors' own."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Silence libraries' progress bars inside; a full disk raises OSError rather than an error of safetensors' own."""
     try:
-        yield
+        with without_bars():
+            yield
     except SafetensorError as error:
         if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
         raise OSError(int(code[1]), str(error)) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def save_denoiser(denoiser: nn.Module, directory: Path, *, metrics: Mapping[str, float]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vqdm.models.foreign import without_bars
 from vqdm.runs.device import full_float32
 
 
@@ -40,7 +41,8 @@ class PickScore:
         from transformers import CLIPModel, CLIPProcessor
 
         self.device = device
-        self.model = CLIPModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+        with without_bars():
+            self.model = CLIPModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
         self.processor = CLIPProcessor.from_pretrained(directory, local_files_only=True)
         self.model.eval().requires_grad_(False).to(device)
 

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from vqdm.errors import UserError
 from vqdm.prompts import PromptList
+from vqdm.runs import progress
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # modes of 8 bits per channel
@@ -83,7 +83,7 @@ def images_of(prompts: PromptList, images: list[ImageFile]) -> list[ImageFile]:
 def check_images(images: list[ImageFile]) -> list[tuple[str, str]]:
     """(name, sha256 of the file) for every image; UserError naming the files that cannot be decoded."""
     with ThreadPoolExecutor() as threads:
-        hashes = list(tqdm(threads.map(_checked, images), desc="reading", total=len(images), unit="image"))
+        hashes = list(progress.over(threads.map(_checked, images), "reading", unit="image", total=len(images)))
     if broken := [f"{image.source}: {image.name}" for image, one in zip(images, hashes, strict=True) if one is None]:
         shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
         raise UserError(f"unreadable images of 8 bits: {shown}; fetch them again or take them out")

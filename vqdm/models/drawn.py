@@ -15,6 +15,7 @@ from pathlib import Path
 from vqdm.errors import UserError
 from vqdm.models.foreign import safetensors_header
 from vqdm.models.parts import INDEX, VOCABULARIES, parts_of
+from vqdm.runs import progress
 from vqdm.runs.files import atomic_write, canonical_json, sha256_file
 from vqdm.runs.locks import locked
 
@@ -129,14 +130,13 @@ def _announce(directory: Path, missing: list[_File]) -> None:
 
 def _draw(files: list[_File], *, seed: int, identity: str) -> None:
     from safetensors.torch import save
-    from tqdm import tqdm
 
-    with tqdm(total=sum(file.bytes for file in files), desc="draw weights", unit="B", unit_scale=True) as progress:
+    with progress.bar("draw weights", sum(file.bytes for file in files), count=len(files), unit="file") as bar:
         for file in files:
             part = file.path.parent.name
             tensors = {name: _tensor(f"{part}.{name}", shape, seed) for name, shape in file.tensors.items()}
             atomic_write(file.path, save(tensors, {"format": "pt", MARK: identity}))
-            progress.update(file.bytes)
+            bar.add(file.bytes)
 
 
 def _tensor(name: str, shape: tuple[int, ...], seed: int):

@@ -35,6 +35,22 @@ def loading(place: Path | str, what: str = "a diffusers pipeline") -> Iterator[N
         ) from error
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the progress bars of diffusers and transformers inside, where a bar of ours is shown."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    shown = [library for library in (diffusers, transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def json_object(file: Path) -> dict:
     """The content of a JSON file that holds an object. UserError for one that is missing or holds anything else."""
     try:

@@ -10,7 +10,7 @@ from torch import nn
 from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.errors import UserError
 from vqdm.models.finite import check_finite, check_images
-from vqdm.models.foreign import json_object, loading
+from vqdm.models.foreign import json_object, loading, without_bars
 from vqdm.models.location import (
     DENOISERS,
     configs_directory,
@@ -23,6 +23,7 @@ from vqdm.models.placement import put_on, visits
 from vqdm.models.rescale import rescale_
 from vqdm.models.samplers import check_sampler, set_sampler
 from vqdm.models.single_file import load_single_file
+from vqdm.runs import progress
 
 
 def denoiser_part(pipeline) -> str:
@@ -45,7 +46,8 @@ def load_pipeline(config: ModelConfig, *, device: str, denoiser: nn.Module | Non
     directory = model_directory(config)
     check_sampler(directory, config.sampler)
     given = {} if denoiser is None else {denoiser_directory(directory).name: denoiser}
-    pipeline = _from_files(config, directory, **given, **parts)
+    with progress.step(f"loading {config.name}"):
+        pipeline = _from_files(config, directory, **given, **parts)
     place = single_file(config) or directory
     _check_whole(pipeline, place)
     check_finite(pipeline, place, checked={*given, *parts})
@@ -75,8 +77,9 @@ def _from_files(config: ModelConfig, directory: Path, **given: nn.Module):
 
     dtype = getattr(torch, config.dtype)
     if (file := single_file(config)) is not None:
-        return load_single_file(file, configs=directory, dtype=dtype, **given)
-    with loading(directory):
+        with without_bars():
+            return load_single_file(file, configs=directory, dtype=dtype, **given)
+    with loading(directory), without_bars():
         pipeline = DiffusionPipeline.from_pretrained(
             directory, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True, **given
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vqdm.errors import UserError
+from vqdm.runs.texts import nearest
 
 SEEDED = ("calibration.seed", "calibration.noise_seed", "quantize.seed", "finetune.seed")
 
@@ -66,15 +67,21 @@ class Table:
     deviations: tuple[str, ...] = ()  # differences from the paper, or from the table whose twin this is
     gpu_hours: str | None = None  # an estimate, and its basis
     pairs: tuple[Pair, ...] = ()
+    made_by: str | None = None  # the command that makes it, where it is no file of experiments/
 
     def command(self, model: str) -> str:
+        if self.made_by is not None:
+            return self.made_by
         return f"python run.py table={self.name}" + ("" if model == self.model else f" model={model}")
 
     def row(self, name: str) -> Row:
         found = next((row for row in self.rows if row.name == name), None)
         if found is None:
-            known = ", ".join(row.name for row in self.rows)
-            raise UserError(f"table {self.name} has no row {name!r}; its rows are {known}")
+            known = [row.name for row in self.rows]
+            like = nearest(name, known)
+            raise UserError(
+                f"table {self.name} has no row {name!r}: did you mean {like}? its rows are {', '.join(known)}"
+            )
         return found
 
 
@@ -84,8 +91,9 @@ def read_table(path: Path) -> Table:
     from yaml import YAMLError
 
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise UserError(f"there is no table {path.stem!r}; experiments/ holds {known}")
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        like = f"did you mean {nearest(path.stem, known)}? " if known else ""
+        raise UserError(f"there is no table {path.stem!r}: {like}experiments/ holds {', '.join(known)}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException) as error:

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from vqdm.runs import progress
 from vqdm.runs.files import canonical_json, write_json
 from vqdm.runs.texts import file_name_of
 
@@ -25,7 +26,7 @@ SWEEP, JOB, LOG = "sweep.json", "job.json", "log.txt"
 RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: the file in which the job names its own run record
 UNKNOWN = "has not said how it ended: killed with its launcher, or still at work"
 # overrides that change no result: the same sweep goes on under the same name
-UNNAMED = ("results_dir.", "threads.", "device.", "memory_budget_gb.", "show_layers.", "tracker.")
+UNNAMED = ("results_dir.", "threads.", "device.", "memory_budget_gb.", "show_layers.", "verbose.", "tracker.")
 TAIL = 4000  # characters at the end of a job's log, where its error stands
 
 
@@ -54,12 +55,19 @@ def job_label(directory: Path, overrides: list[str]) -> str:
 
 
 def run_job(
-    command: list[str], directory: Path, *, number: int, overrides: list[str], label: str, show: bool
+    command: list[str],
+    directory: Path,
+    *,
+    number: int,
+    overrides: list[str],
+    label: str,
+    show: bool,
+    of: int | None = None,
 ) -> str | None:
     """Run one job to its end in a process of its own. Returns its error, or None if it succeeded.
 
-    directory: the job's. show: print its output on this terminal too, besides writing it to its log. W&B groups the
-    runs by sweep, unless told otherwise.
+    directory: the job's. show: print its output on this terminal too, besides writing it to its log. of: how many jobs
+    there are, where that is known. W&B groups the runs by sweep, unless told otherwise.
     """
     directory.mkdir(parents=True, exist_ok=True)
     job = {"number": number, "overrides": overrides, "label": label, "error": UNKNOWN}
@@ -68,6 +76,8 @@ def run_job(
     write_json(directory / JOB, job)
     started = time.monotonic()
     environment = {"WANDB_RUN_GROUP": directory.parent.name} | os.environ | {RUN_FILE: str(run_file.resolve())}
+    environment[progress.JOB] = f"job {number + 1}" + ("" if of is None else f" of {of}")
+    environment[progress.WIDTH] = str(progress.terminal_width() or "") if show else ""
     job["error"] = _run(command, directory / LOG, environment, show=show)
     job["seconds"] = round(time.monotonic() - started, 1)
     job["run"] = json.loads(run_file.read_text())["run"] if run_file.exists() else None
@@ -120,6 +130,11 @@ def say_run(record: dict | None) -> None:
     if record is not None and RUN_FILE in os.environ:
         name = f"runs/{record['experiment']}/{record['fingerprint'][:8]}.json"
         write_json(Path(os.environ[RUN_FILE]), {"run": name})
+
+
+def is_job() -> bool:
+    """True in the process of a sweep's job."""
+    return RUN_FILE in os.environ
 
 
 def jobs_of_sweep(directory: Path) -> list[dict]:

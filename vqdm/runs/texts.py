@@ -1,9 +1,11 @@
-"""Texts from outside (options, captions, models' names) made safe for names of files, CSV and Markdown.
+"""Texts from outside (options, captions, models' names) made safe for names of files, CSV and Markdown; times in words.
 
 Imports the standard library only.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 
 from vqdm.errors import UserError
 
@@ -39,6 +41,11 @@ def in_one_line(text: str) -> str:
     return " ".join(str(text).split())
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one."""
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
 def in_csv(value):
     """A cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe. Numbers stay."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
@@ -48,3 +55,17 @@ def in_markdown(text: str, *, cell: bool = False) -> str:
     """The text in one line that opens no HTML tag. cell: of a table, which it does not break."""
     line = _TAG.sub("&lt;", in_one_line(text))
     return line.replace("|", r"\|") if cell else line
+
+
+def duration(seconds: float) -> str:
+    """Time in words, to two digits: 40 s, 12 min, 3.5 h, 12 days."""
+    for unit, size, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < limit * size:
+            return f"{two_digits(seconds / size)} {unit}"
+    return f"{two_digits(seconds / 86400)} days"
+
+
+def two_digits(value: float) -> str:
+    if value >= 9.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.095 else f"{value:.1g}"

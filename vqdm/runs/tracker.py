@@ -180,7 +180,7 @@ def start_tracker(
     mode = _mode(mode)
     logged = directory / "logged" / f"{file_name_of(f'{project}-{run_id}')}-{mode}.json"
     if _is_logged(logged, mode):
-        log.info("tracker: this run was logged before; remove %s to log it again", logged)
+        log.debug("tracker: this run was logged before; remove %s to log it again", logged)
         return FinishedTracker(run_id)
     with unwritable_is_mendable(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def start_tracker(
         ) from error
     if mode == "offline":
         parts = [*earlier, Path(run.dir).parent]  # of a run that was stopped, each with its own part of the curves
-        log.info("tracker: offline; upload with `wandb sync %s`", " ".join(map(str, parts)))
+        log.debug("tracker: offline; upload with `wandb sync %s`", " ".join(map(str, parts)))
     return WandbTracker(run, logged=logged)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from tqdm import tqdm
 
 from vqdm.acceleration.branch_cache import source_of
 from vqdm.acceleration.caching import make_schedule, timesteps_of
@@ -22,9 +21,11 @@ from vqdm.config.acceleration import CacheConfig
 from vqdm.config.options import CalibrationConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
+from vqdm.runs import progress
 from vqdm.runs.files import atomic_write
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.runs.threads import threads_that_are_free
+from vqdm.stages.layout import label_of
 
 SCHEDULE_FILE, CORRECTION_FILE = "schedule.json", "correction.safetensors"
 
@@ -45,9 +46,11 @@ def _observe(
     """
     chosen = PromptList(prompts.prompts[: config.prompts], prompts.origin)
     batches = sample_batches(pipeline, chosen, config=calibration, sampler=sampler)
-    with threads_that_are_free() as adjust_threads:
-        for name, _, run in tqdm(batches, desc=f"features {directory.name}", unit="batch"):
+    shown = progress.bar(f"features {label_of(directory)}", len(batches), unit="batch")
+    with threads_that_are_free() as adjust_threads, shown as bar:
+        for name, _, run in batches:
             if read_item(directory, name) is not None:
+                bar.skip()
                 continue
             adjust_threads()
             taker, finish = make(name)
@@ -55,6 +58,7 @@ def _observe(
                 run()
             files, record = finish()
             write_item(directory, name, files, record)
+            bar.add()
     return [name for name, _, _ in batches]
 
 

@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 from safetensors.torch import save as to_bytes
-from tqdm import tqdm
 
 from vqdm.calibration.calls import recorded_positions, sample_batches, token_limit
 from vqdm.calibration.recording import Recorder
 from vqdm.config.options import CalibrationConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList, one_line, token_report
+from vqdm.runs import progress
 from vqdm.runs.store import atomic_write, read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 
@@ -26,15 +26,18 @@ def calibrate(
     """Fill the stage's directory; existing batches are kept. Returns the manifest's summary."""
     atomic_write(directory / "prompts.jsonl", prompts.to_jsonl())
     tokens = token_report(prompts, pipeline.tokenizer, token_limit(pipeline))
-    log.info("calibration: %s; %s", prompts.origin, one_line(tokens))
+    strange = tokens["unknown"] or tokens["truncated_prompts"]
+    log.log(logging.INFO if strange else logging.DEBUG, "calibration: %s; %s", prompts.origin, one_line(tokens))
     batches = sample_batches(pipeline, prompts, config=config, sampler=sampler)
-    with threads_that_are_free() as adjust_threads:
-        for name, batch, run in tqdm(batches, desc="calibrate", unit="batch"):
+    with threads_that_are_free() as adjust_threads, progress.bar("calibrate", len(batches), unit="batch") as bar:
+        for name, batch, run in batches:
             if read_item(directory, name) is not None:
+                bar.skip()
                 continue
             adjust_threads()
             with Recorder(denoiser_of(pipeline), steps=recorded_positions(config, sampler.steps, name)) as recorder:
                 run()
             files = {f"calls/{name}-{i:02d}.safetensors": to_bytes(call) for i, call in enumerate(recorder.calls)}
             write_item(directory, name, files, {"prompts": [p.id for p in batch], "calls": len(recorder.calls)})
+            bar.add()
     return {"origin": prompts.origin, "prompts_sha256": prompts.sha256, "tokens": tokens}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vqdm.config.options import EvaluateConfig, SamplerConfig
 from vqdm.metrics.families import FAMILIES
@@ -14,6 +13,7 @@ from vqdm.metrics.reference import Reference
 from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
 from vqdm.prompts import ImageList, PromptList
+from vqdm.runs import progress
 from vqdm.runs.store import atomic_write, write_json
 from vqdm.runs.texts import in_csv
 from vqdm.stages.features import environments, load_columns
@@ -57,10 +57,11 @@ def evaluate(
     captions = [prompt.text for prompt, _ in listed]
     per_image: dict[str, np.ndarray] = {}
     metrics: dict[str, dict] = {}
-    for family, place in tqdm(families.items(), desc=f"evaluate {directory.name}", unit="family"):  # FIDs take minutes
+    for family, place in families.items():
         own, originals = (_columns(folder, len(captions), config) for folder in (place.own, place.originals))
         known = tiny_reference if family == "tiny" else _reference(reference, family)
-        found = score(family, own, originals, captions=captions, reference=known, resamples=resamples)
+        with progress.step(f"scores of family {family}"):  # FIDs take minutes
+            found = score(family, own, originals, captions=captions, reference=known, resamples=resamples)
         per_image |= found.images
         means = {
             name: mean_and_error(values, listed.copies)

@@ -9,14 +9,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from vqdm.runs import processes
+from vqdm.runs import processes, progress
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.stages.generate import load_images
-from vqdm.stages.layout import captions_in, image_path
+from vqdm.stages.layout import captions_in, image_path, label_of
 
 
 def extract(
@@ -46,7 +45,7 @@ def extract(
 
     extractor = make_extractor()
     with threads_that_are_free() as adjust_threads:
-        for name, rows, identity in tqdm(pending, desc=f"features {directory.name}", unit="batch"):
+        for name, rows, identity in progress.over(pending, f"features {label_of(directory)}", unit="batch"):
             adjust_threads()
             own = load_images(images, rows)
             if originals is None:

@@ -49,7 +49,7 @@ def finetune(
     running = functools.partial(computing_in, dtype, student)
     if teacher is not None:
         shared = share_frozen(student, teacher, config=config)
-        log.info("finetune: student and teacher share %.0f MiB", shared / 2**20)
+        log.debug("finetune: student and teacher share %.0f MiB", shared / 2**20)
     train, validation = split_prompts(prompts, config.trajectories.validation)
     if config.trajectories.along == "student":
         samples = OwnTrajectories(

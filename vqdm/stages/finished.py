@@ -5,10 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from vqdm.calibration.calls import recorded_calls
+from vqdm.calibration.calls import call_count, recorded_calls
 from vqdm.calibration.recording import OUTPUT, Call, play_back
 from vqdm.hub.checkpoint import round_to_stored_
 from vqdm.hub.pipelines import save_denoiser
+from vqdm.runs import progress
 from vqdm.runs.store import write_json
 from vqdm.stages.layout import DENOISER, ERRORS_FILE
 from vqdm.weights.bits import count_bits
@@ -46,7 +47,8 @@ def finished_denoiser(directory: Path, denoiser: nn.Module, calibration: Path, *
 
 def write_errors(directory: Path, denoiser: nn.Module, calibration: Path, *, device: str) -> float:
     """Write the denoiser's relative squared error on the recorded calls by timestep; returns that of all calls."""
-    sums = dict(sorted(squared_errors(denoiser, recorded_calls(calibration), device).items()))
+    calls = progress.over(recorded_calls(calibration), "output error", unit="call", total=call_count(calibration))
+    sums = dict(sorted(squared_errors(denoiser, calls, device).items()))
     errors = [wrong / power for wrong, power in sums.values()]
     write_json(directory / ERRORS_FILE, {"timesteps": list(sums), "relative_output_errors": errors})
     return sum(wrong for wrong, _ in sums.values()) / sum(power for _, power in sums.values())

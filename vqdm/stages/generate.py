@@ -4,17 +4,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from vqdm.config.options import SamplerConfig
 from vqdm.prompts import ImageList, Prompt
-from vqdm.runs import processes
+from vqdm.runs import processes, progress
 from vqdm.runs.items import batches
 from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.runs.usage import Usage
 from vqdm.seeds import torch_generator
-from vqdm.stages.layout import image_path, png_bytes, readable
+from vqdm.stages.layout import image_path, label_of, png_bytes, readable
 
 
 def noise_of(prompt: Prompt, copy: int) -> str:
@@ -45,7 +44,7 @@ def generate(
 
     usage, pipeline = Usage(), make_pipeline()
     with threads_that_are_free() as adjust_threads:
-        for name, batch, rows in tqdm(pending, desc=f"generate {directory.name}", unit="batch"):
+        for name, batch, rows in progress.over(pending, f"generate {label_of(directory)}", unit="batch"):
             adjust_threads()
             filled = batch + batch[-1:] * (batch_size - len(batch))
             generators = [torch_generator(seed, "image", noise_of(*image)) for image in filled]

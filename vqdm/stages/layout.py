@@ -24,6 +24,11 @@ SCORES_FILE = "metrics.json"  # in an evaluate stage: every metric with its prot
 IMAGES_FILE = "images.csv"  # in an evaluate stage: the scores of every image
 
 
+def label_of(directory: Path) -> str:
+    """A stage's label, from the directory that is named by it and its fingerprint; another directory's own name."""
+    return directory.name.rpartition("-")[0] or directory.name
+
+
 def image_path(directory: Path, index: int) -> Path:
     return directory / "images" / f"{index:06d}.png"
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqdm.acceleration.operators import choose, operators, remove, without
 from vqdm.calibration.calls import recorded_calls
@@ -21,11 +20,13 @@ from vqdm.config.acceleration import PruneConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
+from vqdm.runs import progress
 from vqdm.runs.items import batches
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.finished import finished_denoiser
+from vqdm.stages.layout import label_of
 from vqdm.weights.layers import replace_layer
 
 SCORES_FILE = "scores.json"
@@ -52,9 +53,12 @@ def prune(
     score = {"latents": _by_latents, "prediction": _by_prediction}[config.score]
     score_of = score(directory, pipeline, calibration, config, model, calibration_config)
     scores: dict[str, float] = {}
-    with threads_that_are_free() as adjust_threads:
-        for name in tqdm(candidates, desc=f"prune {directory.name}", unit="operator"):
+    shown = progress.bar(f"prune {label_of(directory)}", len(candidates), unit="operator")
+    with threads_that_are_free() as adjust_threads, shown as bar:
+        for name in candidates:
+            count = bar.skip
             if (record := read_item(directory, name)) is None:
+                count = bar.add
                 adjust_threads()
                 original = unet.get_submodule(name)
                 replace_layer(unet, name, without(original).eval())
@@ -62,6 +66,7 @@ def prune(
                 replace_layer(unet, name, original)
                 write_item(directory, name, {}, record)
             scores[name] = record["score"]
+            count()
     removed = choose(scores, weights, least=config.share * total)
     found = {"removed": removed, "weights": sum(weights[name] for name in removed), "of": total}
     table = [{"operator": name, "weights": weights[name], "score": scores[name]} for name in candidates]

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqdm.calibration.blocks import Block
 from vqdm.calibration.calls import recorded_calls
@@ -39,10 +37,12 @@ from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec
-from vqdm.runs import threads
+from vqdm.runs import progress, threads
 from vqdm.runs.device import MemoryGate, encoding_room, one_thread_each
 from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.texts import duration
 from vqdm.stages.finished import finished_denoiser
+from vqdm.stages.layout import label_of
 from vqdm.weights.base import QuantizedWeight, SharedPart
 from vqdm.weights.bits import tensor_bytes
 from vqdm.weights.layers import swap
@@ -112,12 +112,15 @@ class Encoder:
         weight = self.codec.encode(matrix, hessian, scheme, config=self.config, shared=shared, layer=spec.name)
         return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
 
-    def encode_all(self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, progress) -> None:
+    def encode_all(
+        self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, layers: "LayerProgress"
+    ) -> None:
         """Encode layers in parallel, the largest first, as many at once as the host's memory allows."""
         gate = MemoryGate(encoding_room())
 
         def encode(problem: Problem) -> dict:
             with gate.holding(self.codec.encoder_bytes(problem[0].shape, self.config)):
+                layers.begin(problem[0])
                 return self.encode(problem, hessians.get(problem[0].name))
 
         with one_thread_each():
@@ -127,7 +130,7 @@ class Encoder:
             stopped = False
             try:
                 for future in concurrent.futures.as_completed(futures):
-                    progress.show(future.result())
+                    layers.show(future.result())
             except KeyboardInterrupt:  # the layers at work, a minute each, go down with the process
                 stopped = True
                 raise
@@ -135,31 +138,27 @@ class Encoder:
                 pool.shutdown(wait=not stopped, cancel_futures=True)
 
 
-class LayerProgress(tqdm):
-    """The progress bar of a stage: it advances by layers, but the time left is estimated by their weights.
+class LayerProgress:
+    """Progress of a stage, by the weights of its layers. lines: also log a line for every layer made."""
 
-    lines: also print a line for every layer made.
-    """
-
-    def __init__(self, specs: list[LayerSpec], *, desc: str, lines: bool):
-        super().__init__(total=len(specs), desc=desc, unit="layer")
-        self.lines, self.weights, self.made = lines, sum(spec.size for spec in specs), 0
+    def __init__(self, bar: progress.Bar, *, lines: bool):
+        self.bar, self.lines = bar, lines
 
     def skip(self, specs: list[LayerSpec]) -> None:
         """Count layers that were already there."""
-        self.weights -= sum(spec.size for spec in specs)
-        self.update(len(specs))
+        self.bar.skip(sum(spec.size for spec in specs), items=len(specs))
+
+    def begin(self, spec: LayerSpec) -> None:
+        self.bar.begin(spec.name)
 
     def show(self, record: dict) -> None:
-        self.set_postfix(bits=f"{record['bits']:.3f}", error=f"{_error_of(record):.4f}")
-        self.update()
-        self.made += math.prod(record["shape"])
+        self.bar.add(math.prod(record["shape"]), item=record["name"])
         if self.lines:
-            left = self.format_dict["elapsed"] * (self.weights - self.made) / self.made
-            self.write(
-                f"{self.n:4d}/{self.total} {record['name']}: {record['bits']:.3f} bits, error {_error_of(record):.2g}, "
-                f"{record.get('seconds', 0):.1f} s, {tqdm.format_interval(left)} left",
-                file=sys.stderr,
+            left = self.bar.left()
+            log.info(
+                f"{self.bar.items:4d}/{self.bar.count} {record['name']}: {record['bits']:.3f} bits, "
+                f"error {_error_of(record):.2g}, {record.get('seconds', 0):.1f} s"
+                + ("" if left is None else f", {duration(left)} left")
             )
 
 
@@ -211,20 +210,25 @@ def quantize(
     dtype = next(denoiser.parameters()).dtype
     measured = None if harm is None else read_harm(harm)
     assignment = assign_schemes(denoiser, config, pattern=model.layers, min_size=model.min_size, harm=measured)
-    with one_thread_each():
+    with one_thread_each(), progress.step("kernels, and what layers share"):
+        from vqdm.weights import kernels  # noqa: F401 (numba takes seconds to import: not in the first layer's time)
+
         shared = shared_parts(directory, denoiser, assignment.quantized, config=config)
     encoder = Encoder(directory, denoiser, config, shared)
-    with LayerProgress(assignment.specs, desc=f"quantize {directory.name}", lines=show_layers) as progress:
+    specs = assignment.specs
+    what, weights = f"quantize {label_of(directory)}", sum(spec.size for spec in specs)
+    with progress.bar(what, weights, count=len(specs), unit="layer") as bar:
+        layers = LayerProgress(bar, lines=show_layers)
         if encoder.codec.by_blocks is not None:
-            _by_blocks(encoder, assignment, calibration, progress=progress)
+            _by_blocks(encoder, assignment, calibration, layers=layers)
         else:
             drive = functools.partial(drive_student, pipeline, config=calibration_config, sampler=model.sampler)
-            _by_groups(encoder, assignment, calibration, drive, device=device, progress=progress, room=hessian_room)
+            _by_groups(encoder, assignment, calibration, drive, device=device, layers=layers, room=hessian_room)
     return _finish(directory, denoiser, assignment, calibration, dtype=dtype, device=device)
 
 
 def _by_groups(
-    encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, progress, room: int
+    encoder: Encoder, assignment: Assignment, calibration: Path, drive, *, device: str, layers, room: int
 ) -> None:
     """Quantize group after group: its Hessians, then its layers in parallel; a student takes it in before the next.
 
@@ -239,12 +243,12 @@ def _by_groups(
     for group in groups if student else teacher_groups(groups):
         for part in in_passes(group, room) if student else [group]:
             missing = [spec for spec in part if read_item(encoder.directory, spec.name) is None]
-            progress.skip([spec for spec in part if spec not in missing])
+            layers.skip([spec for spec in part if spec not in missing])
             hessians = {}
             if missing and wanted:  # for the whole part, so that its draws of tokens do not depend on what is there
                 hessians = collect(denoiser, group, drive, config=config, wanted=part)
             problems = [(spec, schemes[spec.name]) for spec in missing]
-            encoder.encode_all(problems, hessians, workers=workers, progress=progress)
+            encoder.encode_all(problems, hessians, workers=workers, layers=layers)
         if student:
             _take_in(encoder, group)
     if not student:
@@ -259,7 +263,7 @@ def _take_in(encoder: Encoder, specs: list[LayerSpec]) -> None:
     nn.Module.to(encoder.denoiser, device=device)  # including the shared parts that came with them
 
 
-def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, progress) -> None:
+def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, layers) -> None:
     """Quantize block after block (AdaRound): inputs from the partly quantized student, targets from the teacher."""
     config, specs = encoder.config, {spec.name: spec for spec in assignment.specs}
     teacher = copy.deepcopy(encoder.denoiser)
@@ -269,7 +273,8 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, p
         return None if None in weights.values() else weights
 
     def show(block: Block, step: int, loss: float) -> None:
-        progress.set_postfix(block=block.name, step=step, loss=f"{loss:.4f}")
+        done = step / config.iterations * sum(spec.size for spec in block.specs)
+        layers.bar.partly(done, f"loss {loss:.4f}")
 
     with one_thread_each():
         for _, weights, report in encoder.codec.by_blocks(
@@ -283,11 +288,11 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, p
             directory=encoder.directory,
         ):
             if report is None:
-                progress.skip([specs[name] for name in weights])
+                layers.skip([specs[name] for name in weights])
                 continue
             for name, weight in weights.items():
                 matrix = matrix_of(teacher, specs[name])
-                progress.show(encoder.store(specs[name], weight, matrix, **dataclasses.asdict(report)))
+                layers.show(encoder.store(specs[name], weight, matrix, **dataclasses.asdict(report)))
 
 
 def _finish(
@@ -297,7 +302,7 @@ def _finish(
     left = [{"name": s.name, "shape": list(s.shape), "reason": reason} for s, reason in assignment.skipped]
     write_json(directory / "layers.json", {"quantized": records, "left_in_16_bit": left})
     found = finished_denoiser(directory, denoiser, calibration, dtype=dtype, device=device)
-    log.info(
+    log.debug(
         "quantized %d layers, %d left in 16 bit: %.3f bits per weight, relative output error %.4f",
         len(records),
         len(left),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from vqdm.calibration.calls import recorded_calls
 from vqdm.calibration.collect import collect, drive_teacher, execution_groups, teacher_groups
@@ -17,6 +16,7 @@ from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.options import ModelConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec, layer_specs
+from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.stages.finished import output_error
@@ -41,20 +41,23 @@ def sensitivity(
     calls = calls[len(calls) // CALLS // 2 :: max(1, len(calls) // CALLS)][:CALLS]
     harm: dict[str, dict[float, float]] = {}
     shared = make_shared(denoiser, [(spec, scheme_at(spec, CODE_BITS[0])) for spec in specs], config=config)
-    with tqdm(total=len(specs), desc=f"sensitivity {directory.name}", unit="layer") as progress:
+    sizes = {spec.name: spec.size for spec in specs}
+    mean = sum(sizes.values()) / len(sizes)  # the denoiser runs for every layer alike, the encoder by its weights
+    with progress.bar("sensitivity", 2 * sum(sizes.values()), count=len(specs), unit="layer") as bar:
         for group in teacher_groups(execution_groups(denoiser, specs, calibration)):
             hessians: dict[str, torch.Tensor] = {}
             if any(read_item(directory, spec.name) is None for spec in group):
                 hessians = collect(denoiser, group, drive_teacher(denoiser, calibration, device=device), config=config)
             for spec in group:
                 record = read_item(directory, spec.name)
+                count = bar.add if record is None else bar.skip
                 if record is None:
                     record = _harm_of(
                         denoiser, spec, hessians[spec.name], calls, shared=shared, config=config, device=device
                     )
                     write_item(directory, spec.name, {}, record)
                 harm[spec.name] = record["harm"]
-                progress.update()
+                count(sizes[spec.name] + mean)
     write_json(directory / "harm.json", harm)
     return {"layers": len(harm), "median_harm": {bits: _median(harm, i) for i, bits in enumerate(CODE_BITS)}}
 

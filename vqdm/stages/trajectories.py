@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from tqdm import tqdm
 
 from vqdm.calibration.calls import sample_batches
 from vqdm.calibration.recording import LATENTS, OUTPUT, Call, Recorder, evenly_spread, play_back
@@ -21,12 +20,14 @@ from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of
 from vqdm.models.placement import visits
 from vqdm.prompts import Prompt, PromptList
+from vqdm.runs import progress
 from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.caption_images import caption_image
 
 TRAIN, VALIDATION = "train", "validation"
+WHAT_FOR = {TRAIN: "learn from", VALIDATION: "validate on"}
 
 
 def split_prompts(prompts: PromptList, validation: int) -> tuple[PromptList, PromptList]:
@@ -57,10 +58,12 @@ def trajectories_in(directory: Path, part: str) -> Trajectories:
 
 def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config, sampler, noised=False) -> None:
     batches = list(recorded_batches(pipeline, prompts, config=config, sampler=sampler))
-    with threads_that_are_free() as adjust_threads:
-        for name, captions, sampled in tqdm(batches, desc=f"trajectories, {part}", unit="batch"):
+    shown = progress.bar(f"trajectories to {WHAT_FOR[part]}", len(batches), unit="batch")
+    with threads_that_are_free() as adjust_threads, shown as bar:
+        for name, captions, sampled in batches:
             item = f"{part}-{name}"
             if read_item(directory, item) is not None:
+                bar.skip()
                 continue
             adjust_threads()
             calls = sampled()
@@ -68,6 +71,7 @@ def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config
                 calls = noised_calls(pipeline, calls, captions, config=config)
             record = {"prompts": [p.id for p in captions], "calls": len(calls)}
             write_item(directory, item, {f"{part}/{name}.safetensors": pack(calls, captions=len(captions))}, record)
+            bar.add()
 
 
 def recorded_batches(

@@ -6,13 +6,13 @@ from pathlib import Path
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch import nn
-from tqdm import tqdm
 
 from vqdm.calibration.blocks import Block, blocks_of
 from vqdm.calibration.calls import recorded_calls
 from vqdm.config.options import FinetuneConfig
 from vqdm.distillation.blockwise import Changed, tune_blocks
 from vqdm.models.loader import denoiser_of
+from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.stages.finished import finished_denoiser
@@ -35,7 +35,7 @@ def tune_all_blocks(
         return load((directory / _file(block)).read_bytes())
 
     names = [block.name for block in blocks_of(teacher, specs, next(recorded_calls(calibration)))]
-    with one_thread_each(), tqdm(total=len(names), desc=f"tune {directory.name}", unit="block") as progress:
+    with one_thread_each(), progress.bar("tune", len(names), unit="block") as bar:
         for block, changed, report in tune_blocks(
             student,
             teacher,
@@ -43,12 +43,14 @@ def tune_all_blocks(
             lambda: recorded_calls(calibration),
             config=config,
             stored=stored,
-            progress=lambda block, step, loss: progress.set_postfix(block=block.name, step=step, loss=f"{loss:.4f}"),
+            progress=lambda block, step, loss: bar.partly(step / config.block_steps, f"loss {loss:.4f}"),
         ):
-            if report is not None:
+            if report is None:
+                bar.skip()
+            else:
                 content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in changed.items()})
                 write_item(directory, block.name, {_file(block): content}, dataclasses.asdict(report))
-            progress.update()
+                bar.add()
     reports = [{"block": name, **read_item(directory, name)} for name in names]
     write_json(directory / "blocks.json", reports)
     kept = sum(report["kept"] for report in reports)

@@ -7,16 +7,16 @@ Notation: W [out, in] is the weight, G = ∂loss/∂W its gradient, r and c are 
 
 import functools
 
-import numba
 import numpy as np
 
+from vqdm.runs.compiling import njit
 from vqdm.weights.trellis_format import HIGHEST_RATE, LOWEST_RATE, RATE_BITS, WINDOW_BITS
 
 GROUP = 8  # values decoded from one word: 7 steps of 6 bits and a window are 54 bits
 TILE = 16  # columns decoded together: one cache line in every row
 LANES = 8  # weights of a codeword that are summed together
 SPAN = (GROUP - 1) * HIGHEST_RATE // 4 + WINDOW_BITS  # the most bits that GROUP values read
-_compiled = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+_compiled = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
 
 
 @_compiled

@@ -15,11 +15,12 @@ from vqdm.config.options import PLAN_CARDS, CalibrationConfig, Config, EvaluateC
 from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
 from vqdm.runs.files import write_sealed
 from vqdm.runs.store import Stage, Store
+from vqdm.runs.texts import duration
 from vqdm.stages.plan.cost import guidance_factor, least_encoding_flops, second_moment_cost, stage_costs
 from vqdm.stages.plan.forward import ForwardCost, measure
 from vqdm.stages.plan.rates import CARDS, REACHED, Machine, Rates, machine_of
 from vqdm.stages.plan.recorded import Recorded
-from vqdm.stages.plan.stage import duration, gibibytes
+from vqdm.stages.plan.stage import gibibytes
 
 CPU = Machine("cpu", 1)
 CORE = REACHED * 99e9  # FLOP/s

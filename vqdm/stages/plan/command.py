@@ -73,8 +73,8 @@ def say_before_work(config: Config, store: Store, stages: Graph | Quantization) 
     if not unasked and not trains:
         return
     from vqdm.models.loader import denoiser_on_meta
+    from vqdm.runs.texts import duration
     from vqdm.stages.plan.report import cost_line
-    from vqdm.stages.plan.stage import duration
 
     size = sum(parameter.numel() for parameter in denoiser_on_meta(config.model).parameters())
     if size <= LARGE:

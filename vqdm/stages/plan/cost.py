@@ -21,6 +21,7 @@ from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.location import decodes_sliced
 from vqdm.models.specs import LayerSpec, in_groups
 from vqdm.runs.device import encoding_room
+from vqdm.runs.texts import duration
 from vqdm.stages import accelerated
 from vqdm.stages.make import hessian_room
 from vqdm.stages.plan import memory
@@ -38,7 +39,7 @@ from vqdm.stages.plan.forward import (
 from vqdm.stages.plan.memory import Memory
 from vqdm.stages.plan.rates import SCORING, Machine, Rates, cpu_rates
 from vqdm.stages.plan.recorded import Recorded
-from vqdm.stages.plan.stage import Experiment, StageCost, duration, gibibytes
+from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import measure_blocks
 from vqdm.stages.prune import CALLS as CALLS_OF_PRUNING
 from vqdm.stages.samplers import image_sampler

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from vqdm.runs.texts import two_digits
 from vqdm.stages.finetune import teacher_runs_along
 from vqdm.stages.plan import memory
 from vqdm.stages.plan.counts import (
@@ -23,7 +24,7 @@ from vqdm.stages.plan.counts import (
 from vqdm.stages.plan.forward import ForwardCost, denoiser_inputs, latent_size, measure
 from vqdm.stages.plan.memory import Memory
 from vqdm.stages.plan.rates import ASSUMED, Rates, card_rates
-from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes, two_digits
+from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
 MOMENTS = 2  # of Adam, in fp32 as all that trains

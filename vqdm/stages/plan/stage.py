@@ -1,4 +1,4 @@
-"""What a plan says of one stage, what all stages' costs follow from, and numbers in words."""
+"""What a plan says of one stage, what all stages' costs follow from, and sizes in words."""
 
 from dataclasses import dataclass, field
 
@@ -6,6 +6,8 @@ from torch import nn
 
 from vqdm.config.options import Config
 from vqdm.models.specs import LayerSpec
+from vqdm.runs.texts import duration as duration  # for the files of this folder, beside sizes in words
+from vqdm.runs.texts import two_digits
 from vqdm.stages.plan.forward import DenoiserCost, ForwardCost
 from vqdm.stages.plan.memory import Memory, Model
 from vqdm.stages.plan.rates import Machine
@@ -65,19 +67,5 @@ class Experiment:
         return StageCost(name, used, timed[0], "; ".join(filter(None, (note, silence))), timed[1], detail)
 
 
-def duration(seconds: float) -> str:
-    """Time in words, to two digits: 40 s, 12 min, 3.5 h, 12 days."""
-    for unit, size, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
-        if seconds < limit * size:
-            return f"{two_digits(seconds / size)} {unit}"
-    return f"{two_digits(seconds / 86400)} days"
-
-
 def gibibytes(size: float) -> str:
     return f"{two_digits(size / 2**30)} GiB"
-
-
-def two_digits(value: float) -> str:
-    if value >= 9.95:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 0.095 else f"{value:.1g}"

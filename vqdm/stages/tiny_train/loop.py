@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
-from tqdm import tqdm
 
 from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restore_optimizer
+from vqdm.runs import progress
 from vqdm.runs.files import atomic_write
 from vqdm.seeds import derive
 
@@ -66,8 +66,7 @@ def fit(
     average = {k: v.detach().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
     start = _load(checkpoint, model, average, optimizer) if checkpoint.exists() else 0
     began, running, counted = time.monotonic(), 0.0, 0
-    progress = tqdm(range(start, steps), desc=purpose, initial=start, total=steps, mininterval=10)
-    for step in progress:
+    for step in progress.over(range(start, steps), purpose, unit="step", before=start):
         rate = learning_rate(step, steps=steps, peak=learning_rate_peak, warmup=warmup, decay_from=decay_from)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -89,7 +88,6 @@ def fit(
         done = step + 1
         if done % 100 == 0 or done == steps:
             record = {"step": done, "loss": running / counted, "seconds": round(time.monotonic() - began, 1)}
-            progress.set_postfix(loss=f"{record['loss']:.4f}")
             with log.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             running, counted = 0.0, 0

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
+from vqdm.runs import progress
 from vqdm.seeds import derive, seeded_initialisation
 from vqdm.stages.tiny_train.loop import fit
 from vqdm.stages.tiny_train.text import token_ids
@@ -86,7 +86,7 @@ class LatentSet:
     def _compute(scenes, vae, tokenizer, text_encoder, text_encoder_2, path: Path) -> None:
         columns: dict[str, list[torch.Tensor]] = {"latents": [], "text": [], "pooled": []}
         ids = token_ids(tokenizer, scenes.captions)
-        for rows in tqdm(torch.arange(len(scenes), device="cpu").split(512), desc="latents", unit="batch"):
+        for rows in progress.over(torch.arange(len(scenes), device="cpu").split(512), "latents", unit="batch"):
             text, pooled = encode_text(text_encoder, text_encoder_2, ids[rows])
             columns["latents"].append(vae.encode(scenes.images(rows)).latent_dist.mean)
             columns["text"].append(text.bfloat16())
