@@ -23,7 +23,7 @@ def test_there_are_commands():
 def test_a_command_of_the_docs_is_real(command):
     _, script, *arguments = shlex.split(command.replace("…", ""))
     assert (ROOT / script).is_file()
-    if script != "run.py" or any(argument.startswith("list=") for argument in arguments):
+    if script != "run.py" or any(argument.startswith(("list=", "-sc")) for argument in arguments):
         return
     overrides = [argument for argument in arguments if not argument.startswith("--")]
     single = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]  # of a sweep, the first value

@@ -251,6 +251,11 @@ def help_is_in_our_words(done: Done):
     assert done.out.startswith("Usage: python run.py") and "trellis_bits" in done.out and "Hydra" not in done.out
 
 
+@rule(r"python run\.py -sc install=bash")
+def what_it_prints_lets_the_tab_key_complete(done: Done):
+    assert "complete -o nospace -o default -F hydra_bash_completion" in done.out
+
+
 @rule(r"python run\.py list=runs", after=(DEMO,))
 def the_runs_are_listed(done: Done):
     assert re.search(r"^tiny_trellis3/[0-9a-f]{8} +trellis 3 bit +tiny ", done.out, re.M)
