@@ -8,6 +8,7 @@ import hydra
 import pytest
 from format_example import worked_example
 
+from vqdm.__main__ import LADDER
 from vqdm.config.compose import register_schemas, to_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ def test_a_command_of_the_docs_is_real(command):
     assert (ROOT / script).is_file()
     if script != "run.py" or any(argument.startswith(("list=", "-sc")) for argument in arguments):
         return
-    overrides = [argument for argument in arguments if not argument.startswith("--")]
+    overrides = [LADDER.sub(r"\1[\2]", argument) for argument in arguments if not argument.startswith("--")]
     single = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]  # of a sweep, the first value
     register_schemas()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
