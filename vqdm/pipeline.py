@@ -5,7 +5,6 @@ import functools
 import hashlib
 import logging
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,10 +47,10 @@ def _shown_as(configs: list[Config], graphs: list[Graph | Quantization], store: 
     from vqdm.runs.device import resolve_device
 
     stages = {stage.fingerprint: stage for graph in graphs for stage in graph.stages()}
-    kinds = Counter(stage.name for stage in stages.values() if store.status(stage) != "done")
+    missing = {name: stage.name for name, stage in stages.items() if store.status(stage) != "done"}
     device = resolve_device(configs[0].device, threads=configs[0].threads)
     log.info("%s", device)
-    return progress.whole([config.method or config.name for config in configs], kinds)
+    return progress.whole([config.method or config.name for config in configs], missing)
 
 
 def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:

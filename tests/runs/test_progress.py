@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections import Counter
 
 import pytest
 
@@ -72,6 +71,11 @@ def shown(written: str) -> list[str]:
             rows[row] = rows[row][:column].ljust(column) + part + rows[row][column + len(part) :]
             column += len(part)
     return [line.rstrip() for line in rows]
+
+
+def kinds(**counts: int) -> dict[str, str]:
+    """{fingerprint: kind} of so many stages: generate0, generate1, …"""
+    return {f"{kind}{number}": kind for kind, count in counts.items() for number in range(count)}
 
 
 def test_the_time_left_goes_by_weights_and_not_by_layers(clock, said):
@@ -150,7 +154,7 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then(clock, said):
 def test_of_several_processes_one_speaks(clock, said, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv(progress.WIDTH, "100")
-    with progress.whole(["a", "b"], Counter(generate=2)) as begin:
+    with progress.whole(["a", "b"], kinds(generate=2)) as begin:
         begin(0)
         for _ in progress.over(range(9), "generate", unit="batch"):
             clock.now += 30
@@ -160,7 +164,7 @@ def test_of_several_processes_one_speaks(clock, said, monkeypatch):
 def test_a_terminal_shows_one_line_and_one_bar_and_what_is_said_stands_above(clock, terminal):
     log = logging.getLogger("test_progress")
     log.addHandler(progress.LogHandler())
-    with progress.whole(["full precision", "RTN 4 bit"], Counter(generate=2)) as begin:
+    with progress.whole(["full precision", "RTN 4 bit"], kinds(generate=2)) as begin:
         begin(1)
         with progress.bar("quantize", 4, unit="layer") as bar:
             clock.now = 10
@@ -180,10 +184,10 @@ def test_a_terminal_shows_one_line_and_one_bar_and_what_is_said_stands_above(clo
 
 
 def test_the_whole_goes_by_what_stages_of_a_kind_took(clock, said):
-    with progress.whole(["a", "b", "c"], Counter(generate=3, quantize=2)) as begin:
+    with progress.whole(["a", "b", "c"], kinds(generate=3, quantize=2)) as begin:
         found = progress._screen.whole
         begin(0)
-        with progress.making("generate"):
+        with progress.making("generate", "generate0"):
             assert found.left([]) is None
             with progress.bar("generate", 10, unit="batch") as bar:
                 clock.now = 2
@@ -191,26 +195,29 @@ def test_the_whole_goes_by_what_stages_of_a_kind_took(clock, said):
                 assert found.left([bar]) == pytest.approx(18 + 2 * 20 + 2 * 20)
                 clock.now = 20
         begin(1)
-        with progress.making("quantize"), progress.bar("quantize", 1, unit="layer"):
+        with progress.making("quantize", "quantize0"), progress.bar("quantize", 1, unit="layer"):
             clock.now = 25
             assert found.left([]) == pytest.approx(2 * 20 + 2 * 20 - 5)
             clock.now = 30
         assert found.left([]) == pytest.approx(2 * 20 + 10)
-        with progress.making("generate"):
+        with progress.making("generate", "generate1"):
             pass  # was there already
+        assert found.left([]) == pytest.approx(20 + 10)
+        with progress.making("generate", "generate0"):
+            pass  # another row's too: it was counted once
         assert found.left([]) == pytest.approx(20 + 10)
 
 
 def test_stages_of_features_are_known_to_be_short_before_any_was_seen(clock, said):
-    with progress.whole(["a"], Counter(generate=2, features=24)) as begin:
+    with progress.whole(["a"], kinds(generate=2, features=24)) as begin:
         begin(0)
-        with progress.making("generate"), progress.bar("generate", 10, unit="batch") as bar:
+        with progress.making("generate", "generate0"), progress.bar("generate", 10, unit="batch") as bar:
             clock.now = 10
             bar.add()
             assert 180 + 10 < progress._screen.whole.left([bar]) < 180 + 100
 
 
 def test_a_bar_that_fails_is_gone(said):
-    with pytest.raises(ValueError), progress.whole(["a"], Counter()), progress.bar("x", 2, unit="layer"):
+    with pytest.raises(ValueError), progress.whole(["a"], {}), progress.bar("x", 2, unit="layer"):
         raise ValueError
     assert progress._screen.bars == [] and progress._screen.whole is None

@@ -1,8 +1,8 @@
 """What a run shows while it works: a line on the whole, one bar at a time. Where no terminal looks on, plain lines.
 
-    with progress.whole(["full precision", "RTN 4 bit"], Counter(generate=2, quantize=1)) as begin_row:
+    with progress.whole(["full precision", "RTN 4 bit"], {fingerprint: "generate", …}) as begin_row:
         begin_row(0)
-        with progress.making("generate"):                    # a stage of that kind, whose time tells of the others'
+        with progress.making("generate", fingerprint):       # a stage of that kind, whose time tells of the others'
             for batch in progress.over(batches, "generate", unit="batch"):
                 …
     with progress.bar("quantize", weights, count=118, unit="layer") as bar:
@@ -20,7 +20,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
@@ -128,9 +127,9 @@ def counted_in(count: float, unit: str) -> str:
 
 
 class Whole:
-    """All rows of a command, and how many stages of each kind they still need."""
+    """All rows of a command, and the stages that they still need: {fingerprint: kind}."""
 
-    def __init__(self, rows: list[str], stages: Counter):
+    def __init__(self, rows: list[str], stages: dict[str, str]):
         self.rows, self.at, self.stages = rows, 0, stages
         self.seen: dict[str, list[float]] = {}
         self.kind, self.since, self.worked = None, 0.0, False
@@ -150,8 +149,9 @@ class Whole:
         if not expected:
             return None
         usual = sum(seconds / SHORT.get(kind, 1) for kind, seconds in expected.items()) / len(expected)
-        expected = {kind: expected.get(kind, usual * SHORT.get(kind, 1)) for kind in (*self.stages, self.kind)}
-        left = sum(count * expected[kind] for kind, count in self.stages.items())
+        kinds = {*self.stages.values(), self.kind}
+        expected = {kind: expected.get(kind, usual * SHORT.get(kind, 1)) for kind in kinds}
+        left = sum(expected[kind] for kind in self.stages.values())
         return max(0.0, left - (0 if self.kind is None else min(time.monotonic() - self.since, expected[self.kind])))
 
     def _expected_now(self, bars: list[Bar]) -> float | None:
@@ -290,10 +290,10 @@ def over(items: Iterable, what: str, *, unit: str, total: int | None = None, bef
 
 
 @contextlib.contextmanager
-def whole(rows: list[str], stages: Counter) -> Iterator[Callable[[int], None]]:
-    """Show inside a line on the whole; the function that it gives begins a row. stages: how many of each kind to make.
+def whole(rows: list[str], stages: dict[str, str]) -> Iterator[Callable[[int], None]]:
+    """Show inside a line on the whole; the function that it gives begins a row.
 
-    rows: their names for people.
+    rows: their names for people. stages: those to make, each once, {fingerprint: kind}.
     """
     made = Whole(rows, stages)
 
@@ -315,10 +315,10 @@ def whole(rows: list[str], stages: Counter) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def making(kind: str) -> Iterator[None]:
+def making(kind: str, fingerprint: str) -> Iterator[None]:
     """Time what is done inside as a stage of this kind; where no bar was shown, nothing was to be made."""
     known = _screen.whole
-    if known is None:
+    if known is None or fingerprint not in known.stages:
         yield
         return
     known.kind, known.since, known.worked = kind, time.monotonic(), False
@@ -328,4 +328,4 @@ def making(kind: str) -> Iterator[None]:
         if known.worked:
             known.seen.setdefault(kind, []).append(time.monotonic() - known.since)
         known.kind = None
-        known.stages[kind] = max(0, known.stages[kind] - 1)
+        known.stages.pop(fingerprint, None)

@@ -153,7 +153,7 @@ class Store:
 
         if not found_faults() and not _scratch_left(directory, scratch):
             return directory
-        with locked(directory), full_disk_is_mendable(directory), progress.making(stage.name):
+        with locked(directory), full_disk_is_mendable(directory), progress.making(stage.name, stage.fingerprint):
             _refuse_collision(directory, stage)  # checked again: another process may have been here meanwhile
             if faults := found_faults():
                 _announce(directory, faults)
@@ -178,7 +178,7 @@ class Store:
         Its items alone tell what is done.
         """
         directory = self.directory(stage)
-        with locked(directory), full_disk_is_mendable(directory), progress.making(stage.name):
+        with locked(directory), full_disk_is_mendable(directory), progress.making(stage.name, stage.fingerprint):
             _refuse_collision(directory, stage)
             _remove_temporaries(directory)
             _write_config(directory, stage, extendable=True)
