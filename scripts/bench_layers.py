@@ -36,7 +36,7 @@ from vqdm.weights.bitpack import pack
 from vqdm.weights.layers import DECODE_MODES, QuantizedConv2d, QuantizedLinear
 from vqdm.weights.registry import empty_weight
 from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
-from vqdm.weights.trellis_format import LOWEST_RATE, RATE_BITS, column_bits
+from vqdm.weights.trellis_format import BYTE, LOWEST_RATE, RATE_BITS, column_bits
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear 1280": lambda: nn.Linear(1280, 1280, device="meta"),
@@ -53,7 +53,12 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], draw: Generator) -> Qu
     for parameter in weight.parameters():
         parameter.data.copy_(torch.rand(parameter.shape, generator=draw) / math.sqrt(shape[1]))
     if scheme.kind == "trellis":
-        weight.columns.copy_(pack(random_rates(weight, draw) - LOWEST_RATE + 1, RATE_BITS))
+        rates = random_rates(weight, draw)
+        if scheme.side == BYTE:
+            weight.columns[0] = 0
+            weight.columns[1:] = weight.columns[1:] & 240 | (rates // 2 - 1)
+        else:
+            weight.columns.copy_(pack(rates - LOWEST_RATE + 1, RATE_BITS))
     return weight
 
 
