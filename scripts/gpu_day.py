@@ -71,6 +71,16 @@ def _sdxl_random(options: str) -> tuple[str, ...]:
     return f"{RUN}{options} plan=true", f"{RUN}{options}", measured
 
 
+COMPILED = "--ways bf16 bf16_compiled per_call_compiled --batches 1 2"
+
+
+def _bench(name: str, part: str, rehearsal: str, *, full: str = "") -> Step:
+    """A part of scripts/bench_gpu.py; rehearsal and full: its options on the tiny model, and on SDXL."""
+    tiny = f"--model tiny --device cpu --repeat 1 {rehearsal}"
+    command = f"scripts/bench_gpu.py {part} --json {{out}} "
+    return Step(name, (command + full,), (command + tiny,), read_json)
+
+
 STEPS = (
     Step(
         "tests",
@@ -78,6 +88,12 @@ STEPS = (
         ("-m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py --junitxml {out}",),
         read_tests,
     ),
+    _bench("kernels", "decode", "--shapes 1 --no-all-layers"),
+    _bench(
+        "steps", "step", "--ways bf16 per_call --size 64 --batches 1", full="--ways bf16 per_call cached torch_path"
+    ),
+    _bench("steps_compiled", "step", "--ways bf16 per_call --size 64 --batches 1", full=COMPILED),
+    _bench("peers", "peers", "--libraries torchao --size 64 --batches 1"),
     Step(
         "layers",
         ("scripts/bench_layers.py --device cuda --results {out}",),

@@ -90,10 +90,8 @@ def test_decoding_is_one_launch_per_layer_and_one_per_permuted_convolution(codec
 
 
 @pytest.mark.slow
-def test_decoding_sdxl_takes_fewer_than_a_thousand_launches(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        count_decode, "count", lambda unet, count=count_decode.count: count(unet) if ops.enabled else {}
-    )
+def test_decoding_sdxl_takes_fewer_than_a_thousand_launches(tmp_path):
     count_decode.main(["--codecs", "trellis3", "--json", str(tmp_path / "counts.json")])
     found = json.loads((tmp_path / "counts.json").read_text())["trellis3"]
     assert found["launches"] == 771 + 38 and found["bytes_per_weight"] < 4
+    assert found["torch_path"]["launches"] > 90_000 and found["torch_path"]["bytes_per_weight"] > 400
