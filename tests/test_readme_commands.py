@@ -539,6 +539,11 @@ def the_whole_world_is_trained_in_seconds(done: Done):
     assert (directory / "manifest.json").is_file() and list(directory.rglob("model_index.json"))
 
 
+@rule(r"python run\.py \+experiment=tiny_train tiny_train=small", "plan=true")
+def the_training_of_small_would_run(done: Done):
+    assert done.out.startswith("tiny_train missing results/stages/tiny_train/small-")
+
+
 @rule(r"python run\.py \+experiment=tiny_train", "plan=true")
 def the_whole_training_would_run(done: Done):
     assert done.out.startswith("tiny_train missing results/stages/tiny_train/")
