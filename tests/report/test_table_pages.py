@@ -75,6 +75,22 @@ def test_images_of_other_captions_are_left_out(tmp_path):
     assert '"name":"a"' in columns and '"name":"b"' not in columns
 
 
+def test_a_table_says_on_which_processor_the_weights_were_made(tmp_path):
+    """And a column may hold runs of several: that is no other protocol."""
+    rows = [[run(tmp_path, name)] for name in "abc"]
+    for (record,), made_on in zip(rows, ("one CPU", "another CPU", None), strict=True):
+        place = tmp_path / "stages" / "quantize" / record["experiment"]
+        place.mkdir(parents=True)
+        record["directories"]["quantize"] = str(place.relative_to(tmp_path))
+        (place / "manifest.json").write_text(json.dumps({} if made_on is None else {"processor": made_on}))
+    table = Table("made", "Made up", "sdxl", tuple(Row(name, "none") for name in "abc"), ("psnr_to_fp",))
+    notes = table_content(table, rows, model="sdxl", results=tmp_path).notes
+    assert "processor: one CPU (a), another CPU (b)" in notes
+    assert not any(
+        "processor" in note for note in table_content(table, [[], [], rows[2]], model="sdxl", results=tmp_path).notes
+    )
+
+
 def test_no_run_at_all_is_a_page_of_what_was_published(tmp_path):
     row = Row("a", "none", "VQDM", published={"psnr_to_fp": 30.0})
     table = Table("made", "Made up", "sdxl", (row,), ("psnr_to_fp",), source="a paper")

@@ -130,7 +130,7 @@ def test_done_stage_is_not_made_again(store, stage, messages):
     assert set(manifest["files"]) == {"config.json", "plain.txt"} | {
         path for name in "abc" for path in (f"items/{name}.json", f"layers/{name}.bin")
     }
-    assert {"git_sha", "dirty", "versions", "seconds", "created"} <= set(manifest)
+    assert {"git_sha", "dirty", "versions", "processor", "seconds", "created"} <= set(manifest)
     assert json.loads((directory / "config.json").read_text())["config"] == {"bits": 3}
 
 

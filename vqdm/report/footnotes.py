@@ -48,6 +48,7 @@ def notes(table: Table, runs: list[dict], results: Path, *, model: str) -> list[
         return first
     named = [(run["method"], *protocols_of(run, results, table.metrics)) for run in runs]
     common = _grouped(_merged([(method, shared) for method, shared, _ in named]))
+    common |= _merged([(run["method"], made_on) for run in runs if (made_on := _made_on(run, results))])
     lines = [*first, *(f"{key}: {value}" for key, value in common.items())]
     own = {}
     for metric in table.metrics:
@@ -64,6 +65,17 @@ def refusals(table: Table, rows: list[list[dict]], results: Path) -> list[str]:
     said = {record["experiment"]: record["not_run"] for _, record in Store(results).runs() if record.get("not_run")}
     missing = [row for row, runs in zip(table.rows, rows, strict=True) if not runs and row.name in said]
     return [f"{row.method or row.name}: not run: {said[row.name]}" for row in missing]
+
+
+def _made_on(run: dict, results: Path) -> dict[str, str]:
+    """The processor on which a run's weights, or else its images, were made; empty where that is not known.
+
+    It is no part of the protocol: its kernels add in an order of their own, and codes follow (docs/lab-notes.md).
+    """
+    stage = next((name for name in ("quantize", "generate") if name in run["directories"]), "evaluate")
+    file = results / run["directories"][stage] / "manifest.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("processor") if file.is_file() else None
+    return {} if found is None else {"processor": found}
 
 
 def _shared_once(own: dict[str, dict[str, str]]) -> list[str]:

@@ -1,5 +1,6 @@
-"""The code that made an artifact: git commit and library versions, found without importing any of the libraries."""
+"""What made an artifact: git commit, library versions and processor, found without importing any of the libraries."""
 
+import contextlib
 import platform
 import subprocess
 from functools import cache
@@ -35,6 +36,16 @@ def _git(*arguments: str) -> str | None:
 @cache
 def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: installed_version(name) for name in LIBRARIES}
+
+
+@cache
+def processor() -> str:
+    """The processor's name, as its maker gives it: kernels, and so last digits, differ from one to another."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def installed_version(library: str) -> str | None:
