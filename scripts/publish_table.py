@@ -13,7 +13,7 @@ from pathlib import Path
 from vqdm.runs.command_line import run_script
 
 from vqdm.errors import UserError
-from vqdm.runs.provenance import git_state, versions
+from vqdm.runs.provenance import provenance
 from vqdm.runs.store import write_json
 from vqdm.runs.texts import check_file_name
 
@@ -43,7 +43,7 @@ def publish(name: str, results: Path, *, command: str, figures: str = "*") -> Pa
     """
     check_file_name("name", name)
     published = results / "published"
-    about = {"command": command, **git_state(), "versions": versions(), "machine": platform.machine()}
+    about = {"command": command, **provenance(), "machine": platform.machine()}
     files = [f for f in files_of(name, results) if f.suffix in TABLE or fnmatch.fnmatch(f.name, figures)]
     published.mkdir(parents=True, exist_ok=True)
     for file in files:

@@ -11,6 +11,11 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("vqdm", "torch", "diffusers", "transformers", "numpy")
 
 
+def provenance() -> dict:
+    """What a manifest keeps of code, libraries and machine: git_sha, dirty, versions and processor."""
+    return git_state() | {"versions": versions(), "processor": processor()}
+
+
 @cache
 def git_state() -> dict:
     """{"git_sha", "dirty"} of the checkout this package runs from; both None where it is not a checkout.

@@ -39,7 +39,7 @@ from vqdm.runs.files import (
 )
 from vqdm.runs.items import read_item, write_item
 from vqdm.runs.locks import LOCK, lock_if_free, locked
-from vqdm.runs.provenance import git_state, processor, versions
+from vqdm.runs.provenance import provenance
 from vqdm.runs.texts import check_file_name, is_file_name
 from vqdm.runs.usage import Usage
 
@@ -298,9 +298,7 @@ def _write_manifest(
         "files": {relative: describe_file(directory / relative) for relative in files},
         **used,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **git_state(),
-        "versions": versions(),
-        "processor": processor(),
+        **provenance(),
         "environment": environment,
         "summary": summary,
     }
