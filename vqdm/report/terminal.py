@@ -60,7 +60,7 @@ def table_summary(content: TableContent, *, file: Path) -> str:
         columns["bits_per_weight"] = [
             f"{bits:.2f}" if bits == bits else NOTHING for bits in content.data["bits_per_weight"]
         ]
-    widths = {name: max(map(len, [short_name(name), *cells])) for name, cells in columns.items()}
+    widths = {name: max(len(short_name(name)) + 2, *map(len, cells)) for name, cells in columns.items()}  # as tabulate
     shown, room = [], WIDTH
     for name in order:
         room -= widths[name] + 2 * bool(shown)
