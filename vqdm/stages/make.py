@@ -5,7 +5,6 @@ so at once.
 """
 
 import functools
-import gc
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from vqdm.config.codecs import PeerConfig
 from vqdm.config.options import Config
 from vqdm.runs import processes
 from vqdm.runs.device import Device
+from vqdm.runs.heap import return_freed_memory
 from vqdm.runs.store import Store
 from vqdm.stages.graph import Quantization
 from vqdm.stages.layout import DENOISER, SCRATCH
@@ -42,9 +42,9 @@ class Models:
         return load_pipeline(self.config.model, device=self.device)
 
     def release(self) -> None:
-        """Free the memory of pipelines that no stage needs any more; they refer to themselves."""
+        """Free the memory of pipelines that no stage needs any more."""
         self.__dict__.pop("teacher", None)
-        gc.collect()
+        return_freed_memory()
 
     def _parts(self) -> dict:
         """The quantized text encoders and VAE, on the CPU; none where the model's own serve."""

@@ -27,6 +27,10 @@ from vqdm.stages.plan.rates import ASSUMED, Rates, card_rates
 from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
+# a CPU's heap, which decoded weights leave in pieces, for each of them: measured once, on SDXL by rtn4. A step took 7.4
+# GiB, and 4.3 where glibc maps every block of 1 MiB by itself (MALLOC_MMAP_THRESHOLD_=1048576), in twice the CPU time
+HEAP_BYTES = 1.3
+FILE_COPIES = 2  # of a denoiser's codes, while it is written
 MOMENTS = 2  # of Adam, in fp32 as all that trains
 
 
@@ -69,6 +73,7 @@ class DistillationPlan(Experiment):
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
         step = max(blocks.step + state, self.guided * self.config.calibration.batch_size * self.model.activations)
         rows = 2 * own.block_samples * blocks.recorded
+        step = max(step, 0 if self.machine.on_gpu else FILE_COPIES * student.codes)
         used = memory.placed(
             self.model.resident(self.machine.device) + student.state + step,
             memory.loaded(self.model, rows, self.machine.device),
@@ -172,13 +177,14 @@ class DistillationPlan(Experiment):
         gradients, on_gpu = 4 * student.trained, self.machine.on_gpu
         row = step.forward / (self.guided * micro_batch(self.config))
         found = {
-            "a step": step.step,
+            "a step": step.step + (0 if on_gpu else HEAP_BYTES * student.weights),
             "an update": (1 + own.relative_rate + on_gpu) * gradients,
             "an image shown": memory.sampling_bytes(model, 0, 1, device=device) - model.resident(device),
             "sampling of an image shown": self.guided * row,
         }
         if not on_gpu:
             found["a checkpoint"] = (1 + MOMENTS) * gradients
+            found["the denoiser's file"] = FILE_COPIES * student.codes
         if resident and own.trajectories.along == "student":
             found["the student's own sampling"] = own.trajectories.batch_size * self.guided * row
         return found

@@ -145,6 +145,7 @@ class Student:
     matrices: list[QuantizedWeight]
     decode: DecodeCost
     state: int  # parameters in fp32, and codes; no drift
+    codes: int
     units: int  # the units that step sizes are relative to
     trained: int  # drifts included
     drifting: int
@@ -170,7 +171,8 @@ def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
     """Get a student ready to train. denoiser: quantized, on meta; changed in place: in fp32, and what trains requires
     gradients."""
     nn.Module.to(denoiser, dtype=torch.float32).eval().requires_grad_(False)
-    state = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+    codes = sum(tensor.nbytes for tensor in denoiser.buffers())
+    state = codes + sum(tensor.nbytes for tensor in denoiser.parameters())
     matrices = [layer.weight for layer in quantized_layers(denoiser).values()]
     decode = measure_decoding(max(matrices, key=lambda weight: weight.shape[0] * weight.shape[1]))
     for weight in matrices:
@@ -185,6 +187,7 @@ def prepare_student(denoiser: nn.Module, config: FinetuneConfig) -> Student:
         matrices,
         decode,
         state,
+        codes,
         units=sum(part.unit.nbytes for part in parts),
         trained=sum(part.parameter.numel() for part in parts),
         drifting=sum(part.parameter.numel() for part in parts if part.kind == "drift"),
