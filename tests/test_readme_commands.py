@@ -18,6 +18,8 @@ from readme_commands import Checkout, Done, Rule, blocks_of, commands_of, inline
 from tiny_world import ROOT
 from vote_studies import ballot, write_ballot
 
+from vqdm.runs.files import write_sealed
+
 README, RUNNING = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/running.md"))
 TEXT = f"{README}\n{RUNNING}"
 COMMANDS = commands_of(TEXT)
@@ -520,6 +522,26 @@ def without_photographs_it_says_so(done: Done):
 def shapes_of_sdxls_layers_are_timed(done: Done):
     assert "2 layers" in done.out and "2 workers: " in done.out
     assert (pd.read_csv(done.place / "results" / "tables" / "bench_sdxl_layers.csv")["seconds"] > 0).all()
+
+
+@rule(r"python run\.py table=table1_sdxl_quick plan=true plan_for=4090", "row=quick_rtn4")
+def a_quick_tables_hours_are_said(done: Done):
+    assert "RTX 4090" in done.out and "to download, about" in done.out and "captions to fetch first" in done.out
+    assert re.search(r"^all 1 rows: [\d.]+ h, up to [\d.]+ GiB on disk", done.out, re.M)
+
+
+def somebodys_table(checkout: Checkout) -> None:
+    run = {"fingerprint": "ab", "bits": {}, "protocol": {"n": 512}, "not_run": [], "made": {}}
+    run["metrics"] = {"psnr_to_fp": {"value": 30.0, "se": 0.3, "protocol": {}}}
+    row = {"name": "tiny_rtn4", "method": "RTN 4 bit", "runs": [run]}
+    about = {"format": 1, "table": "demo", "title": "a demo", "model": "tiny"}
+    write_sealed(checkout.place / "theirs.json", about | {"rows": [row]})
+
+
+@rule(r"python scripts/make_tables\.py demo --from theirs\.json", prepare=somebodys_table, after=(DEMO,))
+def somebodys_numbers_stand_beside_ones_own(done: Done):
+    assert re.search(r"^\| RTN 4 bit \|.* [\d.]+ / 30 \(", done.out, re.M) and "- n: " in done.out
+    assert (done.place / "results" / "share" / "demo.json").is_file()
 
 
 @rule(r"python run\.py \+experiment=sdxl_vq3 plan=true plan_for=h100")

@@ -61,6 +61,7 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     protocols may share a column.
     """
     from vqdm.report.formats import table_content, write_table
+    from vqdm.report.share import write_share
 
     chosen = [i for i, own in enumerate(table.rows) if row is None or own is table.row(row)]
     first = rows[chosen[0]][0]
@@ -79,6 +80,7 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
             content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
             if is_writable(store.root):
                 _, files = write_table(content, made, results=store.root)
+                files.append(write_share(table, content, made, model=config.model.name, results=store.root))
     if processes.is_main():
         _end_table(content, made, files, config=config, store=store, command=table.command(config.model.name))
 
