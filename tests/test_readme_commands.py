@@ -306,8 +306,8 @@ def table_1s_twin_shows_what_was_run_and_what_was_not(done: Done):
 
 
 @rule(
-    r"python run\.py table=table1_tiny evaluate\.ladder=64,128", *SMALL, "row=table1_tiny_fp",
-    instead={"64,128": "2,3"}, after=("python run.py table=table1_tiny",),
+    r"python run\.py table=table1_tiny 'evaluate\.ladder=\[64,128\]'", *SMALL, "row=table1_tiny_fp",
+    instead={"[64,128]": "2,3"}, after=("python run.py table=table1_tiny",),
 )  # fmt: skip
 def a_table_is_scored_on_the_way(done: Done):
     assert [f"{n} of 4 prompts: fid" in done.err for n in (2, 3, 4)] == [True, True, False]
