@@ -4,6 +4,7 @@ import dataclasses
 
 from vqdm.config.ranges import MOST, choice, number
 
+SCALES = {"dynamic": ("token", "block"), "static": ("tensor", "groups")}  # of activations, by kind
 LEAST_CALLS = 8  # of a cache: with fewer, neighbouring features are as far apart as first and last
 
 
@@ -30,3 +31,18 @@ class PruneConfig:
     share: float = number(0.1, least=0, most=0.95, above=True)  # of the denoiser's weights, at least
     prompts: int = number(32, least=2, most=MOST)  # of the calibration's, for score=latents
     keep: str | None = None  # regular expression for operators that stay
+
+
+@dataclasses.dataclass
+class ActivationsConfig:
+    """Inputs of layers in few bits (DGQ, and what libraries do dynamically)."""
+
+    kind: str = choice("none", "dynamic", "static")  # scales as they come, or known from calibration
+    bits: int = number(8, least=2, most=8)
+    per: str = choice("token", "block", "tensor", "groups")  # dynamic: token, block; static: tensor, groups (DGQ)
+    block: int = number(16, least=1, most=65_536)  # channels
+    groups: int = number(8, least=1, most=256)  # of channels, by k-means of their ranges
+    column_scales: bool = False  # quantize after the codes' own scales of their inputs (trellis)
+    product: str = choice("simulated", "int8")  # int8: real, for Linear layers of scalar codes; the others simulated
+    prompts: int = number(32, least=1, most=MOST)  # of the calibration's, for static
+    keep: str | None = None  # regular expression for layers that read 16 bits

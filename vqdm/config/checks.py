@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from vqdm.config.acceleration import LEAST_CALLS
+from vqdm.config.acceleration import LEAST_CALLS, SCALES
 from vqdm.config.codecs import PeerConfig
 from vqdm.config.options import (
     METRIC_FAMILIES,
@@ -109,11 +109,23 @@ def check(config: Config) -> None:
 
 
 def _check_acceleration(config: Config) -> None:
-    """Refuse a cache for fewer calls than it can reuse, and patterns that are none."""
-    try:
-        re.compile(config.prune.keep or "")
-    except re.error as error:
-        raise UserError(f"prune.keep is no regular expression: {config.prune.keep!r} ({error})") from error
+    """Refuse a cache for fewer calls than it can reuse, patterns that are none, and scales that do not go together."""
+    for key, keep in (("prune.keep", config.prune.keep), ("activations.keep", config.activations.keep)):
+        try:
+            re.compile(keep or "")
+        except re.error as error:
+            raise UserError(f"{key} is no regular expression: {keep!r} ({error})") from error
+    own = config.activations
+    if own.kind != "none" and own.per not in SCALES[own.kind]:
+        raise UserError(
+            f"activations.per={own.per} does not go with activations.kind={own.kind}: give "
+            f"{' or '.join(SCALES[own.kind])}"
+        )
+    per_token = own.kind == "dynamic" and own.per == "token" and own.bits == 8
+    if own.product == "int8" and (not per_token or own.column_scales):
+        raise UserError("activations.product=int8 is for 8 dynamic bits per token, without column scales")
+    if own.product == "int8" and config.task == "compress":
+        raise UserError("activations.product=int8 is not saved with a pipeline: give activations.product=simulated")
     if config.cache.kind == "none":
         return
     steps = config.model.sampler.steps if config.evaluate.steps is None else config.evaluate.steps

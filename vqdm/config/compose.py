@@ -31,6 +31,7 @@ GROUPS = {
     "finetune": schema.FinetuneConfig,
     "prune": acceleration.PruneConfig,
     "parts": PartsConfig,
+    "activations": acceleration.ActivationsConfig,
     "cache": acceleration.CacheConfig,
     "evaluate": schema.EvaluateConfig,
     "tracker": schema.TrackerConfig,

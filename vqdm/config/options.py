@@ -7,7 +7,7 @@ stages name the parts they take, in `vqdm/stages/graph.py`.
 
 import dataclasses
 
-from vqdm.config.acceleration import CacheConfig, PruneConfig
+from vqdm.config.acceleration import ActivationsConfig, CacheConfig, PruneConfig
 from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.parts import PartsConfig
 from vqdm.config.ranges import MOST, SEEDS, number
@@ -263,6 +263,7 @@ class Config:
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     parts: PartsConfig = dataclasses.field(default_factory=PartsConfig)
+    activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vqdm.acceleration.activations import INPUTS
 from vqdm.acceleration.operators import listed, removed_operators
 from vqdm.acceleration.stored_cache import CACHE_NAME
 from vqdm.errors import UserError
@@ -305,9 +306,9 @@ def _parse(where: str, text: str) -> tuple[list[dict], tuple[str, ...], tuple[st
     return groups, tuple(sums), tuple(listed(about.get("removed", [])))
 
 
-def needed_version(groups: Sequence[LayerGroup], names: Iterable[str] = (), removed: Sequence[str] = ()) -> int:
-    """The lowest version of the format that has all of these groups and tensors, and operators that are gone."""
-    other = removed or any(name.startswith(f"{CACHE_NAME}.") for name in names)
+def needed_version(groups: Sequence[LayerGroup], names: Iterable[str] = (), others: object = None) -> int:
+    """The lowest version of the format that has all of these. others: anything else that is not nothing."""
+    other = others or any(name.startswith(f"{CACHE_NAME}.") or f".{INPUTS}." in name for name in names)
     beside = BESIDE if other else FORMAT_VERSIONS[0]
     return max([beside, *(group.scheme.format_version for group in groups)])
 

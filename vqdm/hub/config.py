@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from vqdm.acceleration.activations import checked_settings, settings_in
 from vqdm.acceleration.operators import listed, removed_operators
 from vqdm.acceleration.stored_cache import CACHE_NAME, Schedule, StoredCache
 from vqdm.config.codecs import parse_scheme
@@ -33,8 +34,8 @@ class VQDMConfig(QuantizationConfigMixin):
     for the layers to quantize; None takes those that go with the model's class.
     groups: the quantized layers of a saved checkpoint. decode: `per_call` or `cached`, for all layers.
     options: those the model was built with when it was quantized; config.json says them too, but unprotected.
-    metrics: known scores of the model, for its card. removed, cache: of a saved checkpoint, the operators that
-    are gone and the cache of `vqdm.enable_cache`.
+    metrics: known scores of the model, for its card. removed, activations, cache: of a saved checkpoint,
+    the operators that are gone, how layers' inputs are quantized, and the cache of `vqdm.enable_cache`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class VQDMConfig(QuantizationConfigMixin):
         options: dict | None = None,
         metrics: dict[str, float] | None = None,
         removed: Sequence[str] = (),
+        activations: dict | None = None,
         cache: dict | None = None,
         **others: object,
     ):
@@ -67,7 +69,8 @@ class VQDMConfig(QuantizationConfigMixin):
         described = () if groups is None else _groups(groups)
         self.cache = None if cache is None else dict(cache)
         self.removed = listed(removed)
-        needed = needed_version(described, self._beside(), self.removed)
+        self.activations = None if activations is None else checked_settings(activations)
+        needed = needed_version(described, self._beside(), self.removed or self.activations)
         if version is not None and version < needed:
             raise UserError(f"quantization_config is of version {version}, its groups of {needed}: it is damaged")
         self.version = needed if version is None else version
@@ -100,6 +103,7 @@ class VQDMConfig(QuantizationConfigMixin):
         fields = {"quant_method": METHOD, "version": self.version, "options": self.options}
         fields |= {"metrics": self.metrics} if self.metrics else {}
         fields |= {"removed": self.removed} if self.removed else {}
+        fields |= {"activations": self.activations} if self.activations else {}
         fields |= {"cache": self.cache} if self.cache else {}
         return fields | ({"scheme": self.scheme} if self.groups is None else {"groups": self.groups})
 
@@ -144,7 +148,7 @@ def config_of(model: nn.Module, *, decode: str, metrics: dict[str, float] | None
     groups = [group.to_dict() for group in layer_groups(model)]
     stored = model._modules.get(CACHE_NAME)
     cache = None if stored is None else stored.to_dict()
-    beside = {"removed": removed_operators(model), "cache": cache}
+    beside = {"removed": removed_operators(model), "activations": settings_in(model), "cache": cache}
     return VQDMConfig(groups=groups, options=options_of(model), decode=decode, metrics=metrics, **beside)
 
 

@@ -12,6 +12,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from vqdm.acceleration.activations import add_quantizers, remove_quantizers
 from vqdm.acceleration.operators import remove
 from vqdm.acceleration.stored_cache import CACHE_NAME, store_cache
 from vqdm.config.codecs import parse_scheme
@@ -63,6 +64,8 @@ class VQDMQuantizer(DiffusersQuantizer):
         check_options(model, config.options)
         remove(model, config.removed)
         empty_layers(model, config.layer_groups(), decode=config.decode)
+        if config.activations is not None:
+            add_quantizers(model, config.activations["layers"], config.activations)
         if (stored := config.stored_cache()) is not None:
             store_cache(model, stored)
         state = model.state_dict()
@@ -117,6 +120,7 @@ class VQDMQuantizer(DiffusersQuantizer):
                 f"{self.quantization_config.removed[0]} and other operators are gone from this model: diffusers has no "
                 "plain model without them; keep it as it is"
             )
+        remove_quantizers(model)
         dequantize_layers(model)
         model._modules.pop(CACHE_NAME, None)
         become_plain(model)

@@ -6,22 +6,37 @@ from vqdm.config.options import Config, SamplerConfig
 from vqdm.prompts import PromptList
 from vqdm.runs.store import Stage
 
-VERSIONS = {"prune": 1, "schedule": 1, "correct": 1}
+VERSIONS = {"prune": 1, "schedule": 1, "activations": 1, "correct": 1}
 _CACHE = ("kind", "interval", "depth", "schedule", "predict", "correction")
 
 
 def settings(config: Config) -> dict:
     """What the images' stage has in addition."""
-    return {} if config.cache.kind == "none" else {"cache": _picked(config.cache, *_CACHE)}
+    cached = {} if config.cache.kind == "none" else {"cache": _picked(config.cache, *_CACHE)}
+    return cached | _activations(config)
+
+
+def _activations(config: Config) -> dict:
+    """Settings of quantized activations, with what decides which layers these are; empty without."""
+    own = config.activations
+    if own.kind == "none":
+        return {}
+    options = ["kind", "bits", "per", "column_scales", "keep"]
+    options += ["block"] if own.per == "block" else ["groups"] if own.per == "groups" else []
+    options += [] if own.product == "simulated" else ["product"]
+    layers = {"layers": config.model.layers, "min_size": config.model.min_size}
+    return {"activations": _picked(own, *options) | layers}
 
 
 def looks_at_prompts(config: Config) -> bool:
     """True if a stage of these samples calibration's prompts."""
+    if config.activations.kind == "static":
+        return True
     return config.cache.kind != "none" and (config.cache.schedule == "dynamic" or config.cache.correction != "none")
 
 
 def is_on(config: Config) -> bool:
-    return config.prune.kind != "none" or config.cache.kind != "none"
+    return any(own.kind != "none" for own in (config.prune, config.activations, config.cache))
 
 
 def prune(config: Config, calibrate: Stage, model: str) -> Stage | None:
@@ -43,8 +58,25 @@ def schedule(
     """The stage that measures what reusing features costs; None for schedules that need no data."""
     if config.cache.kind == "none" or config.cache.schedule != "dynamic":
         return None
-    options = _sampled(config, prompts, sampler) | _picked(config.cache, "interval", "depth")
+    options = _sampled(config, prompts, sampler, config.cache.prompts) | _picked(config.cache, "interval", "depth")
     return Stage("schedule", VERSIONS["schedule"], label, options, upstream)
+
+
+def activations(
+    config: Config,
+    prompts: PromptList | None,
+    label: str,
+    *,
+    sampler: SamplerConfig,
+    upstream: dict,
+    schedule: Stage | None,
+) -> Stage | None:
+    """The stage that finds static ranges, with the cache running; None without."""
+    if config.activations.kind != "static":
+        return None
+    options = _sampled(config, prompts, sampler, config.activations.prompts) | settings(config)
+    upstream = upstream if schedule is None else upstream | {"schedule": schedule}
+    return Stage("activations", VERSIONS["activations"], label, options, upstream)
 
 
 def correct(
@@ -55,18 +87,20 @@ def correct(
     sampler: SamplerConfig,
     upstream: dict,
     schedule: Stage | None,
+    activations: Stage | None,
 ) -> Stage | None:
     """The stage that fits the cache's corrections; None without."""
     if config.cache.kind == "none" or config.cache.correction == "none":
         return None
-    options = _sampled(config, prompts, sampler) | {"cache": _picked(config.cache, *_CACHE)}
-    upstream = upstream if schedule is None else upstream | {"schedule": schedule}
+    options = _sampled(config, prompts, sampler, config.cache.prompts) | settings(config)
+    others = {"schedule": schedule, "activations": activations}
+    upstream = upstream | {name: stage for name, stage in others.items() if stage is not None}
     return Stage("correct", VERSIONS["correct"], label, options, upstream)
 
 
-def _sampled(config: Config, prompts: PromptList, sampler: SamplerConfig) -> dict:
+def _sampled(config: Config, prompts: PromptList, sampler: SamplerConfig, count: int) -> dict:
     """Settings of a stage that samples the first of calibration's prompts."""
-    chosen = PromptList(prompts.prompts[: config.cache.prompts], prompts.origin)
+    chosen = PromptList(prompts.prompts[:count], prompts.origin)
     options = {"prompts": chosen.sha256, "sampler": asdict(sampler), "dtype": config.model.dtype}
     options |= _picked(config.calibration, "batch_size", "noise_seed")
     return options | {"rescale": asdict(config.model.rescale)}

@@ -3,15 +3,12 @@
 import logging
 from pathlib import Path
 
-from vqdm.acceleration.stored_cache import store_cache
 from vqdm.config.options import Config
 from vqdm.hub.pipelines import check_place, save_pipeline
-from vqdm.hub.quantizer import attach
-from vqdm.models.loader import denoiser_of
 from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
-from vqdm.stages.accelerate import ensure_cache, stored_cache
+from vqdm.stages.accelerate import ensure_acceleration, prepare_to_save
 from vqdm.stages.graph import Quantization
 from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
 
@@ -36,15 +33,12 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
     quantized = ensure_denoiser(
         config, store, stages, models, environment=environment_of(config, device), tracker=tracker
     )
-    ensure_cache(config, store, stages, models, compressed=quantized, environment=environment_of(config, device))
+    ensure_acceleration(config, store, stages, models, compressed=quantized, environment=environment_of(config, device))
     ensure_parts(config, store, stages, models, environment=environment_of(config, device))
     summary = store.summary(stages.denoiser)
     if processes.is_main():
         pipeline = models.student(quantized, decode="per_call")
-        if config.cache.kind != "none":
-            denoiser = denoiser_of(pipeline)
-            store_cache(denoiser, stored_cache(config, store, stages, pipeline))
-            attach(denoiser, metrics=denoiser.hf_quantizer.quantization_config.metrics)
+        prepare_to_save(config, store, stages, pipeline)
         save_pipeline(pipeline, directory, base=config.model.hub_id or config.model.path or config.model.builtin)
     processes.wait_for_all()
     log.info(

@@ -14,7 +14,7 @@ from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
-from vqdm.stages.accelerate import accelerated_pipeline, ensure_cache
+from vqdm.stages.accelerate import accelerated_pipeline, ensure_acceleration
 from vqdm.stages.graph import Graph, Quantization, build_graph, image_list
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
@@ -44,7 +44,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     models, stages, compressed = Models(config, device.name), graph.quantization, None
     if stages is not None:
         compressed = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
-        ensure_cache(config, store, stages, models, compressed=compressed, environment=environment)
+        ensure_acceleration(config, store, stages, models, compressed=compressed, environment=environment)
         ensure_parts(config, store, stages, models, environment=environment)
     work = Work(config, store, models, compressed, device, environment)
     for count in rungs(config, len(graph.prompts)):

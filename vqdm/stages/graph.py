@@ -61,6 +61,7 @@ class Quantization:
     finetune: Stage | None = None
     parts: Stage | None = None
     schedule: Stage | None = None
+    activations: Stage | None = None
     correct: Stage | None = None
 
     @property
@@ -71,12 +72,12 @@ class Quantization:
     @property
     def sampling(self) -> Stage | None:
         """The last stage that images depend on; None: only on the model."""
-        return self.correct or self.schedule or self.denoiser
+        return self.correct or self.activations or self.schedule or self.denoiser
 
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
-        trained = ("tune_blocks", "trajectories", "finetune")
-        return _there(self, "calibrate", "prune", "sensitivity", "quantize", *trained, "parts", "schedule", "correct")
+        trained, sampled = ("tune_blocks", "trajectories", "finetune"), ("parts", "schedule", "activations", "correct")
+        return _there(self, "calibrate", "prune", "sensitivity", "quantize", *trained, *sampled)
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -316,15 +317,18 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
 
 
 def _cached(config: Config, found: Quantization, model: str) -> Quantization:
-    """Add the stages of a cache that look at features."""
+    """Add the stages of a cache and of activations that look at the denoiser while it samples."""
     upstream = {"model": model} if found.denoiser is None else {"model": model, found.denoiser.name: found.denoiser}
     label, sampler = (
         f"{config.model.name}-fp" if found.denoiser is None else found.denoiser.label,
         image_sampler(config),
     )
     schedule = accelerated.schedule(config, found.prompts, label, sampler=sampler, upstream=upstream)
-    correct = accelerated.correct(config, found.prompts, label, sampler=sampler, upstream=upstream, schedule=schedule)
-    return dataclasses.replace(found, schedule=schedule, correct=correct)
+    found = dataclasses.replace(found, schedule=schedule)
+    common = {"sampler": sampler, "upstream": upstream, "schedule": schedule}
+    ranges = accelerated.activations(config, found.prompts, label, **common)
+    correct = accelerated.correct(config, found.prompts, label, **common, activations=ranges)
+    return dataclasses.replace(found, activations=ranges, correct=correct)
 
 
 def build_graph(config: Config, *, cache: Path) -> Graph:

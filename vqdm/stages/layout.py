@@ -17,6 +17,7 @@ SCRATCH = {  # by stage: files needed only to go on after a stop, which hold the
     "tune_blocks": ("items/*", "blocks/*"),
     "prune": ("items/*", "original.safetensors"),
     "parts": ("layers/*",),
+    "activations": ("items/*", "seen/*"),
     "correct": ("items/*", "sums/*"),
 }
 MADE_BY = ("torch", "diffusers")  # libraries whose versions are kept with a batch of images

@@ -112,6 +112,7 @@ class QuantizedLinear(_QuantizedLayer, nn.Linear):
     ):
         super().__init__(weight, bias, spec, decode=decode)
         self.out_features, self.in_features = weight.shape
+        self.product: nn.Module | None = None  # computes with the codes themselves (vqdm/acceleration/products.py)
 
     def dequantized(self) -> nn.Linear:
         """The same layer with the decoded weight."""
@@ -125,6 +126,8 @@ class QuantizedLinear(_QuantizedLayer, nn.Linear):
         return self._texts.recall(self._product, inputs, [*self._sources(), *bias], decode=self.decode)
 
     def _product(self, inputs: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(inputs, self._bias(inputs.dtype))
         return F.linear(inputs, self.decoded(inputs.dtype), self._bias(inputs.dtype))
 
 

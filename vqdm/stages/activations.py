@@ -1,0 +1,102 @@
+"""Static ranges of activations, found while calibration's captions are sampled, and quantizers put into a denoiser."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqdm.acceleration.activations import (
+    InputRanges,
+    StaticQuantizer,
+    add_quantizers,
+    input_quantizers,
+    layers_with_inputs,
+)
+from vqdm.acceleration.products import add_products
+from vqdm.calibration.calls import sample_batches
+from vqdm.config.acceleration import ActivationsConfig
+from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig, layer_pattern
+from vqdm.models.loader import denoiser_of
+from vqdm.prompts import PromptList
+from vqdm.runs.files import atomic_write
+from vqdm.runs.store import read_item, write_item
+from vqdm.runs.threads import threads_that_are_free
+
+RANGES_FILE = "ranges.safetensors"
+
+
+def find_ranges(
+    directory: Path,
+    pipeline,
+    prompts: PromptList,
+    *,
+    config: ActivationsConfig,
+    model: ModelConfig,
+    calibration: CalibrationConfig,
+    sampler: SamplerConfig,
+) -> dict:
+    """Fill the stage's directory with `ranges.safetensors`: every layer's grids. Each batch of captions is an item."""
+    denoiser = denoiser_of(pipeline)
+    _add(denoiser, config, model)
+    chosen = PromptList(prompts.prompts[: config.prompts], prompts.origin)
+    batches = sample_batches(pipeline, chosen, config=calibration, sampler=sampler)
+    with threads_that_are_free() as adjust_threads:
+        for name, _, run in tqdm(batches, desc=f"activations {directory.name}", unit="batch"):
+            if read_item(directory, name) is not None:
+                continue
+            adjust_threads()
+            with InputRanges(denoiser) as ranges:
+                run()
+            seen = {layer: torch.stack(pair) for layer, pair in ranges.found.items()}
+            write_item(directory, name, {f"seen/{name}.safetensors": to_bytes(seen)}, {})
+    parts = [load_file(directory / "seen" / f"{name}.safetensors") for name, _, _ in batches]
+    quantizers, grids = input_quantizers(denoiser), {}
+    for layer in parts[0]:
+        least, most = _joined([part[layer] for part in parts])
+        quantizers[layer].fit(least, most)
+        grids |= {f"{layer}.{name}": value for name, value in _stored(quantizers[layer]).items()}
+    atomic_write(directory / RANGES_FILE, to_bytes(grids))
+    return {"layers": len(parts[0])}
+
+
+def _joined(pairs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest of all batches, [channels] each, from [2, channels] of each."""
+    stacked = torch.stack(pairs)
+    return stacked[:, 0].amin(0), stacked[:, 1].amax(0)
+
+
+def _stored(quantizer: StaticQuantizer) -> dict[str, Tensor]:
+    return {name: (b.half() if b.is_floating_point() else b).cpu() for name, b in quantizer.state_dict().items()}
+
+
+def _add(denoiser: nn.Module, config: ActivationsConfig, model: ModelConfig) -> list[str]:
+    """Put quantizers before the layers of the configuration; returns the layers' names."""
+    pattern = layer_pattern(type(denoiser).__name__, model.layers)
+    names = layers_with_inputs(denoiser, pattern=pattern, min_size=model.min_size, keep=config.keep)
+    if config.product == "int8":  # these round their inputs themselves
+        whole = add_products(denoiser, names)
+        names = [name for name in names if name not in whole]
+    add_quantizers(denoiser, names, settings_of(config))
+    return names
+
+
+def settings_of(config: ActivationsConfig) -> dict:
+    """The options that `add_quantizers` takes, as a checkpoint keeps them."""
+    return {name: getattr(config, name) for name in ("kind", "bits", "per", "block", "groups", "column_scales")}
+
+
+@torch.no_grad()
+def quantize_activations(
+    denoiser: nn.Module, config: ActivationsConfig, model: ModelConfig, *, ranges: Path | None
+) -> None:
+    """Let the denoiser's layers read quantized inputs. ranges: directory of the activations stage, for static ones."""
+    _add(denoiser, config, model)
+    if ranges is None:
+        return
+    found = load_file(ranges / RANGES_FILE)
+    for layer, quantizer in input_quantizers(denoiser).items():
+        if f"{layer}.scale" in found:  # a layer that never ran has none
+            quantizer.load_state_dict({name: found[f"{layer}.{name}"] for name in ("scale", "zero", "group")})
