@@ -92,15 +92,16 @@ class StaticQuantizer(InputQuantizer):
 
     def __init__(self, layer: nn.Module, *, bits: int, groups: int, columns: bool = False):
         super().__init__(layer, bits=bits, columns=columns)
-        self.register_buffer("scale", torch.ones(groups))
-        self.register_buffer("zero", torch.zeros(groups))
-        self.register_buffer("group", torch.zeros(self.channels, dtype=torch.uint8))
+        device = next(layer.parameters()).device
+        self.register_buffer("scale", torch.ones(groups, device=device))
+        self.register_buffer("zero", torch.zeros(groups, device=device))
+        self.register_buffer("group", torch.zeros(self.channels, dtype=torch.uint8, device=device))
 
     @torch.no_grad()
     def fit(self, least: Tensor, most: Tensor) -> None:
         """Take the grids from the smallest and largest value of every channel [channels] that calibration saw."""
         group = grouped(torch.stack([least, most], 1), len(self.scale))
-        low, high = torch.zeros(2, len(self.scale))
+        low, high = torch.zeros(2, len(self.scale), device="cpu")
         for number in range(len(self.scale)):
             if (own := group == number).any():
                 low[number], high[number] = least[own].min(), most[own].max()
@@ -126,11 +127,11 @@ def grouped(points: Tensor, count: int) -> Tensor:
     groups as channels, or more, each has its own.
     """
     if count >= len(points):
-        return torch.arange(len(points))
+        return torch.arange(len(points), device="cpu")
     order, points = (points[:, 1] - points[:, 0]).argsort(stable=True), points.double()
-    group = torch.empty(len(points), dtype=torch.int64)
-    group[order] = torch.arange(len(points)) * count // len(points)
-    centers = torch.zeros(count, 2, dtype=torch.float64)
+    group = torch.empty(len(points), dtype=torch.int64, device="cpu")
+    group[order] = torch.arange(len(points), device="cpu") * count // len(points)
+    centers = torch.zeros(count, 2, dtype=torch.float64, device="cpu")
     for _ in range(ROUNDS):
         for number in range(count):
             if (own := group == number).any():  # an empty group keeps its center
@@ -188,8 +189,7 @@ def add_quantizers(denoiser: nn.Module, names: Sequence[str], settings: dict) ->
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise UserError(f"the inputs of {name} are quantized, which is no layer of this {type(denoiser).__name__}")
         columns = settings["column_scales"] and name in coded
-        with next(layer.parameters()).device:
-            quantizer = _quantizer(layer, settings, columns=columns)
+        quantizer = _quantizer(layer, settings, columns=columns)
         if columns and not any(parameter.is_meta for parameter in layer.weight.parameters()):
             column_factors(layer.weight, quantizer.channels)
         layer.add_module(INPUTS, quantizer)

@@ -11,7 +11,16 @@ from vqdm.report.records import check_protocols
 from vqdm.runs.files import atomic_write
 from vqdm.runs.texts import in_csv, in_markdown, in_one_line
 
-SIZE_COLUMNS = ("bits_per_weight", "bits_quantized", "bits_as_in_paper", "bits_published", "mib", "pipeline_mib")
+WORK_COLUMNS = ("macs", "bit_operations")  # relative to the original's
+SIZE_COLUMNS = (
+    "bits_per_weight",
+    "bits_quantized",
+    "bits_as_in_paper",
+    "bits_published",
+    "mib",
+    "pipeline_mib",
+    *WORK_COLUMNS,
+)
 DIGITS = {
     "mib": 2, "pipeline_mib": 2, "kid": 4, "psnr_to_fp": 2, "fid_paper": 2, "fid_standard": 2, "fid_paper_to_fp": 2,
     "kid_standard": 5, "inception_score": 2, "clip_h14": 4, "clip_l14": 2, "pickscore": 4, "pickscore_scaled": 2,

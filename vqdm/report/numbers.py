@@ -20,10 +20,12 @@ def frame(table: Table, rows: list[list[dict]], results: Path):
 
     published = [metric for metric in table.metrics if any(metric in row.published for row in table.rows)]
     paper_bits = any("bits" in row.published for row in table.rows)
+    works = any("work" in run for runs in rows for run in runs)
     lines = []
     for row, runs in zip(table.rows, rows, strict=True):
         line = {"method": runs[0]["method"] if runs else row.method or row.name}
-        line |= _sizes(row, runs, paper_bits=paper_bits) | {"calibration_seeds": len(runs)}
+        line |= _sizes(row, runs, paper_bits=paper_bits) | (_works(runs) if works else {})
+        line |= {"calibration_seeds": len(runs)}
         scores = [scores_of(run, results) for run in runs]
         comparable = all(_as_published(table, score["protocol"]) for score in scores)
         for metric in table.metrics:
@@ -45,6 +47,17 @@ def _sizes(row: Row, runs: list[dict], *, paper_bits: bool) -> dict:
         sizes |= {"bits_as_in_paper": bits.get("bits_as_in_paper"), "bits_published": row.published.get("bits")}
     sizes |= {"mib": bits["file_bytes"] / 2**20 if runs else None}
     return sizes | ({"pipeline_mib": bits["pipeline_bytes"] / 2**20} if "pipeline_bytes" in bits else {})
+
+
+def _works(runs: list[dict]) -> dict:
+    """Multiply-adds and bit operations of an image, relative to the original's in 16 bits.
+
+    Of a run that is neither accelerated nor of fewer steps: its multiply-adds are 1, its bit operations not recorded.
+    """
+    work = runs[0].get("work") if runs else None
+    if work is None:
+        return {"macs": 1.0 if runs else None, "bit_operations": None}
+    return {"macs": work["relative_macs"], "bit_operations": work["relative_bit_operations"]}
 
 
 def _scored(metric: str, scores: list[dict]) -> dict:

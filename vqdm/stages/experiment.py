@@ -15,6 +15,7 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.accelerate import accelerated_pipeline, ensure_acceleration
+from vqdm.stages.accelerated import is_on
 from vqdm.stages.graph import Graph, Quantization, build_graph, image_list
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
@@ -53,7 +54,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
     tracker.table("evaluate/metrics", [_tracked(name, s, scores["protocol"]) for name, s in scores["metrics"].items()])
     _show_images(tracker, store.directory(graph.images), graph)
-    return {"bits": _bits(config, store, graph)}
+    return {"bits": _bits(config, store, graph)} | _work(config, store, graph)
 
 
 def _score(work: Work, graph: Graph) -> dict:
@@ -209,6 +210,23 @@ def _pipeline_bytes(config: Config, store: Store, stages: Quantization) -> dict:
         return {}
     named = {} if stages.parts is None else {"parts": sorted(made)}
     return {"pipeline_bytes": store.summary(stages.denoiser)["file_bytes"] + sum(others.values())} | named
+
+
+def _work(config: Config, store: Store, graph: Graph) -> dict:
+    """What sampling an image takes beside the original, where anything is accelerated or steps are fewer."""
+    if not is_on(config) and original_sampler(config) == image_sampler(config):
+        return {}
+    from vqdm.stages.plan.work import work_of
+    from vqdm.stages.prune import removed_in
+
+    stages, removed, weights = graph.quantization, [], {}
+    if stages is not None and stages.prune is not None:
+        removed = removed_in(store.directory(stages.prune))
+    if stages is not None and stages.quantize is not None and stages.quantize.name == "quantize":
+        layers = store.directory(stages.quantize) / "layers.json"
+        weights = {layer["name"]: layer["bits"] for layer in json.loads(layers.read_text())["quantized"]}
+    work = work_of(config, weights=weights, removed=removed)
+    return {} if work is None else {"work": work.to_dict()}
 
 
 def _tracked(name: str, score: dict, protocol: dict) -> dict:

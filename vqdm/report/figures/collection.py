@@ -30,15 +30,24 @@ def figures_of(table_name: str, frame, records: list[dict], results: Path) -> li
     return made
 
 
+PAIRED = "psnr_to_fp"  # what rows with fewer multiply-adds are judged by
+
+
 def _paretos(table_name: str, frame) -> list[tuple]:
     metrics = [name for name in frame.columns if f"{name}_se" in frame.columns]
     if "bits_per_weight" not in frame.columns:  # a table of votes
         return []
-    return [
+    drawn = [
         (f"Size against {label_of(metric).rstrip(' ↑↓')}", f"{table_name}-pareto-{metric}", pareto(frame, metric))
         for metric in metrics
         if has_points(frame, metric)
     ]
+    if "macs" not in frame.columns or PAIRED not in metrics:
+        return drawn
+    for size, what in (("macs", "Multiply-adds"), ("mib", "Bytes")):
+        title = f"{what} against {label_of(PAIRED).rstrip(' ↑↓')}"
+        drawn.append((title, f"{table_name}-{size}-{PAIRED}", pareto(frame, PAIRED, size=size, everything=True)))
+    return drawn
 
 
 def _read(record: dict, stage: str, file: str, results: Path):

@@ -12,6 +12,7 @@ SIZES = {
     "bits_per_weight": "bits per weight, everything counted",
     "bits_quantized": "bits per weight of the quantized layers",
     "mib": "MiB on disk",
+    "macs": "multiply-adds of an image, relative",
 }
 LABELS = {
     "fid": "FID ↓",
@@ -44,6 +45,7 @@ _KIND = "fidelity_"  # scores of single attributes of the tiny world
 _DISTANCES = ("fid", "kid", "cmmd", "distance", "lpips")  # metrics from 0 up, over orders of magnitude
 _STEPS = (1, 2, 5)  # ticks of logarithmic axes in each decade
 _DASHES = ((0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
+_SERIES = re.compile(r"[,(]| \d")  # ends the name of a series: "cache 2, linear", "full precision, 10 steps"
 _BITS = re.compile(r"[ -]\d+(?:\.\d+)?(?:[ -]?bits?\b|$)")
 
 
@@ -88,15 +90,16 @@ def _number(value) -> float:
     return math.nan if value is None else float(value)
 
 
-def _rows(frame, metric: str, size: str) -> list[_Row]:
+def _rows(frame, metric: str, size: str, *, everything: bool = False) -> list[_Row]:
     found = []
     for row in frame.to_dict("records"):
         names = (size, metric, f"{metric}_se", f"{metric}_published", "bits_published", "bits_per_weight")
         own, value, error, published, published_bits, bits = (_number(row.get(name)) for name in names)
         full = row["method"].startswith("full precision") or bits >= FULL_PRECISION_BITS
-        full |= published_bits >= FULL_PRECISION_BITS
+        full = not everything and (full or published_bits >= FULL_PRECISION_BITS)
         place = own if size == "mib" or math.isnan(published_bits) else published_bits
-        found.append(_Row(row["method"], own, value, error, place, published, full))
+        method = _SERIES.split(row["method"])[0] if everything else row["method"]
+        found.append(_Row(method, own, value, error, place, published, full))
     return found
 
 
@@ -107,15 +110,16 @@ def has_points(frame, metric: str, *, size: str = "bits_per_weight") -> bool:
 
 
 @styled
-def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | None = None):
-    """A Figure of `metric` against `size` ("bits_per_weight", "bits_quantized" or "mib") for the rows of a table.
+def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | None = None, everything: bool = False):
+    """A Figure of `metric` against `size` (a key of SIZES) for the rows of a table.
 
     frame: pandas, with columns method, bits_per_weight, `size`, `metric`, <metric>_se and, for published values,
     <metric>_published and bits_published: these stand at the bits that their authors count. A row of 16 bits or more is
-    a dashed line with a band. label: text of the metric's axis.
+    a dashed line with a band; with `everything` it is a point as others are, and lines join all rows whose methods
+    begin alike. label: text of the metric's axis.
     Lines join the points of a family (`family_of`) whose text after the count is the same.
     """
-    rows = _rows(frame, metric, size)
+    rows = _rows(frame, metric, size, everything=everything)
     figure = new_figure(COLUMN, 2.2)
     axes = figure.add_subplot()
     points = [row for row in rows if not row.full_precision]

@@ -53,7 +53,18 @@ def _plan(config: Config, store: Store, stages: Graph | Quantization | None, tod
     machine = _machine(config)
     recorded = Recorded(store if config.plan_for is None else None, config, machine.device)
     counts, harm = _counts(config, stages), _harm(store, stages, todo)
-    return make_plan(config, counts, machine, recorded=recorded, harm=harm, todo=todo)
+    removed = _removed(store, stages, todo)
+    return make_plan(config, counts, machine, recorded=recorded, harm=harm, todo=todo, removed=removed)
+
+
+def _removed(store: Store, stages: Graph | Quantization | None, todo: set[str] | None) -> list[str]:
+    """The operators that the prune stage took out, if it is needed and done."""
+    quantization = _quantization(stages)
+    if quantization is None or quantization.prune is None or "prune" in todo:
+        return []
+    from vqdm.stages.prune import removed_in
+
+    return removed_in(store.directory(quantization.prune))
 
 
 def say_before_work(config: Config, store: Store, stages: Graph | Quantization) -> None:

@@ -116,10 +116,12 @@ def stage_names(config: Config) -> list[str]:
 
 
 def _of_cache(config: Config) -> dict[str, bool]:
-    """The stages of a cache that look at features, and whether they are needed."""
+    """The stages that look at a sampling denoiser, and whether they are needed."""
     own = config.cache
     on = own.kind != "none"
-    return {"schedule": on and own.schedule == "dynamic", "correct": on and own.correction != "none"}
+    static = config.activations.kind == "static"
+    correct = on and own.correction != "none"
+    return {"schedule": on and own.schedule == "dynamic", "activations": static, "correct": correct}
 
 
 def guidance_factor(denoiser: nn.Module, guidance: float) -> int:
@@ -236,6 +238,11 @@ class _Stages(Experiment):
         """Cost of sampling the cache's captions, without decoding."""
         used = memory.generate_memory(self.model, self._samples_per_call(), 0, device=self.machine.device)
         return self.stage("schedule", used, self._sampling(self.config.cache.prompts, image_sampler(self.config)))
+
+    def activations(self) -> StageCost:
+        used = memory.generate_memory(self.model, self._samples_per_call(), 0, device=self.machine.device)
+        timed = self._sampling(self.config.activations.prompts, image_sampler(self.config))
+        return self.stage("activations", used, timed)
 
     def correct(self) -> StageCost:
         return dataclasses.replace(self.schedule(), name="correct")

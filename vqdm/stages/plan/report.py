@@ -1,16 +1,19 @@
 """`plan=true`: what a run will make, how large, with how much memory and in what time, before anything is loaded."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from vqdm.acceleration.operators import operators
 from vqdm.codecs.allocation import Assignment, Harm
 from vqdm.config.options import Config
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.location import DENOISERS, configs_directory
 from vqdm.models.single_file import component_on_meta
 from vqdm.runs.store import write_json
+from vqdm.stages.accelerated import is_on
 from vqdm.stages.plan.cost import DISTILLATION, guidance_factor, stage_costs, stage_names
 from vqdm.stages.plan.forward import latent_size
 from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
@@ -19,6 +22,7 @@ from vqdm.stages.plan.rates import Machine
 from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.space import disk_bytes, downloads, missing_lists, with_disk
 from vqdm.stages.plan.stage import StageCost, duration, gibibytes
+from vqdm.stages.plan.work import work_lines, work_of
 from vqdm.weights.layers import swap_empty
 
 
@@ -36,6 +40,7 @@ class Plan:
     parts: dict[str, PartSize] = dataclasses.field(default_factory=dict)  # what else is to be quantized
     fetched: dict[str, int] = dataclasses.field(default_factory=dict)
     lists: list[str] = dataclasses.field(default_factory=list)
+    work: list[str] = dataclasses.field(default_factory=list)  # lines on what is accelerated
 
     @property
     def to_run(self) -> list[StageCost]:
@@ -62,9 +67,10 @@ def make_plan(
     recorded: Recorded,
     harm: Harm | None,
     todo: set[str] | None,
+    removed: Sequence[str] = (),
 ) -> Plan:
     """Plan a configuration. counts: images and prompts, as `stage_costs` takes them. harm: what the sensitivity stage
-    measured, if it is needed and done.
+    measured, if it is needed and done. removed: operators that the prune stage took out, if it is done.
 
     UserError for a model whose configs are not here, and for a scheme that does not fit a layer.
     """
@@ -86,7 +92,7 @@ def make_plan(
         recorded=recorded,
         **counts,
     )
-    compressing = ("calibrate", "prune", "sensitivity", "quantize", *DISTILLATION, "schedule", "correct")
+    compressing = ("calibrate", "prune", "sensitivity", "quantize", *DISTILLATION, "schedule", "activations", "correct")
     wanted = compressing if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
     others = {} if not config.parts.given else plan_parts(config, {p.name: component_on_meta(p) for p in parts})
@@ -101,7 +107,8 @@ def make_plan(
         file=planned.bytes,
     )
     pipeline = getattr(torch, model.dtype).itemsize * sum(parameters.values())
-    return Plan(planned, costs, todo, machine, others, downloads(config, pipeline), missing_lists(config))
+    work = _work(config, planned, list(removed))
+    return Plan(planned, costs, todo, machine, others, downloads(config, pipeline), missing_lists(config), work)
 
 
 def _recorded_rows(config: Config, denoiser: torch.nn.Module, prompts: int) -> int:
@@ -113,6 +120,18 @@ def _image_numbers(denoiser: torch.nn.Module, vae: torch.nn.Module | None, size:
     """Numbers of an image, 3 · height · width; 0 without a decoder."""
     height, width = latent_size(denoiser, size)
     return 0 if vae is None else 3 * height * width * 4 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _work(config: Config, planned: DenoiserPlan, removed: list[str]) -> list[str]:
+    """Lines on what caching, activations and pruning make of the work; none where there is nothing of these."""
+    if not is_on(config):
+        return []
+    weights = {layer.name: layer.bits for layer in planned.quantized}
+    work = work_of(config, weights=weights, removed=removed)
+    if work is None:
+        return ["multiply-adds not estimated: the plan does not know what this denoiser takes"]
+    count = len(operators(denoiser_on_meta(config.model))) if config.prune.kind != "none" else 0
+    return work_lines(config, work, removed=removed, operators=count)
 
 
 def _student(config: Config, assignment: Assignment) -> torch.nn.Module | None:
@@ -148,6 +167,7 @@ def summary(plan: Plan) -> str:
         f"bits_per_weight {counts.bits_per_weight:.3f}, bits_quantized {counts.bits_quantized:.3f}, "
         f"bits_as_in_paper {counts.bits_as_in_paper:.3f}",
         *part_lines(plan.parts, denoiser.bytes),
+        *plan.work,
         f"memory and times for {plan.machine.label}:",
         *(cost_line(cost, plan) for cost in plan.costs),
     ]
