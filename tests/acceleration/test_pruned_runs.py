@@ -23,6 +23,7 @@ def scores(results):
     return directory, json.loads((directory / "scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_what_goes_is_what_scores_least(results):
     directory, found = scores(results)
     assert 0.3 <= found["weights"] / found["of"] < 0.6 and len(found["scores"]) == 39
@@ -33,6 +34,7 @@ def test_what_goes_is_what_scores_least(results):
     assert not list(directory.glob("items/*"))
 
 
+@pytest.mark.slow
 def test_quantizing_starts_from_what_is_left(results):
     learning = ("finetune=end_to_end", "finetune.steps=2", "finetune.check_every=1", "finetune.batch_size=2",
                 "finetune.trajectories.n=2", "finetune.trajectories.validation=1")  # fmt: skip
@@ -47,6 +49,7 @@ def test_quantizing_starts_from_what_is_left(results):
     assert json.loads(config.read_text())["quantization_config"]["removed"] == removed
 
 
+@pytest.mark.slow
 def test_a_pruned_model_in_full_precision_learns(results):
     done = run(*PRUNED, "name=healed", "finetune=end_to_end", "finetune.steps=8", "finetune.check_every=4",
                "finetune.batch_size=8", "finetune.trajectories.n=8", "finetune.trajectories.validation=4",

@@ -67,4 +67,7 @@ def test_a_plan_says_the_work_and_no_time_of_what_is_simulated(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith(("prune:", "activations:", "cache:", "work"))]
     assert [line.split(":")[0] for line in lines] == ["prune", "activations", "cache", "work of an image"]
     assert "which operators go is scored first" in lines[0] and "simulated, no faster" in lines[1]
+    assert "time not estimated; activations are simulated" in next(
+        x for x in done.stdout.splitlines() if "  images" in x
+    )
     assert "20 calls, 10 full; a cached call takes 4.4% of a full one's" in lines[2] and "0.522" in lines[3]

@@ -42,7 +42,7 @@ from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import measure_blocks
 from vqdm.stages.prune import CALLS as CALLS_OF_PRUNING
-from vqdm.stages.samplers import image_sampler
+from vqdm.stages.samplers import image_sampler, original_sampler
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
 FORWARD_AND_BACKWARD = 3  # forwards
@@ -248,23 +248,32 @@ class _Stages(Experiment):
         return dataclasses.replace(self.schedule(), name="correct")
 
     def teacher_images(self) -> StageCost:
-        return self._images("teacher_images", codes=0)
+        return self._images("teacher_images", original_sampler(self.config), codes=0)
 
     def images(self) -> StageCost:
-        return self._images("images", codes=memory.code_bytes(self.specs, self.config.quantize))
+        codes = memory.code_bytes(self.specs, self.config.quantize)
+        found = self._images("images", image_sampler(self.config), codes=codes)
+        if self.config.activations.kind != "none":  # a time would be taken for what real integers need
+            return dataclasses.replace(
+                found, seconds=None, origin="", note="activations are simulated: no time is said"
+            )
+        return (
+            found if self.config.cache.kind == "none" else dataclasses.replace(found, note="as if all calls were full")
+        )
 
-    def _images(self, name: str, *, codes: float) -> StageCost:
+    def _images(self, name: str, sampler: SamplerConfig, *, codes: float) -> StageCost:
         size = self.config.evaluate.batch_size
         used = memory.generate_memory(self.model, self.guided * size, size, device=self.machine.device, codes=codes)
         made = size * math.ceil(self.scored / size)  # the last batch is filled up
-        seconds, origin = self._sampling(made, image_sampler(self.config))
+        seconds, origin = self._sampling(made, sampler)
         rates = self._rates()
         found = (None, "") if rates is None else (seconds + made * rates.seconds(self.decoding), origin)
         return self.stage(name, used, found)
 
     def evaluate(self) -> StageCost:
         """Cost of comparing with the originals image by image; metrics that take a network are left out."""
-        paired = "paired" in self.config.evaluate.metrics and self.config.quantize.kind != "none"
+        compared = self.config.quantize.kind != "none" or accelerated.is_on(self.config)
+        paired = "paired" in self.config.evaluate.metrics and compared
         at_once = min(self.scored, self.config.evaluate.batch_size)
         used = memory.evaluate_memory(self.model.image_numbers, at_once, device=self.machine.device)
         seconds = SCORING * self.scored * self.model.image_numbers if paired else 0.0

@@ -1,0 +1,47 @@
+"""With caching, activations and pruning off, whatever their options say, no fingerprint is another."""
+
+import pytest
+from test_structure import compose
+
+from vqdm.stages.graph import build_graph
+
+OFF = ["cache.interval=7", "cache.correction=affine", "prune.share=0.5", "activations.bits=4", "activations.per=block"]
+SETTINGS = {"sampler", "dtype", "batch_size", "images_per_prompt", "seed", "rescale", "prompts"}
+
+
+def stages(cache, *overrides):
+    return build_graph(compose(*overrides), cache=cache / "hashes").named()
+
+
+@pytest.mark.parametrize("experiment", ["tiny_fp", "tiny_trellis3"])
+def test_options_of_what_is_off_change_nothing(experiment, tmp_path):
+    plain, same = stages(tmp_path, f"+experiment={experiment}"), stages(tmp_path, f"+experiment={experiment}", *OFF)
+    assert {name: stage.fingerprint for name, stage in plain.items()} == {n: s.fingerprint for n, s in same.items()}
+    assert set(plain["images"].config) == SETTINGS
+    assert not {"prune", "schedule", "activations", "correct"} & set(plain)
+
+
+@pytest.mark.parametrize(
+    ("override", "new", "kept"),
+    [
+        ("cache=taylor2", set(), {"quantize"}),
+        ("cache=cachequant2", {"schedule", "correct"}, {"quantize"}),
+        ("activations=a8", set(), {"quantize"}),
+        ("activations=dgq6", {"activations"}, {"quantize"}),
+        ("prune=ld10", {"prune"}, {"calibrate"}),
+        ("evaluate.original_steps=40", set(), {"quantize", "images"}),
+    ],
+)
+def test_what_is_on_changes_its_own_stages_and_those_after(override, new, kept, tmp_path):
+    plain = stages(tmp_path, "+experiment=tiny_trellis3")
+    other = stages(tmp_path, "+experiment=tiny_trellis3", override)
+    assert set(other) - set(plain) == new
+    assert all(other[name].fingerprint == plain[name].fingerprint for name in kept)
+    assert other["evaluate"].fingerprint != plain["evaluate"].fingerprint
+
+
+def test_ranges_come_with_the_cache_running_and_corrections_last(tmp_path):
+    found = stages(tmp_path, "+experiment=tiny_trellis3", "cache=cachequant3", "activations=dgq6")
+    assert found["activations"].upstream["schedule"] == found["schedule"]
+    assert found["correct"].upstream["activations"] == found["activations"]
+    assert found["images"].upstream == {"correct": found["correct"]}
