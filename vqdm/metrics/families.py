@@ -28,6 +28,7 @@ class Family:
     computed_in: str = "float32"  # dtype of what is extracted
     weights: tuple[Weights, ...] = ()
     pairs: bool = False  # looks at each image beside the full-precision one
+    of_model: bool = False  # asks the model that made the images, not the images
     against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
     against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
 
@@ -53,6 +54,11 @@ DETAILS = {
     "agreement_with_fp": "share of equal attributes with the full-precision image",
     "psnr_to_fp": "dB, mean over images, peak 1, squared error at least that of rounding to 8 bits (58.9 dB)",
     "ssim_to_fp": "Gaussian window of 11 pixels, σ 1.5, over all pixels: images are mirrored at their edges",
+    "recovery_gap_colour": "least error of the predicted noise with another colour word, minus that with the right one",
+    "recovery_gap_shape": "least error of the predicted noise with another shape word, minus that with the right one",
+    "recovery_colour": "share of images whose right colour word has the least error",
+    "recovery_shape": "share of images whose right shape word has the least error",
+    "recovery_error": "mean squared error of the predicted noise with the right caption",
     "fid_paper_to_fp": "to the full-precision images of the same captions and noise",
     "kid_standard": "unbiased MMD², cubic kernel, mean over 100 subsets of at most 1,000",
     "inception_score": "mean over 10 parts",
@@ -99,6 +105,11 @@ FAMILIES = {
         {"features": "the tiny world's own evaluators: compares with nothing else"},
         library="open_clip_torch",
         against_originals=_TINY_TO_FP,
+    ),
+    "recovery": Family(
+        1, ("recovery_gap_colour", "recovery_gap_shape", "recovery_colour", "recovery_shape", "recovery_error"),
+        {"images": "renders of the captions' own scenes, noised at timesteps 201 and 401; no guidance"},
+        of_model=True,
     ),
     "paired": Family(
         2, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},

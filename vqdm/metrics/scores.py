@@ -8,6 +8,7 @@ import torch
 
 from vqdm.metrics import tiny_world
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
+from vqdm.metrics.recovery import KINDS
 from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
 from vqdm.tiny.attributes import seen_by
 from vqdm.tiny.worlds import world_of
@@ -101,6 +102,10 @@ def _image_scores(
 ) -> dict[str, np.ndarray]:
     if family == "tiny":
         return tiny_world.image_scores(own, originals, captions=captions, reference=reference)
+    if family == "recovery":
+        gaps = {f"recovery_{name}": column.numpy() for name, column in own.items() if not name.startswith("right_")}
+        shares = {f"recovery_{kind}": own[f"right_{kind}"].numpy() for kind in KINDS}
+        return gaps | shares
     if family in ("paired", "lpips"):
         return {f"{name}_to_fp": column.numpy() for name, column in own.items()}
     cosine = own["cosine"].numpy() if "cosine" in own else None

@@ -11,7 +11,7 @@ from vqdm.report.experiments import Table
 from vqdm.runs.store import Stage, Store
 from vqdm.stages.layout import SCORES_FILE
 
-LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*")  # names of metrics
+LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*|recovery_error")  # names of metrics
 
 
 def scores_of(record: dict, results: Path) -> dict:

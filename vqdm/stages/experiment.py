@@ -77,7 +77,7 @@ def _score(work: Work, graph: Graph) -> dict:
         with processes.opened(store, graph.images) as images:
             _generate(config, graph, images, pipeline, sampler=image_sampler(config), **made)
     models.release()
-    _look(config, store, graph, device=work.device)
+    _look(work, graph)
     return _evaluate(config, store, graph, environment=work.environment)
 
 
@@ -114,10 +114,11 @@ def _generate(
     )
 
 
-def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None:
+def _look(work: Work, graph: Graph) -> None:
     """Extract features for every family, the full-precision images' first, as other rows of a table need them."""
     from vqdm.stages.features import extract
 
+    config, store, device = work.config, work.store, work.device
     count = len(image_list(config, graph.prompts))
     originals = graph.teacher_images and store.directory(graph.teacher_images)
     todo = [(family, stage, graph.teacher_images) for family, stage in graph.teacher_features.items()]
@@ -125,6 +126,8 @@ def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None
     for family, stage, images in todo:
         environment = {"device": "cpu" if family in ON_CPU else device.name, "library": FAMILIES[family].installed()}
         make_extractor = functools.partial(_extractor, family, graph.scoring.weights[family], device.name)
+        if FAMILIES[family].of_model:
+            make_extractor = functools.partial(_asks_model, work)
         with processes.opened(store, stage) as directory:
             extract(
                 directory,
@@ -134,6 +137,7 @@ def _look(config: Config, store: Store, graph: Graph, *, device: Device) -> None
                 batch_size=config.evaluate.batch_size,
                 make_extractor=make_extractor,
                 environment=environment,
+                of_model=FAMILIES[family].of_model,
             )
 
 
@@ -141,6 +145,14 @@ def _extractor(family: str, weights: list[Path], device: str):
     from vqdm.metrics.extractors import make_extractor
 
     return make_extractor(family, weights, device=device)
+
+
+def _asks_model(work: Work):
+    """The extractor that asks the model whose images are scored, every call of it whole."""
+    from vqdm.metrics.recovery import Recovery
+    from vqdm.tiny.worlds import WORLDS
+
+    return Recovery(work.models.student(work.compressed), WORLDS[work.config.model.world])
 
 
 def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) -> dict:

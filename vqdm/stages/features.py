@@ -27,10 +27,12 @@ def extract(
     batch_size: int,
     make_extractor,
     environment: dict,
+    of_model: bool = False,
 ) -> None:
     """Make the batches that are missing or whose images have changed.
 
-    originals: the full-precision images, for a family of pairs. `make_extractor()` is called only if there is work.
+    originals: the full-precision images, for a family of pairs. of_model: the extractor asks a model, and takes the
+    prompts with their ids. `make_extractor()` is called only if there is work.
     """
     sources = [folder for folder in (images, originals) if folder is not None]
 
@@ -47,8 +49,10 @@ def extract(
     with threads_that_are_free() as adjust_threads:
         for name, rows, identity in progress.over(pending, f"features {label_of(directory)}", unit="batch"):
             adjust_threads()
-            own = load_images(images, rows)
-            if originals is None:
+            own = [] if of_model else load_images(images, rows)
+            if of_model:
+                columns = extractor.columns(peek(images, name).record["prompts"][: len(rows)])
+            elif originals is None:
                 columns = extractor.columns(own, captions_in(images, name)[: len(rows)])
             else:
                 columns = extractor.columns(np.stack(own), np.stack(load_images(originals, rows)))

@@ -1,0 +1,103 @@
+"""What a word of the caption is worth to a model: its noise prediction on a real image with the right word and others.
+
+The error of the prediction is the mean of (ε̂ − ε)² over the latent, two noise levels and one noise for all captions of
+an image; no guidance, no sampling. The gap is the least error of a wrong word minus the right word's. It falls as a
+model forgets what the word means, and, unlike the ratio of the errors, not with the noise that codes add to all words.
+"""
+
+import torch
+from torch import Tensor
+
+from vqdm.errors import UserError
+from vqdm.models.placement import visits
+from vqdm.seeds import torch_generator
+from vqdm.tiny.scenes import WORLD_SEED, draw_scene, render
+from vqdm.tiny.world import World
+
+KINDS = ("colour", "shape")
+TIMESTEPS = (201, 401)  # of 1,000; at 601 and above hardly any word matters (docs/probes.md)
+
+
+class Recovery:
+    """Extractor of a model: columns {gap_<kind>, right_<kind>, error} with a row for each prompt of its world.
+
+    UserError for a pipeline that is not SDXL's, whose U-Net predicts noise.
+    """
+
+    def __init__(self, pipeline, world: World):
+        if "XL" not in type(pipeline).__name__ or pipeline.scheduler.config.prediction_type != "epsilon":
+            raise UserError(
+                f"evaluate.metrics: recovery asks an SDXL pipeline that predicts noise, not {type(pipeline).__name__}; "
+                "leave it out"
+            )
+        self.pipeline, self.world = pipeline, world
+
+    @torch.no_grad()
+    def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
+        """Columns of prompts, each an id such as test-000017 and its caption."""
+        rows = [self._row(name, caption) for name, caption in prompts]
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    def _row(self, name: str, caption: str) -> dict[str, float]:
+        split, _, index = name.rpartition("-")
+        scene = draw_scene(WORLD_SEED, split, int(index), world=self.world)
+        latent = self._latent(render([scene], world=self.world)[0])
+        noise = torch_generator(WORLD_SEED, "recovery", name)
+        noise = torch.randn(latent.shape, generator=noise).to(latent)
+        others = {kind: other_captions(caption, kind, self.world) for kind in KINDS}
+        errors = self._errors(latent, noise, [caption, *(text for texts in others.values() for text in texts)])
+        right, wrong = errors[0], errors[1:]
+        found = {"error": right}
+        for kind, texts in others.items():
+            own, wrong = wrong[: len(texts)], wrong[len(texts) :]
+            found |= {f"gap_{kind}": min(own) - right, f"right_{kind}": float(right < min(own))}
+        return found
+
+    def _latent(self, image) -> Tensor:
+        """The latent [1, channels, height, width] that a picture uint8 [height, width, 3] is encoded to."""
+        vae = self.pipeline.vae
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
+        with visits(self.pipeline):
+            return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+
+    def _errors(self, latent: Tensor, noise: Tensor, captions: list[str]) -> list[float]:
+        """Mean squared error of the noise predicted with each caption, over the noise levels."""
+        pipeline, count = self.pipeline, len(captions)
+        with visits(pipeline):
+            text, _, pooled, _ = pipeline.encode_prompt(
+                prompt=captions, device=latent.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        size = tuple(pipeline.vae_scale_factor * length for length in latent.shape[-2:])
+        ids = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=latent.device).repeat(count, 1)
+        total = torch.zeros(count, device=latent.device)
+        for timestep in TIMESTEPS:
+            kept = pipeline.scheduler.alphas_cumprod[timestep].to(latent)
+            noisy = (kept.sqrt() * latent + (1 - kept).sqrt() * noise).repeat(count, 1, 1, 1)
+            conditions = {"text_embeds": pooled, "time_ids": ids}
+            predicted = pipeline.unet(noisy, timestep, text, added_cond_kwargs=conditions).sample
+            total += (predicted - noise).float().square().mean((1, 2, 3))
+        return (total / len(TIMESTEPS)).tolist()
+
+
+def other_captions(caption: str, kind: str, world: World) -> list[str]:
+    """The caption with its first thing's colour or shape replaced by every other one.
+
+    Pairs of shape and colour that the world never shows are left out: no model can know what they look like.
+    """
+    words = caption.split()
+    at_colour = next(i for i, word in enumerate(words) if word in world.colours)
+    at_shape = next(i for i, word in enumerate(words) if i > at_colour and word in world.shapes)
+    found = []
+    for other in world.colours if kind == "colour" else world.shapes:
+        changed = list(words)
+        changed[at_colour if kind == "colour" else at_shape] = other
+        if changed != words and (changed[at_shape], changed[at_colour]) not in world.unseen:
+            found.append(" ".join(_with_article(changed, at_colour)))
+    return found
+
+
+def _with_article(words: list[str], at: int) -> list[str]:
+    """Say "an" before a vowel where the article stands right before the word."""
+    if at and words[at - 1] in ("a", "an"):
+        words[at - 1] = "an" if words[at][0] in "aeiou" else "a"
+    return words
