@@ -36,14 +36,14 @@ class Recovery:
     def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
         """Columns of prompts, each an id such as test-000017 and its caption."""
         rows = [self._row(name, caption) for name, caption in prompts]
-        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+        return {key: torch.tensor([row[key] for row in rows], device="cpu") for key in rows[0]}
 
     def _row(self, name: str, caption: str) -> dict[str, float]:
         split, _, index = name.rpartition("-")
         scene = draw_scene(WORLD_SEED, split, int(index), world=self.world)
         latent = self._latent(render([scene], world=self.world)[0])
         noise = torch_generator(WORLD_SEED, "recovery", name)
-        noise = torch.randn(latent.shape, generator=noise).to(latent)
+        noise = torch.randn(latent.shape, generator=noise, device="cpu").to(latent)
         others = {kind: other_captions(caption, kind, self.world) for kind in KINDS}
         errors = self._errors(latent, noise, [caption, *(text for texts in others.values() for text in texts)])
         right, wrong = errors[0], errors[1:]
