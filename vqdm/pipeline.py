@@ -153,6 +153,7 @@ def _track_table(name: str, config: Config, files: list[Path], store: Store, mad
         directory=store.root / "tracker",
     )
     tracker.figures([file.with_suffix(".png") for file in files if file.parent.name == "figures"])
+    tracker.table_files(name, [file for file in files if file.parent.name in ("tables", "share")])
     tracker.finish(failed=False)
 
 
@@ -338,7 +339,14 @@ def _log_stages(tracker, store: Store, stages: Graph | Quantization) -> None:
         if (directory / "denoiser").is_dir():
             upstream = {key: getattr(up, "directory_name", up) for key, up in stage.upstream.items()}
             made_from = {"stage": stage.name, "fingerprint": stage.fingerprint, "upstream": upstream}
-            tracker.denoiser(f"{stage.name}-{stage.directory_name}", directory, made_from | stage.config | summary)
+            inputs = [
+                up
+                for up in stage.upstream.values()
+                if not isinstance(up, str) and (store.directory(up) / "denoiser").is_dir()
+            ]
+            named = tuple(f"{up.name}-{up.directory_name}" for up in inputs)
+            metadata = made_from | stage.config | summary
+            tracker.denoiser(f"{stage.name}-{stage.directory_name}", directory, metadata, named)
 
 
 def _record(config: Config, store: Store, stages: Graph | Quantization) -> dict:

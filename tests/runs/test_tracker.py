@@ -5,6 +5,8 @@ import struct
 import subprocess
 import time
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
@@ -23,7 +25,7 @@ from vqdm.config.options import (
     TrackerConfig,
 )
 from vqdm.errors import UserError
-from vqdm.runs.tracker import MAX_IMAGES, NullTracker, _mode, start_tracker
+from vqdm.runs.tracker import MAX_IMAGES, NullTracker, WandbTracker, _mode, start_tracker
 
 BLOCK = 32768  # of the LevelDB log format, in which wandb writes a run
 
@@ -160,6 +162,36 @@ def test_a_denoiser_is_a_reference_to_its_files(no_network, tmp_path):
         "manifest.json", "denoiser/config.json", "denoiser/model.safetensors",
     }  # fmt: skip
     assert all(entry.ref.startswith("file://") and not entry.local_path for entry in artifact.manifest.contents)
+
+
+def test_weights_and_tables_go_along_as_files_when_asked_for(no_network, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    stage = tmp_path / "tiny-3x8-0123abcd"
+    (stage / "denoiser").mkdir(parents=True)
+    for file in ("manifest.json", "denoiser/model.safetensors"):
+        (stage / file).write_text(file)
+    (tmp_path / "demo.csv").write_text("method,bits\n")
+    tracker = start(tmp_path / "runs", artifacts="upload")
+    tracker.denoiser("quantize-tiny", stage, {}, ("calibrate-tiny",))  # offline W&B takes no inputs
+    tracker.table_files("demo", [tmp_path / "demo.csv", tmp_path / "demo.md"])
+    tracker.finish(failed=False)
+    (weights,) = read_artifacts(tmp_path / "runs", "denoiser")
+    assert {entry.path for entry in weights.manifest.contents} == {"manifest.json", "denoiser/model.safetensors"}
+    assert all(Path(entry.local_path).is_file() and not entry.ref for entry in weights.manifest.contents)
+    (table,) = read_artifacts(tmp_path / "runs", "table")
+    assert table.name == "table-demo" and [entry.path for entry in table.manifest.contents] == ["demo.csv"]
+
+
+def test_online_a_denoiser_names_what_it_was_made_from(tmp_path):
+    """A stand-in for the client's run, which without a server cannot be had online."""
+    used, logged = [], []
+    run = SimpleNamespace(id="x", offline=False, use_artifact=used.append, log_artifact=logged.append)
+    (tmp_path / "denoiser").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    tracker = WandbTracker(run, logged=tmp_path / "logged.json", uploads=False)
+    tracker.denoiser("finetune-tiny+vq3", tmp_path, {}, ("quantize-tiny+vq3",))
+    assert used == ["quantize-tiny_vq3:latest"] and [artifact.name for artifact in logged] == ["finetune-tiny_vq3"]
 
 
 def test_a_run_that_fails_is_finished_with_exit_code_1(no_network, tmp_path):

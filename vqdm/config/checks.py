@@ -39,6 +39,7 @@ CHOICES = {
     "model.world": TINY_WORLDS,
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
+    "tracker.artifacts": ("reference", "upload"),
 }
 
 DEVICES = ("auto", "cpu", "cuda")

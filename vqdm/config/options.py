@@ -210,6 +210,7 @@ class TrackerConfig:
     mode: str = "auto"  # auto: online when a key is set, else offline | offline | online
     project: str = "vqdm"  # the project of W&B
     group: str | None = None  # the group of W&B; None = the table's or sweep's name
+    artifacts: str = "reference"  # compressed weights: reference: their place on this machine | upload: the files too
 
 
 @dataclasses.dataclass

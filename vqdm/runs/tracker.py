@@ -37,8 +37,14 @@ class NullTracker:
     def figures(self, paths: list[Path]) -> None:
         """Log pictures of plots by their file names; missing files are passed over."""
 
-    def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
-        """Log a reference to a denoiser that a stage made, and what it came from; no weights leave the machine."""
+    def denoiser(self, name: str, directory: Path, metadata: dict, inputs: tuple[str, ...] = ()) -> None:
+        """Log a denoiser that a stage made, and what it came from; weights leave the machine only if asked for.
+
+        inputs: names under which the denoisers that it was made from are logged.
+        """
+
+    def table_files(self, name: str, files: list[Path]) -> None:
+        """Log a table's files as one artifact; missing ones are passed over."""
 
     def finish(self, *, failed: bool) -> None:
         """End the run; always called, also when it fails."""
@@ -65,10 +71,13 @@ def _softly(method: Callable) -> Callable:
 
 
 class WandbTracker(NullTracker):
-    """A W&B run. logged: the file that says it was finished, so that a repeat logs nothing twice."""
+    """A W&B run. logged: the file that says it was finished, so that a repeat logs nothing twice.
 
-    def __init__(self, run, *, logged: Path):
-        self.run, self.id, self.logged = run, run.id, logged
+    uploads: True: artifacts hold files, False: references to them.
+    """
+
+    def __init__(self, run, *, logged: Path, uploads: bool):
+        self.run, self.id, self.logged, self.uploads = run, run.id, logged, uploads
 
     def log(self, values: dict) -> None:
         self.run.log(values)
@@ -98,20 +107,29 @@ class WandbTracker(NullTracker):
             self.run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in there})
 
     @_softly
-    def denoiser(self, name: str, directory: Path, metadata: dict) -> None:
-        """Log the reference by path, without hashing bytes: the path names what went into it.
+    def denoiser(self, name: str, directory: Path, metadata: dict, inputs: tuple[str, ...] = ()) -> None:
+        """Log the files, or a reference by path without hashing bytes: the path names what went into it.
 
-        `use_artifact` would tell what a run started from, but wandb refuses it offline, so `metadata` does.
+        `use_artifact` tells what a run started from, but wandb refuses it offline: there `metadata` alone does.
         """
-        import wandb
+        artifact = _artifact(name, "denoiser", metadata)
+        if self.uploads:
+            artifact.add_dir(str(directory / "denoiser"), name="denoiser")
+            artifact.add_file(str(directory / "manifest.json"))
+        else:
+            artifact.add_reference((directory / "denoiser").resolve().as_uri(), name="denoiser", checksum=False)
+            artifact.add_reference((directory / "manifest.json").resolve().as_uri(), checksum=False)
+        if not self.run.offline:
+            for one in inputs:
+                self.run.use_artifact(f"{_artifact_name(one)}:latest")
+        self.run.log_artifact(artifact)
 
-        artifact = wandb.Artifact(
-            "".join(c if c.isalnum() or c in "_.-" else "_" for c in name)[-MAX_NAME:],
-            type="denoiser",
-            metadata=metadata,
-        )
-        artifact.add_reference((directory / "denoiser").resolve().as_uri(), name="denoiser", checksum=False)
-        artifact.add_reference((directory / "manifest.json").resolve().as_uri(), checksum=False)
+    @_softly
+    def table_files(self, name: str, files: list[Path]) -> None:
+        artifact = _artifact(f"table-{name}", "table", {"table": name})
+        for file in files:
+            if file.is_file():
+                artifact.add_file(str(file))
         self.run.log_artifact(artifact)
 
     def finish(self, *, failed: bool) -> None:
@@ -119,6 +137,16 @@ class WandbTracker(NullTracker):
         self.run.finish(exit_code=1 if failed else 0)
         if not failed:
             write_json(self.logged, {"run": place})
+
+
+def _artifact(name: str, kind: str, metadata: dict):
+    import wandb
+
+    return wandb.Artifact(_artifact_name(name), type=kind, metadata=metadata)
+
+
+def _artifact_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in text)[-MAX_NAME:]
 
 
 def _cell(value):
@@ -162,11 +190,20 @@ def _logged_in() -> bool:
 
 
 def start_tracker(
-    *, kind: str, mode: str, project: str, group: str | None, name: str, run_id: str, settings: dict, directory: Path
+    *,
+    kind: str,
+    mode: str,
+    project: str,
+    group: str | None,
+    artifacts: str = "reference",
+    name: str,
+    run_id: str,
+    settings: dict,
+    directory: Path,
 ) -> NullTracker:
     """Start the tracker's run of an experiment; its id is the result's fingerprint, so a resumed run continues it.
 
-    kind, mode, project, group: as in `TrackerConfig`.
+    kind, mode, project, group, artifacts: as in `TrackerConfig`.
     """
     if kind == "none" or not processes.is_main():
         return NullTracker()
@@ -204,7 +241,7 @@ def start_tracker(
     if mode == "offline":
         parts = [*earlier, Path(run.dir).parent]  # of a run that was stopped, each with its own part of the curves
         log.debug("tracker: offline; upload with `wandb sync %s`", " ".join(map(str, parts)))
-    return WandbTracker(run, logged=logged)
+    return WandbTracker(run, logged=logged, uploads=artifacts == "upload")
 
 
 def _is_logged(logged: Path, mode: str) -> bool:
