@@ -42,14 +42,15 @@ def names_in(unet):
 
 
 @pytest.mark.parametrize("block", [None, 4, 5])
-def test_a_token_is_rounded_by_its_own_largest_number(block):
+def test_a_token_is_rounded_by_its_own_range(block):
     inputs, found = drawn(2, 3, 10), []
     for token in inputs.reshape(-1, 10).tolist():
         row = []
         for start in range(0, 10, block or 10):
             part = token[start : start + (block or 10)]
-            step = max(map(abs, part)) / 7
-            row += [max(-7, min(7, round(value / step))) * step for value in part]
+            filled = part + [0.0] * ((block or 10) - len(part))  # the last block is filled up with zeros
+            step = (max(filled) - min(filled)) / 15
+            row += [min(filled) + step * round((value - min(filled)) / step) for value in part]
         found.append(row)
     quantizer = DynamicQuantizer(nn.Linear(10, 4), bits=4, block=block)
     assert torch.allclose(quantizer(inputs), torch.tensor(found).view(2, 3, 10), atol=1e-6)

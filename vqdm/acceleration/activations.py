@@ -21,16 +21,19 @@ LEAST = 1e-8  # scale of what is all zeros
 ROUNDS = 50  # of Lloyd's algorithm
 
 
-def rounded(values: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Symmetric rounding, clamp(round(x / s), −m, m) · s with m = 2^(bits − 1) − 1, in the values' dtype."""
-    most = 2 ** (bits - 1) - 1
-    return ((values / scales).round().clamp(-most, most) * scales).to(values.dtype)
+def rounded(values: Tensor, scales: Tensor, lows: Tensor, bits: int) -> Tensor:
+    """Values on the grid of 2^bits steps from `low` on, low + s · clamp(round((x − low) / s)), in their own dtype."""
+    steps = ((values - lows) / scales).round().clamp(0, 2**bits - 1)
+    return (steps * scales + lows).to(values.dtype)
 
 
-def token_scales(values: Tensor, bits: int) -> Tensor:
-    """Scales max |x| / m of the last dimension, in fp32 and kept as a dimension of one."""
-    most = 2 ** (bits - 1) - 1
-    return values.abs().amax(-1, keepdim=True).float().clamp(min=LEAST) / most
+def token_grids(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Steps (max − min) / (2^bits − 1) and lowest values of the last dimension, fp32, kept as a dimension of one.
+
+    From the least value on, not symmetric around 0: behind SiLU and GELU a symmetric grid wastes nearly a bit.
+    """
+    lows, highs = (end(-1, keepdim=True).float() for end in (values.amin, values.amax))
+    return (highs - lows).clamp(min=LEAST) / (2**bits - 1), lows
 
 
 class InputQuantizer(nn.Module):
@@ -74,10 +77,10 @@ class DynamicQuantizer(InputQuantizer):
 
     def quantized(self, values: Tensor) -> Tensor:
         if self.block is None:
-            return rounded(values, token_scales(values, self.bits), self.bits)
+            return rounded(values, *token_grids(values, self.bits), self.bits)
         missing = -values.shape[-1] % self.block
         blocks = F.pad(values, (0, missing)).unflatten(-1, (-1, self.block))
-        found = rounded(blocks, token_scales(blocks, self.bits), self.bits).flatten(-2)
+        found = rounded(blocks, *token_grids(blocks, self.bits), self.bits).flatten(-2)
         return found[..., : values.shape[-1]]
 
     def extra_repr(self) -> str:
@@ -112,9 +115,7 @@ class StaticQuantizer(InputQuantizer):
 
     def quantized(self, values: Tensor) -> Tensor:
         group = self.group.long()
-        scale, zero = (part.float()[group] for part in (self.scale, self.zero))
-        steps = ((values - zero) / scale).round().clamp(0, 2**self.bits - 1)
-        return (steps * scale + zero).to(values.dtype)
+        return rounded(values, self.scale.float()[group], self.zero.float()[group], self.bits)
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {len(self.scale)} groups"

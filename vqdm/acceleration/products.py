@@ -1,17 +1,19 @@
 """Products of integers: activations of 8 bits with scalar codes, for Linear layers of one scale per row.
 
-y[t, o] = s[t] · c[o] · Σ_i q[t, i] · (code[o, i] − zero[o]), the sum in int32 (torch._int_mm, on CPUs and on GPUs).
+With x[t, i] = s[t] · q[t, i] + m[t] and w[o, i] = c[o] · (code[o, i] − zero[o]) = c[o] · k[o, i]:
+y[t, o] = c[o] · (s[t] · Σ_i q[t, i] · k[o, i] + m[t] · Σ_i k[o, i]), the first sum in int32 (torch._int_mm).
 """
 
 import torch
 from torch import Tensor, nn
 
-from vqdm.acceleration.activations import token_scales
+from vqdm.acceleration.activations import token_grids
 from vqdm.errors import UserError
 from vqdm.weights.base import unpack_codes
 from vqdm.weights.layers import QuantizedLinear, quantized_layers
 
 BITS = 8  # of the activations
+HALF = 2 ** (BITS - 1)
 LEAST_TOKENS, MULTIPLE = 17, 8  # what CUDA's kernel asks for
 
 
@@ -45,10 +47,12 @@ class IntegerProduct(nn.Module):
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         (weight,) = self._weight
-        scales = token_scales(inputs, BITS)
-        whole = (inputs / scales).round().clamp(-127, 127).to(torch.int8).flatten(0, -2)
-        sums = integer_product(whole, self.codes()).unflatten(0, inputs.shape[:-1])
-        product = (sums.float() * scales * weight.scales.detach().float().flatten()).to(inputs.dtype)
+        scales, lows = token_grids(inputs, BITS)
+        whole = ((inputs - lows) / scales).round().clamp(0, 2 * HALF - 1) - HALF
+        sums = integer_product(whole.to(torch.int8).flatten(0, -2), self.codes()).unflatten(0, inputs.shape[:-1])
+        middles, totals = lows + HALF * scales, self.codes().sum(1, dtype=torch.int32)
+        product = (sums.float() * scales + middles * totals.float()) * weight.scales.detach().float().flatten()
+        product = product.to(inputs.dtype)
         return product if bias is None else product + bias
 
 
