@@ -28,7 +28,7 @@ from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
 # a CPU's heap, which decoded weights leave in pieces, for each of them: measured once, on SDXL by rtn4. A step took 7.4
-# GiB, and 4.3 where glibc maps every block of 1 MiB by itself (MALLOC_MMAP_THRESHOLD_=1048576), in twice the CPU time
+# GiB, and 4.3 where glibc maps every block of 1 MiB by itself (MALLOC_MMAP_THRESHOLD_=1048576)
 HEAP_BYTES = 1.3
 FILE_COPIES = 2  # of a denoiser's codes, while it is written
 MOMENTS = 2  # of Adam, in fp32 as all that trains
