@@ -91,6 +91,14 @@ def test_another_archive_than_the_first_is_refused(fetched, server, tmp_path, ca
         (packed(**{MEMBER: npz(64)}), "mu is [64]"),
         (packed(**{MEMBER: b"no numbers"}), "is no .npz of plain arrays"),
     ],
+    ids=[
+        "other members",
+        "empty",
+        "no archive",
+        "cut off",
+        "other shapes",
+        "no numbers",
+    ],  # archives have times in them
 )
 def test_what_holds_no_statistics_is_one_line(body, said, server, tmp_path):  # noqa: F811
     server.files[PATH] = body

@@ -16,14 +16,17 @@ from vqdm.codecs.encode import matrix_of
 from vqdm.codecs.rtn import encode
 from vqdm.config.codecs import RtnConfig, TrellisConfig
 from vqdm.config.compose import register_schemas, to_config
+from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.config.parts import PartsConfig
 from vqdm.errors import UserError
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.hub.parts import load_part, save_part
-from vqdm.models.loader import denoiser_on_meta
+from vqdm.models.loader import denoiser_on_meta, load_pipeline
 from vqdm.models.location import configs_directory
 from vqdm.models.single_file import component_on_meta
 from vqdm.models.specs import layer_specs
+from vqdm.prompts import load_prompts
+from vqdm.stages.parts import quantize_parts
 from vqdm.stages.plan.parts import plan_parts
 from vqdm.weights.layers import QuantizedEmbedding, swap, swap_empty
 
@@ -125,6 +128,30 @@ def test_the_plan_foretells_every_part_s_bytes(compose):
     assert sum(size.original for size in sizes.values()) > 1.8e9
     assert denoiser + sum(size.bytes for size in sizes.values()) < 1.5e9
     assert [size.scheme for size in sizes.values()] == ["trellis3", "trellis3", "rtn8"]
+
+
+def test_parts_are_made_from_captions_and_latents_and_a_second_run_makes_nothing(tmp_path):
+    config = ModelConfig(builtin="tiny", sampler=SamplerConfig(steps=1))
+    prompts = load_prompts(source="tiny", n=3)
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "prompts.jsonl").write_bytes(prompts.to_jsonl())
+    made = []
+    for _ in range(2):
+        made.append(
+            quantize_parts(
+                tmp_path / "parts",
+                load_pipeline(config, device="cpu"),
+                tmp_path / "calibration",
+                config=PartsConfig(text_encoders="gptq4", vae="gptq8", images=1),
+                sampler=config.sampler,
+                noise_seed=0,
+            )
+        )
+    assert made[0] == made[1] and set(made[0]["parts"]) == set(KINDS)
+    for part, found in made[0]["parts"].items():
+        assert found["file_bytes"] == sum(
+            file.stat().st_size for file in (tmp_path / "parts" / part).glob("*.safetensors")
+        )
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from vqdm.config.parts import PartsConfig
 from vqdm.hub.parts import save_part, text_encoders_of
 from vqdm.models.loader import sample
 from vqdm.prompts import PromptList
-from vqdm.runs import threads
+from vqdm.runs import progress, threads
 from vqdm.runs.device import one_thread_each
 from vqdm.runs.store import read_item
 from vqdm.seeds import torch_generator
@@ -70,10 +70,12 @@ def _quantize_part(
     tables = [(spec, scheme) for spec, scheme in assignment.quantized if spec.kind == "embedding"]
     with one_thread_each():
         shared = shared_parts(place, module, coded, config=codec)
-    with LayerProgress(assignment.specs, desc=f"quantize {name}", lines=False) as progress:
+    weights, count = sum(spec.size for spec in assignment.specs), len(assignment.specs)
+    with progress.bar(f"quantize {name}", weights, count=count, unit="layer") as bar:
+        layers = LayerProgress(bar, lines=False)
         for problems, options in ((coded, codec), (tables, RtnConfig(bits=embeddings))):
             encoder = Encoder(place, module, options, shared)
-            _encode(encoder, problems, drive, progress=progress)
+            _encode(encoder, problems, drive, layers=layers)
             for spec, _ in problems:
                 swap(module, spec, encoder.stored(spec), decode="per_call")
     bits = count_bits(module)
@@ -82,17 +84,17 @@ def _quantize_part(
     return {"bits_per_weight": bits.bits_per_weight, "file_bytes": size}
 
 
-def _encode(encoder: Encoder, problems: list, drive: Drive, *, progress) -> None:
+def _encode(encoder: Encoder, problems: list, drive: Drive, *, layers: LayerProgress) -> None:
     """Make the layers that are missing, as many Hessians at a time as memory allows."""
     schemes = {spec.name: scheme for spec, scheme in problems}
     for group in filter(None, teacher_groups([[spec for spec, _ in problems]])):
         missing = [spec for spec in group if read_item(encoder.directory, spec.name) is None]
-        progress.skip([spec for spec in group if spec not in missing])
+        layers.skip([spec for spec in group if spec not in missing])
         hessians: dict[str, torch.Tensor] = {}
         if missing and CODECS[encoder.config.kind].needs_hessian(encoder.config):
             hessians = collect(encoder.denoiser, group, drive, config=encoder.config)
         made = [(spec, schemes[spec.name]) for spec in missing]
-        encoder.encode_all(made, hessians, workers=threads.workers(), progress=progress)
+        encoder.encode_all(made, hessians, workers=threads.workers(), layers=layers)
 
 
 @torch.no_grad()
