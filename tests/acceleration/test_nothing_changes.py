@@ -18,7 +18,7 @@ def test_options_of_what_is_off_change_nothing(experiment, tmp_path):
     plain, same = stages(tmp_path, f"+experiment={experiment}"), stages(tmp_path, f"+experiment={experiment}", *OFF)
     assert {name: stage.fingerprint for name, stage in plain.items()} == {n: s.fingerprint for n, s in same.items()}
     assert set(plain["images"].config) == SETTINGS
-    assert not {"prune", "schedule", "activations", "correct"} & set(plain)
+    assert not {"scores", "prune", "schedule", "activations", "correct"} & set(plain)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_options_of_what_is_off_change_nothing(experiment, tmp_path):
         ("cache=cachequant2", {"schedule", "correct"}, {"quantize"}),
         ("activations=a8", set(), {"quantize"}),
         ("activations=dgq6", {"activations"}, {"quantize"}),
-        ("prune=ld10", {"prune"}, {"calibrate"}),
+        ("prune=ld10", {"scores", "prune"}, {"calibrate"}),
         ("evaluate.original_steps=40", set(), {"quantize", "images"}),
     ],
 )

@@ -18,20 +18,25 @@ def results(tmp_path_factory):
     return place
 
 
-def scores(results):
-    (directory,) = results.glob("stages/prune/*")
-    return directory, json.loads((directory / "scores.json").read_text())
+def removed_in(results):
+    return json.loads(next(results.glob("stages/prune/*/removed.json")).read_text())
 
 
 @pytest.mark.slow
 def test_what_goes_is_what_scores_least(results):
-    directory, found = scores(results)
-    assert 0.3 <= found["weights"] / found["of"] < 0.6 and len(found["scores"]) == 39
-    gone = {row["operator"]: row["score"] for row in found["scores"] if inside(f"{row['operator']}.", found["removed"])}
-    left = {row["operator"]: row["score"] for row in found["scores"] if row["operator"] not in gone}
-    whole = [name for name in gone if name in found["removed"]]
-    assert max(gone[name] for name in whole) <= min(left.values())
-    assert not list(directory.glob("items/*"))
+    (file,), found = results.glob("stages/scores/*/scores.json"), removed_in(results)
+    scores = json.loads(file.read_text())
+    assert 0.3 <= found["weights"] / found["of"] < 0.6 and len(scores) == 39
+    left = {name: score for name, score in scores.items() if not inside(f"{name}.", found["removed"])}
+    assert max(scores[name] for name in found["removed"]) <= min(left.values())
+    assert not list(file.parent.glob("items/*"))
+
+
+@pytest.mark.slow
+def test_another_share_goes_by_the_same_scores(results):
+    done = run(*PRUNED, "name=less", "prune.share=0.05", f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
+    assert len(list(results.glob("stages/scores/*"))) == 1 and len(list(results.glob("stages/prune/*"))) == 2
 
 
 @pytest.mark.slow
@@ -40,7 +45,7 @@ def test_quantizing_starts_from_what_is_left(results):
                 "finetune.trajectories.n=2", "finetune.trajectories.validation=1")  # fmt: skip
     done = run(*PRUNED, "name=both", "quantize=rtn4", *learning, f"results_dir={results}")
     assert done.returncode == 0, done.stderr
-    removed = scores(results)[1]["removed"]
+    removed = removed_in(results)["removed"]
     (layers,) = results.glob("stages/quantize/*/layers.json")
     names = [row["name"] for row in json.loads(layers.read_text())["quantized"]]
     assert names and not [name for name in names if name.startswith(tuple(f"{gone}." for gone in removed))

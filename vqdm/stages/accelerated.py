@@ -6,7 +6,7 @@ from vqdm.config.options import Config, SamplerConfig
 from vqdm.prompts import PromptList
 from vqdm.runs.store import Stage
 
-VERSIONS = {"prune": 1, "schedule": 1, "activations": 1, "correct": 1}
+VERSIONS = {"scores": 1, "prune": 1, "schedule": 1, "activations": 1, "correct": 1}
 _CACHE = ("kind", "interval", "depth", "schedule", "predict", "correction")
 
 
@@ -39,17 +39,20 @@ def is_on(config: Config) -> bool:
     return any(own.kind != "none" for own in (config.prune, config.activations, config.cache))
 
 
-def prune(config: Config, calibrate: Stage, model: str) -> Stage | None:
-    """The stage that scores operators and takes some out; None without."""
+def prune(config: Config, calibrate: Stage, model: str) -> dict[str, Stage]:
+    """The stages that score operators, once for all shares, and take some out; empty without."""
     own = config.prune
     if own.kind == "none":
-        return None
-    options = _picked(own, "kind", "score", "share", "keep") | {"sampler": asdict(config.model.sampler)}
+        return {}
+    options = _picked(own, "score") | {"sampler": asdict(config.model.sampler)}
     if own.score == "latents":
         options |= {"prompts": own.prompts} | _picked(config.calibration, "batch_size", "noise_seed")
     options |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+    upstream = {"calibrate": calibrate, "model": model}
+    scores = Stage("scores", VERSIONS["scores"], f"{config.model.name}-{own.score}", options, upstream)
     label = f"{config.model.name}-pruned{100 * own.share:g}"
-    return Stage("prune", VERSIONS["prune"], label, options, {"calibrate": calibrate, "model": model})
+    chosen = _picked(own, "kind", "share", "keep")
+    return {"scores": scores, "prune": Stage("prune", VERSIONS["prune"], label, chosen, upstream | {"scores": scores})}
 
 
 def schedule(

@@ -52,6 +52,7 @@ class Quantization:
 
     prompts: PromptList | None  # of the calibration, where a stage needs them
     calibrate: Stage | None = None
+    scores: Stage | None = None
     prune: Stage | None = None
     sensitivity: Stage | None = None
     quantize: Stage | None = None
@@ -77,7 +78,7 @@ class Quantization:
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
         trained, sampled = ("tune_blocks", "trajectories", "finetune"), ("parts", "schedule", "activations", "correct")
-        return _there(self, "calibrate", "prune", "sensitivity", "quantize", *trained, *sampled)
+        return _there(self, "calibrate", "scores", "prune", "sensitivity", "quantize", *trained, *sampled)
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -306,8 +307,8 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
         found = Quantization(read_prompts(config.calibration))
     if smaller:
         calibrate = _calibrate(config, found.prompts, model)
-        pruned = _there(Quantization(None, prune=accelerated.prune(config, calibrate, model)), "prune")
-        found = dataclasses.replace(found, calibrate=calibrate, **pruned)
+        found = dataclasses.replace(found, calibrate=calibrate, **accelerated.prune(config, calibrate, model))
+        pruned = _there(found, "prune")
         if config.quantize.kind != "none":
             sensitivity = _sensitivity(config, calibrate, model, **pruned)
             quantize = _quantize(config, calibrate, sensitivity, model, **pruned)

@@ -15,7 +15,7 @@ ERRORS_FILE = "errors.json"  # in such a stage: the output's relative squared er
 SCRATCH = {  # by stage: files needed only to go on after a stop, which hold the weights of `denoiser/` once more
     "quantize": ("items/*", "layers/*", "shared_*.safetensors"),
     "tune_blocks": ("items/*", "blocks/*"),
-    "prune": ("items/*", "original.safetensors"),
+    "scores": ("items/*", "original.safetensors"),
     "parts": ("layers/*",),
     "activations": ("items/*", "seen/*"),
     "correct": ("items/*", "sums/*"),

@@ -165,23 +165,28 @@ def ensure_pruned(
             directory, models.teacher, stages.prompts, config=config.calibration, sampler=config.model.sampler
         )
 
-    def make_pruned(directory: Path) -> dict:
-        from vqdm.stages.prune import prune
+    def make_scores(directory: Path) -> dict:
+        from vqdm.stages.prune import score_operators
 
-        return prune(
+        return score_operators(
             directory,
             models.own(),
             calibration,
             config=config.prune,
             model=config.model,
             calibration_config=config.calibration,
-            device=models.device,
         )
+
+    def make_pruned(directory: Path) -> dict:
+        from vqdm.stages.prune import prune
+
+        return prune(directory, models.own(), calibration, scores, config=config.prune, device=models.device)
 
     calibration = store.ensure(stages.calibrate, make_calibration, environment=environment)
     if stages.prune is None:
         return None
-    return store.ensure(stages.prune, make_pruned, environment=environment, scratch=SCRATCH["prune"])
+    scores = store.ensure(stages.scores, make_scores, environment=environment, scratch=SCRATCH["scores"])
+    return store.ensure(stages.prune, make_pruned, environment=environment)
 
 
 def ensure_quantized(

@@ -29,11 +29,11 @@ from vqdm.stages.finished import finished_denoiser
 from vqdm.stages.layout import label_of
 from vqdm.weights.layers import replace_layer
 
-SCORES_FILE = "scores.json"
+SCORES_FILE, REMOVED_FILE = "scores.json", "removed.json"
 CALLS = 8  # evenly spread recorded calls that score=prediction looks at
 
 
-def prune(
+def score_operators(
     directory: Path,
     pipeline,
     calibration: Path,
@@ -41,19 +41,17 @@ def prune(
     config: PruneConfig,
     model: ModelConfig,
     calibration_config: CalibrationConfig,
-    device: str,
 ) -> dict:
-    """Fill the stage's directory: `scores.json`, `denoiser/`. Returns what is gone, bits, bytes and output error.
+    """Fill the stage's directory with `scores.json`, {operator: score}, one for all shares. Returns their number.
 
-    pipeline: full precision; operators are taken out of its denoiser in place. calibration: that stage's directory.
+    pipeline: full precision; it is as it was afterwards. calibration: that stage's directory.
     """
     unet = denoiser_of(pipeline)
-    weights, candidates = operators(unet), _candidates(unet, config)
-    total = sum(parameter.numel() for parameter in unet.parameters())
+    candidates = list(operators(unet))
     score = {"latents": _by_latents, "prediction": _by_prediction}[config.score]
     score_of = score(directory, pipeline, calibration, config, model, calibration_config)
     scores: dict[str, float] = {}
-    shown = progress.bar(f"prune {label_of(directory)}", len(candidates), unit="operator")
+    shown = progress.bar(f"operators {label_of(directory)}", len(candidates), unit="operator")
     with threads_that_are_free() as adjust_threads, shown as bar:
         for name in candidates:
             count = bar.skip
@@ -67,10 +65,22 @@ def prune(
                 write_item(directory, name, {}, record)
             scores[name] = record["score"]
             count()
+    write_json(directory / SCORES_FILE, scores)
+    return {"operators": len(scores)}
+
+
+def prune(directory: Path, pipeline, calibration: Path, scored: Path, *, config: PruneConfig, device: str) -> dict:
+    """Fill the stage's directory: `removed.json`, `denoiser/`. Returns what is gone, bits, bytes and output error.
+
+    pipeline: full precision; operators are taken out of its denoiser in place. scored: the scores' directory.
+    """
+    unet = denoiser_of(pipeline)
+    weights, scores = operators(unet), json.loads((scored / SCORES_FILE).read_text())
+    scores = {name: score for name, score in scores.items() if not (config.keep and re.search(config.keep, name))}
+    total = sum(parameter.numel() for parameter in unet.parameters())
     removed = choose(scores, weights, least=config.share * total)
     found = {"removed": removed, "weights": sum(weights[name] for name in removed), "of": total}
-    table = [{"operator": name, "weights": weights[name], "score": scores[name]} for name in candidates]
-    write_json(directory / SCORES_FILE, found | {"scores": table})
+    write_json(directory / REMOVED_FILE, found)
     remove(unet, removed)
     made = finished_denoiser(directory, unet, calibration, dtype=unet.dtype, device=device)
     return {"operators_removed": len(removed), "weights_removed": found["weights"] / total} | made
@@ -78,12 +88,7 @@ def prune(
 
 def removed_in(directory: Path) -> list[str]:
     """Names of the operators that a finished stage took out."""
-    return json.loads((directory / SCORES_FILE).read_text())["removed"]
-
-
-def _candidates(unet: nn.Module, config: PruneConfig) -> list[str]:
-    """Operators that may go: all but those that prune.keep matches."""
-    return [name for name in operators(unet) if config.keep is None or not re.search(config.keep, name)]
+    return json.loads((directory / REMOVED_FILE).read_text())["removed"]
 
 
 def moments_apart(latents: Tensor, others: Tensor) -> float:

@@ -104,7 +104,7 @@ def stage_costs(
 def stage_names(config: Config) -> list[str]:
     """Names of the stages that `config` needs, as fields of `Graph` and in its order."""
     cached = [name for name, stage in _of_cache(config).items() if stage]
-    pruned = [] if config.prune.kind == "none" else ["prune"]
+    pruned = [] if config.prune.kind == "none" else ["scores", "prune"]
     if config.quantize.kind == "none" and not accelerated.is_on(config):
         return ["images", "evaluate"]
     sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
@@ -222,17 +222,28 @@ class _Stages(Experiment):
         return self.stage("quantize", used, (seconds, half.origin), note)
 
     def prune(self) -> StageCost:
+        """Cost of the output's error on the recorded calls."""
+        used, rates = (
+            memory.generate_memory(self.model, self._samples_per_call(), 0, device=self.machine.device),
+            self._rates(),
+        )
+        timed = (
+            (None, "") if rates is None else (self._recorded_samples() * rates.seconds(self.cost.sample), rates.origin)
+        )
+        return self.stage("prune", used, timed)
+
+    def scores(self) -> StageCost:
         """Cost of running the model once without each operator: on captions, or on a few recorded calls."""
         own, sampler, count = self.config.prune, self.config.model.sampler, len(operators(self.denoiser))
         used = memory.generate_memory(self.model, self._samples_per_call(), 0, device=self.machine.device)
         if own.score == "latents":
             samplings = (count + 1) * min(own.prompts, self.calibration_prompts)
             note = f"{count} operators, each with {own.prompts} captions of {sampler.steps} steps"
-            return self.stage("prune", used, self._sampling(samplings, sampler), note)
+            return self.stage("scores", used, self._sampling(samplings, sampler), note)
         rates = self._rates()
         samples = count * CALLS_OF_PRUNING * self._samples_per_call()
         timed = (None, "") if rates is None else (samples * rates.seconds(self.cost.sample), rates.origin)
-        return self.stage("prune", used, timed, f"{count} operators, each on {CALLS_OF_PRUNING} recorded calls")
+        return self.stage("scores", used, timed, f"{count} operators, each on {CALLS_OF_PRUNING} recorded calls")
 
     def schedule(self) -> StageCost:
         """Cost of sampling the cache's captions, without decoding."""

@@ -92,7 +92,17 @@ def make_plan(
         recorded=recorded,
         **counts,
     )
-    compressing = ("calibrate", "prune", "sensitivity", "quantize", *DISTILLATION, "schedule", "activations", "correct")
+    compressing = (
+        "calibrate",
+        "scores",
+        "prune",
+        "sensitivity",
+        "quantize",
+        *DISTILLATION,
+        "schedule",
+        "activations",
+        "correct",
+    )
     wanted = compressing if config.task == "compress" else None
     costs = [cost for cost in costs if wanted is None or cost.name in wanted]
     others = {} if not config.parts.given else plan_parts(config, {p.name: component_on_meta(p) for p in parts})
