@@ -1,5 +1,6 @@
 """The recovery of words: candidates by the world's rules, and errors of a model whose errors are known."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -51,17 +52,18 @@ class KnownXL:
         self.vae = SimpleNamespace(
             encode=lambda pixels: SimpleNamespace(latent_dist=zero),
             config=SimpleNamespace(scaling_factor=1.0),
-            device="cpu",
             dtype=torch.float32,
         )
         self.components = {}
+        self.unet = functools.partial(self._predict)  # which can have a device
+        self.unet.device = "cpu"
 
     def encode_prompt(self, *, prompt: list[str], **_):
         self.told = len(prompt)
         off = torch.tensor([0.1 if text == self.right else 0.3 + 0.01 * i for i, text in enumerate(prompt)])
         return off[:, None, None], None, torch.zeros(len(prompt), 1), None
 
-    def unet(self, noisy, timestep, text, *, added_cond_kwargs):
+    def _predict(self, noisy, timestep, text, *, added_cond_kwargs):
         kept = self.scheduler.alphas_cumprod[timestep]
         return SimpleNamespace(sample=noisy / (1 - kept).sqrt() + text[..., None])
 
@@ -69,7 +71,7 @@ class KnownXL:
 def test_gaps_are_those_of_a_model_whose_errors_are_known(monkeypatch):
     import contextlib
 
-    monkeypatch.setattr("vqdm.metrics.recovery.visits", lambda pipeline: contextlib.nullcontext())
+    monkeypatch.setattr("vqdm.metrics.asked.visits", lambda pipeline: contextlib.nullcontext())
     prompt = PROMPTS[0]
     found = Recovery(KnownXL(prompt.text), TINY).columns([[prompt.id, prompt.text]])
     colours = len(other_captions(prompt.text, "colour", TINY))

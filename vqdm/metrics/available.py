@@ -41,7 +41,7 @@ def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Sco
         try:
             paths, hashes = _weights(config, name, cache)
         except UserError as error:
-            if name == "tiny":
+            if family.evaluators:
                 raise
             scoring.not_run.update(dict.fromkeys(asked, str(error)))
             continue
@@ -58,7 +58,7 @@ def _reference(config: EvaluateConfig) -> str | None:
 
 def _weights(config: EvaluateConfig, family: str, cache: Path) -> tuple[list[Path], list[str]]:
     """Paths and sha256 of a family's weights; UserError, worded for a table, if one is missing."""
-    if family == "tiny":
+    if FAMILIES[family].evaluators:
         directory = evaluators_directory(config.evaluators)
         return [directory], [files_identity(directory, cache)]
     folder = Path(config.weights)

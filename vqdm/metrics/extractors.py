@@ -6,7 +6,7 @@ from pathlib import Path
 def make_extractor(family: str, weights: list[Path], *, device: str):
     """Make an object with `columns(images, captions)` or, for families of pairs, `columns(images, originals)`.
 
-    weights: the paths of the family's files, in its order; for family tiny, the evaluators' directory.
+    weights: the paths of the family's files, in its order; for families of the tiny world, its evaluators' directory.
     """
     if family == "tiny":
         from vqdm.tiny.evaluator import TinyWorld
@@ -27,6 +27,20 @@ def make_extractor(family: str, weights: list[Path], *, device: str):
     from vqdm.metrics.clip import OpenClip
 
     return OpenClip(OPEN_CLIP[family], *weights, device=device)
+
+
+def make_asking(family: str, pipeline, world, weights: list[Path], *, guidance: float):
+    """Make an object with `columns(prompts)`, each an id and its caption, that asks a pipeline of a tiny world.
+
+    weights: as in `make_extractor`. guidance: that of the sampler of the images to score.
+    """
+    if family == "edits":
+        from vqdm.metrics.edits import Edits
+
+        return Edits(pipeline, world, *weights, guidance=guidance)
+    from vqdm.metrics.recovery import Recovery
+
+    return Recovery(pipeline, world)
 
 
 OPEN_CLIP = {  # OpenAI's models were trained with the quick GELU

@@ -29,6 +29,7 @@ class Family:
     weights: tuple[Weights, ...] = ()
     pairs: bool = False  # looks at each image beside the full-precision one
     of_model: bool = False  # asks the model that made the images, not the images
+    evaluators: bool = False  # looks through the tiny world's own networks (evaluate.evaluators)
     against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
     against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
 
@@ -59,6 +60,15 @@ DETAILS = {
     "recovery_colour": "share of images whose right colour word has the least error",
     "recovery_shape": "share of images whose right shape word has the least error",
     "recovery_error": "mean squared error of the predicted noise with the right caption",
+    "edit_success": "share of inversion's edits (strength .8) in which the attribute network sees the new colour",
+    "edit_exact": "share in which it sees the new colour and everything else as it was",
+    "edit_psnr_in": "dB to the rendered truth over the pixels that change",
+    "edit_psnr_out": "dB to the rendered truth over the latent cells in which no pixel changes",
+    "region_success": "share of edits inside a mask (strength .7) in which the attribute network sees the new colour",
+    "region_exact": "share in which it sees the new colour and everything else as it was",
+    "region_psnr_in": "dB to the rendered truth over the pixels that change",
+    "region_psnr_out": "dB to the rendered truth over the latent cells in which no pixel changes",
+    "reconstruction_psnr": "dB of a picture after DDIM up and down without guidance, to the decoded latent it began as",
     "fid_paper_to_fp": "to the full-precision images of the same captions and noise",
     "kid_standard": "unbiased MMD², cubic kernel, mean over 100 subsets of at most 1,000",
     "inception_score": "mean over 10 parts",
@@ -96,6 +106,7 @@ ALEXNET = Weights(
     megabytes=244,
 )
 
+EDIT_SCORES = ("success", "exact", "psnr_in", "psnr_out")
 _TINY_TO_FP = ("distance_to_fp", "agreement_with_fp", "fid_to_fp")
 _POOL = "Inception-v3 of 2015-12-05, pool features, 2048, bilinear to 299 as TensorFlow 1 does it"
 FAMILIES = {
@@ -104,12 +115,17 @@ FAMILIES = {
         ("fid", "kid", "cmmd", "clip_score", "fidelity", "all_right", *_TINY_TO_FP),
         {"features": "the tiny world's own evaluators: compares with nothing else"},
         library="open_clip_torch",
-        against_originals=_TINY_TO_FP,
+        evaluators=True, against_originals=_TINY_TO_FP,
     ),
     "recovery": Family(
         1, ("recovery_gap_colour", "recovery_gap_shape", "recovery_colour", "recovery_shape", "recovery_error"),
         {"images": "renders of the captions' own scenes, noised at timesteps 201 and 401; no guidance"},
         of_model=True,
+    ),
+    "edits": Family(
+        1, (*(f"{by}_{score}" for by in ("edit", "region") for score in EDIT_SCORES), "reconstruction_psnr"),
+        {"images": "renders of the captions' own scenes; 20 DDIM steps, up without guidance, down with the sampler's"},
+        of_model=True, evaluators=True,
     ),
     "paired": Family(
         2, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},

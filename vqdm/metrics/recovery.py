@@ -8,8 +8,7 @@ model forgets what the word means, and, unlike the ratio of the errors, not with
 import torch
 from torch import Tensor
 
-from vqdm.errors import UserError
-from vqdm.models.placement import visits
+from vqdm.metrics.asked import Asked
 from vqdm.seeds import torch_generator
 from vqdm.tiny.scenes import WORLD_SEED, draw_scene, render
 from vqdm.tiny.world import World
@@ -25,12 +24,7 @@ class Recovery:
     """
 
     def __init__(self, pipeline, world: World):
-        if "XL" not in type(pipeline).__name__ or pipeline.scheduler.config.prediction_type != "epsilon":
-            raise UserError(
-                f"evaluate.metrics: recovery asks an SDXL pipeline that predicts noise, not {type(pipeline).__name__}; "
-                "leave it out"
-            )
-        self.pipeline, self.world = pipeline, world
+        self.asked, self.world = Asked(pipeline, "recovery"), world
 
     @torch.no_grad()
     def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
@@ -41,7 +35,7 @@ class Recovery:
     def _row(self, name: str, caption: str) -> dict[str, float]:
         split, _, index = name.rpartition("-")
         scene = draw_scene(WORLD_SEED, split, int(index), world=self.world)
-        latent = self._latent(render([scene], world=self.world)[0])
+        latent = self.asked.latents(render([scene], world=self.world))
         noise = torch_generator(WORLD_SEED, "recovery", name)
         noise = torch.randn(latent.shape, generator=noise, device="cpu").to(latent)
         others = {kind: other_captions(caption, kind, self.world) for kind in KINDS}
@@ -53,29 +47,14 @@ class Recovery:
             found |= {f"gap_{kind}": min(own) - right, f"right_{kind}": float(right < min(own))}
         return found
 
-    def _latent(self, image) -> Tensor:
-        """The latent [1, channels, height, width] that a picture uint8 [height, width, 3] is encoded to."""
-        vae = self.pipeline.vae
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
-        with visits(self.pipeline):
-            return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-
     def _errors(self, latent: Tensor, noise: Tensor, captions: list[str]) -> list[float]:
         """Mean squared error of the noise predicted with each caption, over the noise levels."""
-        pipeline, count = self.pipeline, len(captions)
-        with visits(pipeline):
-            text, _, pooled, _ = pipeline.encode_prompt(
-                prompt=captions, device=latent.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-        size = tuple(pipeline.vae_scale_factor * length for length in latent.shape[-2:])
-        ids = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=latent.device).repeat(count, 1)
-        total = torch.zeros(count, device=latent.device)
+        predict, alphas = self.asked.noise_with(captions), self.asked.pipeline.scheduler.alphas_cumprod
+        total = torch.zeros(len(captions), device=latent.device)
         for timestep in TIMESTEPS:
-            kept = pipeline.scheduler.alphas_cumprod[timestep].to(latent)
-            noisy = (kept.sqrt() * latent + (1 - kept).sqrt() * noise).repeat(count, 1, 1, 1)
-            conditions = {"text_embeds": pooled, "time_ids": ids}
-            predicted = pipeline.unet(noisy, timestep, text, added_cond_kwargs=conditions).sample
-            total += (predicted - noise).float().square().mean((1, 2, 3))
+            kept = alphas[timestep].to(latent)
+            noisy = (kept.sqrt() * latent + (1 - kept).sqrt() * noise).repeat(len(captions), 1, 1, 1)
+            total += (predict(noisy, timestep) - noise).float().square().mean((1, 2, 3))
         return (total / len(TIMESTEPS)).tolist()
 
 

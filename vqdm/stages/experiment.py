@@ -125,9 +125,10 @@ def _look(work: Work, graph: Graph) -> None:
     todo += [(family, stage, graph.images) for family, stage in graph.features.items()]
     for family, stage, images in todo:
         environment = {"device": "cpu" if family in ON_CPU else device.name, "library": FAMILIES[family].installed()}
-        make_extractor = functools.partial(_extractor, family, graph.scoring.weights[family], device.name)
+        weights = graph.scoring.weights[family]
+        make_extractor = functools.partial(_extractor, family, weights, device.name)
         if FAMILIES[family].of_model:
-            make_extractor = functools.partial(_asks_model, work)
+            make_extractor = functools.partial(_asks_model, work, family, weights)
         with processes.opened(store, stage) as directory:
             extract(
                 directory,
@@ -147,12 +148,13 @@ def _extractor(family: str, weights: list[Path], device: str):
     return make_extractor(family, weights, device=device)
 
 
-def _asks_model(work: Work):
+def _asks_model(work: Work, family: str, weights: list[Path]):
     """The extractor that asks the model whose images are scored, every call of it whole."""
-    from vqdm.metrics.recovery import Recovery
+    from vqdm.metrics.extractors import make_asking
     from vqdm.tiny.worlds import WORLDS
 
-    return Recovery(work.models.student(work.compressed), WORLDS[work.config.model.world])
+    pipeline, guidance = work.models.student(work.compressed), image_sampler(work.config).guidance
+    return make_asking(family, pipeline, WORLDS[work.config.model.world], weights, guidance=guidance)
 
 
 def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) -> dict:

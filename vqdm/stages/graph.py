@@ -339,7 +339,7 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     quantization = build_quantization(config, cache=cache) if changed else None
     compared = changed or original_sampler(config) != image_sampler(config)
     prompts = read_prompts(config.evaluate.prompts)
-    if {"tiny", "recovery"} & set(config.evaluate.metrics):
+    if {"tiny", "recovery", "edits"} & set(config.evaluate.metrics):
         _needs_captions_of(config.model.world, prompts)
     source = prompts.source_id
     images = _images(config, image_sampler(config), model, source, quantization=quantization)

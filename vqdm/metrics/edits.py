@@ -1,0 +1,117 @@
+"""Edits of pictures that a model did not make: a render's first thing gets another colour, by caption alone.
+
+By inversion: the picture's latent is taken up DDIM's way without guidance, and from four fifths of the way sampled down
+with the other caption. By region: the same from seven tenths, with the kept latents put back outside a mask. The world
+renders the truth of every edit, and its attribute network reads the result; no image of another model is needed.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdm.metrics.asked import Asked
+from vqdm.metrics.inversion import Ddim
+from vqdm.metrics.paired import SMALLEST_ERROR, psnr
+from vqdm.metrics.recovery import other_captions
+from vqdm.seeds import numpy_generator
+from vqdm.tiny.attributes import as_seen, seen_by
+from vqdm.tiny.captions import requested
+from vqdm.tiny.evaluator import TinyWorld
+from vqdm.tiny.scenes import WORLD_SEED, draw_scene, render
+from vqdm.tiny.world import Scene, World
+
+STEPS = 20  # of DDIM, up and down
+START, REGION_START = 16, 14  # levels from which an edit goes down: strengths .8 and .7
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """A scene and its caption, and both as they should be after the edit. slot: the thing that changes."""
+
+    scene: Scene
+    caption: str
+    edited: Scene
+    asked: str
+    slot: int
+
+
+def draw_edit(name: str, caption: str, world: World) -> Edit:
+    """Draw the edit of a prompt, such as test-000017: another colour, never into a pair that the world never shows."""
+    split, _, index = name.rpartition("-")
+    scene = draw_scene(WORLD_SEED, split, int(index), world=world)
+    others = other_captions(caption, "colour", world)
+    asked = others[numpy_generator(WORLD_SEED, f"edits/{split}", int(index)).integers(len(others))]
+    before, after = (requested(text, world=world).things for text in (caption, asked))
+    slot = next(i for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
+    things = list(scene.things)
+    things[slot] = dataclasses.replace(things[slot], colour=after[slot].colour)
+    return Edit(scene, caption, dataclasses.replace(scene, things=tuple(things)), asked, slot)
+
+
+class Edits:
+    """Extractor of a model: columns {edit_…, region_…, reconstruction_psnr} with a row for each prompt of its world.
+
+    evaluators: the directory of the world's attribute network. guidance: that of the model's own sampler.
+    """
+
+    def __init__(self, pipeline, world: World, evaluators: Path, *, guidance: float):
+        self.asked, self.world, self.guidance = Asked(pipeline, "edits"), world, guidance
+        self.ddim = Ddim(pipeline.scheduler, steps=STEPS, device=self.asked.device)
+        self.evaluator = TinyWorld(evaluators)
+
+    @torch.no_grad()
+    def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
+        """Columns of prompts, each an id such as test-000017 and its caption."""
+        edits = [draw_edit(name, caption, self.world) for name, caption in prompts]
+        before = render([edit.scene for edit in edits], world=self.world)
+        truth = render([edit.edited for edit in edits], world=self.world)
+        unguided = self.asked.noise_with([edit.caption for edit in edits])
+        guided = self.asked.noise_with([edit.asked for edit in edits], self.guidance)
+        kept = self.ddim.invert(self.asked.latents(before), unguided)
+        side = before.shape[1] // kept[0].shape[-1]
+        changed = (before != truth).any(-1)
+        cells = cells_of(changed, side)
+        mask = torch.from_numpy(cells)[:, None].to(self.asked.device)
+        by_inversion = self.ddim.sample(kept, guided, start=START)
+        by_region = self.ddim.sample(kept, guided, start=REGION_START, mask=mask)
+        regions = {"in": changed, "out": ~cells.repeat(side, 1).repeat(side, 2)}
+        scores = self._scores("edit", by_inversion, edits, truth, regions=regions)
+        scores |= self._scores("region", by_region, edits, truth, regions=regions)
+        again = self.ddim.sample(kept, unguided, start=STEPS)
+        both = (torch.from_numpy(self.asked.pictures(latents)).permute(0, 3, 1, 2) for latents in (again, kept[0]))
+        return scores | {"reconstruction_psnr": psnr(*both)}
+
+    def _scores(
+        self, name: str, latents: Tensor, edits: list[Edit], truth: np.ndarray, *, regions: dict[str, np.ndarray]
+    ) -> dict[str, Tensor]:
+        """Scores of edited latents against the truth: what the attribute network sees, and PSNR in each region."""
+        pictures = self.asked.pictures(latents)
+        seen = seen_by(self.evaluator.columns(list(pictures))["labels"], world=self.world)
+        wanted = [as_seen(edit.edited, world=self.world) for edit in edits]
+        at = list(self.world.thing_kinds).index("colour")
+        success = [
+            len(one.things) > edit.slot and one.things[edit.slot][at] == edit.edited.things[edit.slot].colour
+            for one, edit in zip(seen, edits, strict=True)
+        ]
+        exact = [one == other for one, other in zip(seen, wanted, strict=True)]
+        return {
+            f"{name}_success": torch.tensor(success, dtype=torch.float64, device="cpu"),
+            f"{name}_exact": torch.tensor(exact, dtype=torch.float64, device="cpu"),
+            **{f"{name}_psnr_{where}": psnr_where(mask, pictures, truth) for where, mask in regions.items()},
+        }
+
+
+def cells_of(changed: np.ndarray, side: int) -> np.ndarray:
+    """The latent cells [n, h / side, w / side], of `side`² pixels each, in which any pixel [n, h, w] changed."""
+    n, height, width = changed.shape
+    return changed.reshape(n, height // side, side, width // side, side).any((2, 4))
+
+
+def psnr_where(mask: np.ndarray, pictures: np.ndarray, truth: np.ndarray) -> Tensor:
+    """PSNR in dB over the pixels of each picture where its mask [n, h, w] is True: float64 [n], at most 58.9."""
+    squares = np.square(pictures.astype(np.float64) - truth).mean(-1)
+    error = np.where(mask, squares, 0).sum((1, 2)) / np.maximum(mask.sum((1, 2)), 1)
+    return torch.from_numpy(-10 * np.log10(np.maximum(error / 255**2, SMALLEST_ERROR)))
