@@ -339,8 +339,9 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     quantization = build_quantization(config, cache=cache) if changed else None
     compared = changed or original_sampler(config) != image_sampler(config)
     prompts = read_prompts(config.evaluate.prompts)
-    if {"tiny", "recovery", "edits"} & set(config.evaluate.metrics):
-        _needs_captions_of(config.model.world, prompts)
+    for name in config.evaluate.metrics:
+        if FAMILIES[name].evaluators or FAMILIES[name].of_model:
+            _needs_captions_of(config.model.world, prompts, name)
     source = prompts.source_id
     images = _images(config, image_sampler(config), model, source, quantization=quantization)
     originals = _images(config, original_sampler(config), model, source, quantization=None)
@@ -367,14 +368,14 @@ def build_stages(config: Config, *, cache: Path) -> Graph | Quantization:
     return (build_quantization if config.task == "compress" else build_graph)(config, cache=cache)
 
 
-def _needs_captions_of(world: str, prompts: PromptList) -> None:
+def _needs_captions_of(world: str, prompts: PromptList, family: str) -> None:
     from vqdm.tiny.captions import requested
     from vqdm.tiny.worlds import WORLDS
 
     strange = next((p for p in prompts.prompts if requested(p.text, world=WORLDS[world]) is None), None)
     if strange is not None:
         raise UserError(
-            f"evaluate.metrics: tiny is for captions of the {world} world, and prompt {strange.id} "
+            f"evaluate.metrics: {family} is for captions of the {world} world, and prompt {strange.id} "
             f"({strange.text[:60]!r}) is none; use evaluate.metrics=[paired]"
         )
 
