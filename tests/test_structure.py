@@ -21,6 +21,7 @@ ROOMS = (  # a file may import from its own room and from those further down; ne
     ("pipeline", "api"),
     ("report",),
     ("stages",),
+    ("few_step",),
     ("hub", "distillation"),
     ("codecs", "acceleration"),
     ("weights", "calibration", "metrics"),
@@ -186,7 +187,7 @@ def test_every_row_of_a_table_composes_and_has_its_columns(name):
 
 
 @pytest.mark.parametrize(
-    "kind", ["model", "calibration", "quantize", "finetune", "cache", "evaluate", "tracker", "tiny_train"]
+    "kind", ["model", "few_step", "calibration", "quantize", "finetune", "cache", "evaluate", "tracker", "tiny_train"]
 )
 def test_every_option_of_a_group_composes(kind):
     names = sorted(path.stem for path in (ROOT / "conf" / kind).glob("*.yaml"))

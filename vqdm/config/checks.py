@@ -64,6 +64,7 @@ def _check_names(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse values that make no sense, before any work; one line that names the key."""
     config.quantize.check()
+    config.few_step.check()
     _check_names(config)
     check_fields(config, "")
     for key, choices in CHOICES.items():

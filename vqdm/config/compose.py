@@ -20,6 +20,7 @@ from vqdm.config import acceleration
 from vqdm.config import options as schema
 from vqdm.config.checks import check
 from vqdm.config.codecs import OPTIONS
+from vqdm.config.few_step import FewStepConfig
 from vqdm.config.parts import PartsConfig
 from vqdm.errors import UserError
 from vqdm.runs import processes, sweeps
@@ -27,6 +28,7 @@ from vqdm.runs.texts import nearest
 
 GROUPS = {
     "model": schema.ModelConfig,
+    "few_step": FewStepConfig,
     "calibration": schema.CalibrationConfig,
     "finetune": schema.FinetuneConfig,
     "prune": acceleration.PruneConfig,

@@ -9,6 +9,7 @@ import dataclasses
 
 from vqdm.config.acceleration import ActivationsConfig, CacheConfig, PruneConfig
 from vqdm.config.codecs import QuantizeConfig
+from vqdm.config.few_step import FewStepConfig
 from vqdm.config.parts import PartsConfig
 from vqdm.config.ranges import MOST, SEEDS, number
 
@@ -260,6 +261,7 @@ class Config:
     verbose: bool = False  # True, or -v: say everything, also each stage's own lines and a table's whole protocol
     output: str | None = None  # for task=compress, the directory to write; None = below results_dir
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    few_step: FewStepConfig = dataclasses.field(default_factory=FewStepConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)

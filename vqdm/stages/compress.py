@@ -10,7 +10,7 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.stages.accelerate import ensure_acceleration, prepare_to_save
 from vqdm.stages.graph import Quantization
-from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
+from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, ensure_student, environment_of
 
 log = logging.getLogger("vqdm")
 
@@ -29,12 +29,12 @@ def compress_model(config: Config, store: Store, stages: Quantization, *, device
     check_place(directory)
     if directory.exists():
         log.info("%s: will replace the pipeline that is there", directory)
-    models = Models(config, device.name)
-    quantized = ensure_denoiser(
-        config, store, stages, models, environment=environment_of(config, device), tracker=tracker
-    )
-    ensure_acceleration(config, store, stages, models, compressed=quantized, environment=environment_of(config, device))
-    ensure_parts(config, store, stages, models, environment=environment_of(config, device))
+    environment = environment_of(config, device)
+    model = ensure_student(config, store, stages.calibrate, device=device, environment=environment)
+    models = Models(config, device.name, model=model)
+    quantized = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
+    ensure_acceleration(config, store, stages, models, compressed=quantized, environment=environment)
+    ensure_parts(config, store, stages, models, environment=environment)
     summary = store.summary(stages.denoiser)
     if processes.is_main():
         pipeline = models.student(quantized, decode="per_call")

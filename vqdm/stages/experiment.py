@@ -18,8 +18,8 @@ from vqdm.stages.accelerate import accelerated_pipeline, ensure_acceleration
 from vqdm.stages.accelerated import is_on
 from vqdm.stages.graph import Graph, Quantization, build_graph, image_list
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
-from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, environment_of
-from vqdm.stages.samplers import image_sampler, original_sampler
+from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, ensure_student, environment_of
+from vqdm.stages.samplers import compares_with_teacher, image_sampler, original_sampler
 
 log = logging.getLogger("vqdm")
 ON_CPU = ("tiny",)  # families that always run on the CPU
@@ -42,7 +42,8 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     for reason in graph.scoring.reasons():
         log.info("not run: %s", reason)
     environment = environment_of(config, device)
-    models, stages, compressed = Models(config, device.name), graph.quantization, None
+    model = ensure_student(config, store, graph.images, device=device, environment=environment)
+    models, stages, compressed = Models(config, device.name, model=model), graph.quantization, None
     if stages is not None:
         compressed = ensure_denoiser(config, store, stages, models, environment=environment, tracker=tracker)
         ensure_acceleration(config, store, stages, models, compressed=compressed, environment=environment)
@@ -54,7 +55,7 @@ def run_experiment(config: Config, store: Store, graph: Graph, *, device: Device
     tracker.log({f"evaluate/{name}": score["value"] for name, score in scores["metrics"].items()})
     tracker.table("evaluate/metrics", [_tracked(name, s, scores["protocol"]) for name, s in scores["metrics"].items()])
     _show_images(tracker, store.directory(graph.images), graph)
-    return {"bits": _bits(config, store, graph)} | _work(config, store, graph)
+    return {"bits": _bits(dataclasses.replace(config, model=model), store, graph)} | _work(config, store, graph)
 
 
 def _score(work: Work, graph: Graph) -> dict:
@@ -64,7 +65,7 @@ def _score(work: Work, graph: Graph) -> dict:
     made = {"environment": {**work.device.environment(), "dtype": config.model.dtype, **versions}}
     with processes.opened(store, graph.teacher_images or graph.images) as originals:
         sampler = image_sampler(config) if graph.teacher_images is None else original_sampler(config)
-        _generate(config, graph, originals, lambda: models.teacher, sampler=sampler, **made)
+        _generate(config, graph, originals, models.originals, sampler=sampler, **made)
     if graph.teacher_images is not None:
 
         def pipeline():
@@ -228,7 +229,8 @@ def _pipeline_bytes(config: Config, store: Store, stages: Quantization) -> dict:
 
 def _work(config: Config, store: Store, graph: Graph) -> dict:
     """What sampling an image takes beside the original, where anything is accelerated or steps are fewer."""
-    if not is_on(config) and original_sampler(config) == image_sampler(config):
+    same = original_sampler(config) == image_sampler(config)
+    if compares_with_teacher(config) or (same and not is_on(config)):  # a teacher's guidance doubles its calls
         return {}
     from vqdm.stages.plan.work import work_of
     from vqdm.stages.prune import removed_in

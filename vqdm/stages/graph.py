@@ -20,7 +20,6 @@ from vqdm.models.location import (
     configs_directory,
     decodes_sliced,
     denoiser_directory,
-    model_identity,
 )
 from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
@@ -29,7 +28,8 @@ from vqdm.runs.store import Stage
 from vqdm.stages import accelerated
 from vqdm.stages.caption_images import images_identity
 from vqdm.stages.part_stages import parts_stage
-from vqdm.stages.samplers import image_sampler, original_sampler
+from vqdm.stages.samplers import compares_with_teacher, image_sampler, original_sampler
+from vqdm.stages.student import model_of, name_of, stages_of_model
 
 VERSIONS = {
     "calibrate": 1,
@@ -78,7 +78,8 @@ class Quantization:
     def named(self) -> dict[str, Stage]:
         """The stages in order, by the names of the fields."""
         trained, sampled = ("tune_blocks", "trajectories", "finetune"), ("parts", "schedule", "activations", "correct")
-        return _there(self, "calibrate", "scores", "prune", "sensitivity", "quantize", *trained, *sampled)
+        own = _there(self, "calibrate", "scores", "prune", "sensitivity", "quantize", *trained, *sampled)
+        return (stages_of_model(self.calibrate) if self.calibrate else {}) | own
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -106,7 +107,8 @@ class Graph:
         first = {} if self.quantization is None else self.quantization.named()
         features = {f"teacher_features/{name}": stage for name, stage in self.teacher_features.items()}
         features |= {f"features/{name}": stage for name, stage in self.features.items()}
-        return first | _there(self, "teacher_images", "images") | features | {"evaluate": self.evaluate}
+        first = stages_of_model(self.images) | first | _there(self, "teacher_images", "images")
+        return first | features | {"evaluate": self.evaluate}
 
     def stages(self) -> list[Stage]:
         return list(self.named().values())
@@ -137,11 +139,11 @@ def _pick(config, *names: str) -> dict:
     return {name: everything[name] for name in names}
 
 
-def _calibrate(config: Config, prompts: PromptList, model: str) -> Stage:
+def _calibrate(config: Config, prompts: PromptList, model: Stage | str) -> Stage:
     settings = _pick(config.calibration, "recorded_steps", "timesteps", "batch_size", "noise_seed")
     settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
     settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
-    label = f"{config.model.name}-{config.calibration.source}-{len(prompts.prompts)}"
+    label = f"{name_of(config, model)}-{config.calibration.source}-{len(prompts.prompts)}"
     return _stage("calibrate", label, settings, model=model)
 
 
@@ -172,7 +174,7 @@ def _decodes_sliced(config: ModelConfig) -> bool:
         return True
 
 
-def _sensitivity(config: Config, calibrate: Stage, model: str, **pruned: Stage) -> Stage | None:
+def _sensitivity(config: Config, calibrate: Stage, model: Stage | str, **pruned: Stage) -> Stage | None:
     """The sensitivity stage, one for all bit-widths of a model; None if bits are uniform."""
     settings = config.quantize.sensitivity()
     if settings is None:
@@ -181,8 +183,10 @@ def _sensitivity(config: Config, calibrate: Stage, model: str, **pruned: Stage) 
     return _stage("sensitivity", config.model.name, settings, calibrate=calibrate, model=model, **pruned)
 
 
-def _quantize(config: Config, calibrate: Stage, sensitivity: Stage | None, model: str, **pruned: Stage) -> Stage:
-    label = f"{pruned['prune'].label if pruned else config.model.name}-{config.quantize.name}"
+def _quantize(
+    config: Config, calibrate: Stage, sensitivity: Stage | None, model: Stage | str, **pruned: Stage
+) -> Stage:
+    label = f"{pruned['prune'].label if pruned else name_of(config, model)}-{config.quantize.name}"
     if isinstance(config.quantize, PeerConfig):
         versions = {name: installed_version(name) for name in (config.quantize.package, "diffusers")}
         settings = config.quantize.settings() | _pick(config.model, "dtype") | {"versions": versions}
@@ -206,7 +210,7 @@ def _trained(config: Config) -> dict:
     return _pick(config.finetune, "train", "seed", *codes)
 
 
-def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: str) -> Stage | None:
+def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: Stage | str) -> Stage | None:
     if not config.finetune.block_steps:
         return None
     settings = _pick(config.finetune, *_BLOCK_OPTIONS) | _trained(config)
@@ -214,7 +218,7 @@ def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: str) 
     return _stage("tune_blocks", f"{quantize.label}-blocks", settings, **upstream)
 
 
-def _trajectories(config: Config, prompts: PromptList, model: str) -> Stage:
+def _trajectories(config: Config, prompts: PromptList, model: Stage | str) -> Stage:
     """The trajectories stage, one for all students of a model."""
     own = config.finetune.trajectories
     settings = _pick(own, "along", "validation", "sampler_steps", "recorded_steps", "batch_size", "noise_seed")
@@ -234,7 +238,7 @@ def _finetune(config: Config, student: Stage, trajectories: Stage, calibrate: St
     return _stage("finetune", f"{student.label}-finetuned", settings, **upstream)
 
 
-def _distilled(config: Config, quantization: Quantization, model: str) -> Quantization:
+def _distilled(config: Config, quantization: Quantization, model: Stage | str) -> Quantization:
     """Add the stages of distillation that `config` asks for."""
     calibrate, student = quantization.calibrate, quantization.denoiser
     tuned = _tune_blocks(config, calibrate, student, model)
@@ -258,7 +262,7 @@ def image_list(config: Config, prompts: PromptList) -> ImageList:
 
 
 def _images(
-    config: Config, sampler: SamplerConfig, model: str, source: str, *, quantization: Quantization | None
+    config: Config, sampler: SamplerConfig, model: Stage | str, source: str, *, quantization: Quantization | None
 ) -> Stage:
     """The images stage, without the number of images, as it is extendable; every batch keeps its prompts beside it.
 
@@ -270,9 +274,9 @@ def _images(
     if _decodes_sliced(config.model):  # a batch's convolutions sum in another order
         settings["decoding"] = "sliced"
     if quantization is None:
-        return _stage("generate", f"{config.model.name}-fp", settings, model=model)
+        return _stage("generate", f"{name_of(config, model)}-fp", settings, model=model)
     denoiser, last = quantization.denoiser, quantization.sampling
-    label = f"{config.model.name}-fp" if denoiser is None else denoiser.label
+    label = f"{name_of(config, model)}-fp" if denoiser is None else denoiser.label
     upstream = {stage.name: stage for stage in (last, quantization.parts) if stage is not None}
     return _stage("generate", label, settings | accelerated.settings(config), model=model, **upstream)
 
@@ -300,7 +304,7 @@ def _looks(config: Config, scoring: Scoring, images: Stage, originals: Stage | N
 
 def build_quantization(config: Config, *, cache: Path) -> Quantization:
     """Build the stages up to the compressed denoiser. Missing prompts or models are reported here, before any work."""
-    model = model_identity(config.model, cache=cache)
+    model = model_of(config, read_prompts, cache=cache)
     found = Quantization(None)
     smaller = config.quantize.kind != "none" or config.prune.kind != "none"
     if smaller or accelerated.looks_at_prompts(config):
@@ -317,11 +321,11 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
     return _cached(config, found, model)
 
 
-def _cached(config: Config, found: Quantization, model: str) -> Quantization:
+def _cached(config: Config, found: Quantization, model: Stage | str) -> Quantization:
     """Add the stages of a cache and of activations that look at the denoiser while it samples."""
     upstream = {"model": model} if found.denoiser is None else {"model": model, found.denoiser.name: found.denoiser}
     label, sampler = (
-        f"{config.model.name}-fp" if found.denoiser is None else found.denoiser.label,
+        f"{name_of(config, model)}-fp" if found.denoiser is None else found.denoiser.label,
         image_sampler(config),
     )
     schedule = accelerated.schedule(config, found.prompts, label, sampler=sampler, upstream=upstream)
@@ -334,7 +338,7 @@ def _cached(config: Config, found: Quantization, model: str) -> Quantization:
 
 def build_graph(config: Config, *, cache: Path) -> Graph:
     """Build the stages of a whole experiment, including the prompts and evaluators that score it."""
-    model = model_identity(config.model, cache=cache)
+    model = model_of(config, read_prompts, cache=cache)
     changed = config.quantize.kind != "none" or accelerated.is_on(config)
     quantization = build_quantization(config, cache=cache) if changed else None
     compared = changed or original_sampler(config) != image_sampler(config)
@@ -344,7 +348,8 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
             _needs_captions_of(config.model.world, prompts, name)
     source = prompts.source_id
     images = _images(config, image_sampler(config), model, source, quantization=quantization)
-    originals = _images(config, original_sampler(config), model, source, quantization=None)
+    own = model.upstream["model"] if compares_with_teacher(config) else model
+    originals = _images(config, original_sampler(config), own, source, quantization=None)
     teacher_images = originals if compared else None
     scoring = find_scoring(config.evaluate, originals=compared, cache=cache)
     features, teacher_features = _looks(config, scoring, images, teacher_images)

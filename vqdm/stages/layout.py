@@ -19,6 +19,7 @@ SCRATCH = {  # by stage: files needed only to go on after a stop, which hold the
     "parts": ("layers/*",),
     "activations": ("items/*", "seen/*"),
     "correct": ("items/*", "sums/*"),
+    "few_step": ("items/*", "checkpoints/*"),
 }
 MADE_BY = ("torch", "diffusers")  # libraries whose versions are kept with a batch of images
 SCORES_FILE = "metrics.json"  # in an evaluate stage: every metric with its protocol

@@ -4,18 +4,21 @@ Libraries that take seconds to import are imported only when there is something 
 so at once.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
 
 from vqdm.config.codecs import PeerConfig
-from vqdm.config.options import Config
+from vqdm.config.options import Config, ModelConfig
 from vqdm.runs import processes
 from vqdm.runs.device import Device
 from vqdm.runs.heap import return_freed_memory
-from vqdm.runs.store import Store
-from vqdm.stages.graph import Quantization
+from vqdm.runs.store import Stage, Store
+from vqdm.stages.graph import Quantization, read_prompts
 from vqdm.stages.layout import DENOISER, SCRATCH
+from vqdm.stages.samplers import compares_with_teacher
+from vqdm.stages.student import pair_prompts, stages_of_model, student_model, teacher_model
 
 
 def environment_of(config: Config, device: Device) -> dict:
@@ -31,15 +34,25 @@ def hessian_room(config: Config) -> int:
 class Models:
     """Pipelines of one run, each loaded when first needed, one at a time, so that a small GPU will do."""
 
-    def __init__(self, config: Config, device: str):
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: str, *, model: ModelConfig | None = None):
+        """model: the one whose files are loaded, such as a few-step student; None: the configured one."""
+        self.config, self.device, self.model = config, device, model or config.model
         self.part_directory: Path | None = None  # of the stage that quantizes text encoders and VAE, once it is there
 
     @functools.cached_property
     def teacher(self):
         from vqdm.models.loader import load_pipeline
 
-        return load_pipeline(self.config.model, device=self.device)
+        return load_pipeline(self.model, device=self.device)
+
+    def originals(self):
+        """The pipeline of the images to compare with: full precision, or a few-step student's teacher."""
+        from vqdm.models.loader import load_pipeline
+
+        if not compares_with_teacher(self.config):
+            return self.teacher
+        self.release()
+        return load_pipeline(teacher_model(self.config), device=self.device)
 
     def release(self) -> None:
         """Free the memory of pipelines that no stage needs any more."""
@@ -54,7 +67,7 @@ class Models:
 
         from vqdm.hub.parts import load_part
 
-        dtype = getattr(torch, self.config.model.dtype)
+        dtype = getattr(torch, self.model.dtype)
         places = sorted(file.parent for file in self.part_directory.glob("*/config.json"))
         return {place.name: load_part(place, dtype=dtype) for place in places}
 
@@ -63,7 +76,7 @@ class Models:
         from vqdm.models.loader import load_pipeline
 
         self.release()
-        return load_pipeline(self.config.model, device=self.device)
+        return load_pipeline(self.model, device=self.device)
 
     def pruned(self, directory: Path):
         """A full-precision pipeline without the operators that a stage took out."""
@@ -86,7 +99,7 @@ class Models:
             return self.teacher
         self.release()
         denoiser = self._denoiser(quantized, decode, dtype)
-        return load_pipeline(self.config.model, device=self.device, denoiser=denoiser, **self._parts())
+        return load_pipeline(self.model, device=self.device, denoiser=denoiser, **self._parts())
 
     def student_and_teacher(self, quantized: Path, *, decode: str = "cached", dtype=None):
         """A student's pipeline, and the full-precision denoiser it replaces; arguments as for `student`."""
@@ -104,12 +117,36 @@ class Models:
 
         from vqdm.hub.pipelines import load_denoiser
 
-        dtype = getattr(torch, self.config.model.dtype) if dtype is None else dtype
+        dtype = getattr(torch, self.model.dtype) if dtype is None else dtype
         if isinstance(self.config.quantize, PeerConfig):
             from vqdm.hub.peers import load_by_peer
 
             return load_by_peer(quantized / DENOISER, dtype=dtype, config=self.config.quantize)
         return load_denoiser(quantized / DENOISER, dtype=dtype, decode=decode)
+
+
+def ensure_student(config: Config, store: Store, stage: Stage, *, device: Device, environment: dict) -> ModelConfig:
+    """The model that `stage` is made with: the configured one or, with `few_step`, its student, made if missing."""
+    stages, teacher = stages_of_model(stage), teacher_model(config)
+    if not stages:
+        return config.model
+
+    def make_pairs_of(directory: Path) -> dict:
+        from vqdm.models.loader import load_pipeline
+        from vqdm.stages.few_step import make_pairs
+
+        pipeline, prompts = load_pipeline(teacher, device=device.name), pair_prompts(config, read_prompts)
+        return make_pairs(directory, pipeline, prompts, config=config.few_step, sampler=teacher.sampler)
+
+    def train(directory: Path) -> dict:
+        from vqdm.stages.few_step import train_student
+
+        in_fp32 = dataclasses.replace(teacher, dtype="float32")
+        return train_student(directory, pairs, config=config.few_step, model=in_fp32, device=device.name)
+
+    pairs = store.ensure(stages["pairs"], make_pairs_of, environment=environment)
+    made = store.ensure(stages["few_step"], train, environment=environment, scratch=SCRATCH["few_step"])
+    return student_model(config.model, made)
 
 
 def ensure_denoiser(

@@ -8,7 +8,7 @@ from vqdm.runs.store import Stage
 VERSIONS = {"parts": 1}
 
 
-def parts_stage(config: Config, calibrate: Stage, model: str) -> Stage | None:
+def parts_stage(config: Config, calibrate: Stage, model: Stage | str) -> Stage | None:
     """The stage of all parts together; None if all stay as they are."""
     if not config.parts.given:
         return None

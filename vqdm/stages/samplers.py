@@ -11,8 +11,21 @@ def image_sampler(config: Config) -> SamplerConfig:
     return sampler if config.evaluate.steps is None else dataclasses.replace(sampler, steps=config.evaluate.steps)
 
 
+def teacher_sampler(config: Config) -> SamplerConfig:
+    """The sampler that makes a few-step student's pairs: DDIM, whose noise its first call sees as it is."""
+    own = config.few_step
+    return SamplerConfig("ddim", own.teacher_steps, own.teacher_guidance, size=config.model.sampler.size)
+
+
+def compares_with_teacher(config: Config) -> bool:
+    """True if a few-step student's images are compared with its teacher's."""
+    return config.few_step.kind != "none" and config.few_step.originals == "teacher"
+
+
 def original_sampler(config: Config) -> SamplerConfig:
     """The sampler of the full-precision images that the others are compared with."""
+    if compares_with_teacher(config):
+        return teacher_sampler(config)
     steps = config.evaluate.original_steps
     return image_sampler(config) if steps is None else dataclasses.replace(config.model.sampler, steps=steps)
 

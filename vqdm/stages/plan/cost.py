@@ -72,12 +72,12 @@ def stage_costs(
     quantized. parts: parameters by part of the pipeline. images: to be scored. student: the quantized denoiser on meta,
     which changes here; needed if `config.finetune` asks for anything. finetune_prompts: the validation's included.
     """
-    names = stage_names(config)
+    names, first = stage_names(config), _few_step(config)
     nn.Module.to(denoiser, dtype=getattr(torch, config.model.dtype))
     cost = measure_denoiser(denoiser, specs, size=config.model.sampler.size)
     if cost is None:
         note = f"not estimated: the plan does not know what {type(denoiser).__name__} takes"
-        return [StageCost(name, None, None, note) for name in names]
+        return [*first, *(StageCost(name, None, None, note) for name in names)]
     model, decoding = _model(config, denoiser, vae, parts=parts, cost=cost)
     stages = _Stages(
         config,
@@ -98,7 +98,7 @@ def stage_costs(
     found = {name: getattr(stages, name)() for name in names if name not in DISTILLATION}
     if any(name in DISTILLATION for name in names):
         found |= {stage.name: stage for stage in DistillationPlan(**vars(stages)).costs()}
-    return [found[name] for name in names]
+    return [*first, *(found[name] for name in names)]
 
 
 def stage_names(config: Config) -> list[str]:
@@ -113,6 +113,12 @@ def stage_names(config: Config) -> list[str]:
     quantized = [] if config.quantize.kind == "none" else [*sensitivity, "quantize"]
     smaller = ["calibrate", *pruned, *quantized, *distillation] if pruned or quantized else []
     return [*smaller, *cached, "teacher_images", "images", "evaluate"]
+
+
+def _few_step(config: Config) -> list[StageCost]:
+    """The stages that make a few-step student, whose cost is not estimated."""
+    names = () if config.few_step.kind == "none" else ("pairs", "few_step")
+    return [StageCost(name, None, None, "not estimated") for name in names]
 
 
 def _of_cache(config: Config) -> dict[str, bool]:

@@ -1,0 +1,120 @@
+"""The trainer on a small U-Net: killed and gone on to the same bytes, the best of the validations, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.testing import assert_close
+from unets import small_unet
+
+from vqdm.config.few_step import FewStepConfig
+from vqdm.distillation.trajectories import Trajectories
+from vqdm.errors import UserError
+from vqdm.few_step.pairs import pack_pairs, read_pairs
+from vqdm.few_step.train import Training
+
+SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+FEW = {"steps": 6, "batch_size": 4, "check_every": 2, "warmup": 1, "precision": "float32", "learning_rate": 1e-3}
+
+
+def write_pairs(path, *, count: int = 8, seed: int = 0) -> Trajectories:
+    """Pairs as a guided sampling records them: rows without caption first."""
+    draw = torch.Generator().manual_seed(seed)
+    noise, clean = torch.randn(2, count, 4, 8, 8, generator=draw)
+    text = torch.randn(count, 3, 32, generator=draw)
+    call = {"sample": noise.repeat(2, 1, 1, 1), "timestep": torch.tensor(951)}
+    call |= {"encoder_hidden_states": torch.cat([torch.zeros_like(text), text])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pack_pairs(call | {"output": torch.zeros(2 * count, 4, 8, 8)}, clean))
+    return Trajectories([path])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pairs")
+    return write_pairs(directory / "a.safetensors"), write_pairs(directory / "b.safetensors", count=3, seed=1)
+
+
+def training(directory, files, **changes) -> Training:
+    unet = small_unet()
+    config = FewStepConfig(**(FEW | {"kind": "direct"} | changes))
+    return Training(copy.deepcopy(unet), unet, *files, scheduler=SCHEDULER, config=config, directory=directory)
+
+
+def test_pairs_are_read_with_their_own_captions(files):
+    draw = torch.Generator().manual_seed(0)
+    noise, clean = torch.randn(2, 8, 4, 8, 8, generator=draw)
+    text = torch.randn(8, 3, 32, generator=draw)
+    pairs = read_pairs(files[0], [5, 2], device="cpu")
+    assert_close(pairs.noise, noise[[5, 2]])
+    assert_close(pairs.clean, clean[[5, 2]])
+    assert_close(pairs.captions["encoder_hidden_states"], text[[5, 2]])
+    assert not pairs.empty["encoder_hidden_states"].any()
+
+
+@pytest.mark.parametrize("kind", ["direct", "reflow", "dmd"])
+def test_a_killed_training_goes_on_to_the_same_bytes(kind, files, tmp_path, monkeypatch):
+    whole, history = training(tmp_path / "whole", files, kind=kind, keep="last").run()
+    stopped, save = training(tmp_path / "killed", files, kind=kind, keep="last"), Training._save
+
+    def killed(self, seen):
+        save(self, seen)
+        if seen.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    monkeypatch.setattr(Training, "_save", save)
+    resumed, again = training(tmp_path / "killed", files, kind=kind, keep="last").run()
+    assert (again.losses, again.validations) == (history.losses, history.validations)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["direct", "reflow"])
+def test_a_student_gets_nearer_to_the_teachers_images(kind, files, tmp_path):
+    steps = {"steps": 30, "check_every": 10, "average": 0.5}
+    own = (files[0], files[0])  # what it has seen: this world is noise, which does not generalise
+    _, history = training(tmp_path, own, kind=kind, **steps).run()
+    assert history.best["distance"] < 0.9 * history.validations[0]["distance"]
+
+
+def test_the_best_of_the_validations_is_kept(files, tmp_path, monkeypatch):
+    states, distance = [], iter([3.0, 1.0, 2.0, 5.0])
+
+    def found(self):
+        states.append(copy.deepcopy(self.average.state_dict()))
+        return next(distance)
+
+    monkeypatch.setattr(Training, "_distance", found)
+    student, history = training(tmp_path, files).run()
+    assert history.best["step"] == 2
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in student.state_dict().items())
+
+
+def test_the_critic_of_matching_follows_the_student_and_the_teacher_stays(files, tmp_path):
+    made = training(tmp_path, files, kind="dmd", steps=2)
+    before = small_unet().state_dict()
+    made.run()
+    student, critic = (learner.network.state_dict() for learner in made.learners)
+    assert any(not torch.equal(student[name], before[name]) for name in before)
+    assert any(not torch.equal(critic[name], before[name]) for name in before)
+    state = made.learners[1].optimizer.state
+    assert {float(own["step"]) for own in state.values()} == {4.0}, "two of its steps for each of the student's"
+
+
+def test_a_loss_that_is_not_finite_is_one_line(files, tmp_path):
+    made = training(tmp_path, files, learning_rate=10.0, warmup=0)
+    next(iter(made.learners[0].names)).data.fill_(torch.nan)
+    with pytest.raises(UserError, match="loss is nan at step 0: lower few_step.learning_rate"):
+        made.run()
+
+
+@pytest.mark.parametrize(("divergence", "said"), [("js", "discriminator, which is not built"), ("kl", "is not rkl")])
+def test_other_divergences_are_refused_in_one_line(divergence, said):
+    with pytest.raises(UserError, match=said) as error:
+        FewStepConfig(kind="dmd", divergence=divergence).check()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,53 @@
+"""Options of a student of fewer steps, distilled from the model and taken in its place; kind=none changes nothing."""
+
+import dataclasses
+
+from vqdm.config.ranges import MOST, SEEDS, choice, number
+from vqdm.errors import UserError
+
+WITH_DISCRIMINATOR = ("fkl", "js", "sf", "sh", "jeffreys", "neyman")  # f-distill's, whose weights it estimates
+
+
+@dataclasses.dataclass
+class FewStepConfig:
+    """Distillation into fewer steps. Captions come from where the calibration's do; model.sampler is the student's."""
+
+    # direct: the teacher's image in one step; reflow: the same noise prediction all the way from a noise to its image
+    # (InstaFlow); dmd: the distribution of the teacher's images (distribution matching)
+    kind: str = choice("none", "direct", "reflow", "dmd")
+    teacher_steps: int = number(20, least=1, most=1000)  # DDIM steps in which the teacher makes the pairs
+    teacher_guidance: float = number(3.0, least=0, most=1000)  # guidance that the student learns in
+    pairs: int = number(1024, least=1, most=MOST)  # number of pairs of noise and the teacher's image to learn from
+    validation: int = number(64, least=1, most=MOST)  # number of further pairs, never trained on
+    pairs_batch_size: int = number(64, least=1, most=65_536)  # pairs made at once
+    captions_seed: int = number(2, least=0, most=SEEDS)  # seed of the shuffle that chooses the captions
+    noise_seed: int = number(0, least=0, most=SEEDS)  # seed of the pairs' noise
+    start: str | None = None  # model whose weights the student starts from, shipped or a directory; None = the teacher
+    steps: int = number(250, least=1, most=MOST)  # training steps of the student
+    batch_size: int = number(64, least=1, most=65_536)  # captions per step
+    learning_rate: float = number(3e-4, least=0, most=10, above=True)  # peak rate
+    warmup: int = number(20, least=0, most=MOST)  # steps
+    # share of the steps after which the rate falls to 0 by half a cosine; 1 = constant
+    decay_from: float = number(0.4, least=0, most=1)
+    average: float = number(0.99, least=0, most=0.999999)  # decay of the average of weights, which is the student
+    precision: str = choice("bfloat16", "float32")  # precision of the activations
+    seed: int = number(0, least=0, most=SEEDS)  # seed of the draws of samples
+    check_every: int = number(50, least=1, most=MOST)  # steps between two validations, each with a checkpoint
+    validated_steps: int = number(1, least=1, most=1000)  # DDIM steps to the images that validation compares
+    # best: the validated average nearest to the teacher's images; last: that of the last step
+    keep: str = choice("best", "last")
+    divergence: str = "rkl"  # for dmd: rkl, the reverse Kullback-Leibler divergence
+    critic_steps: int = number(2, least=1, most=1000)  # for dmd: steps of the critic per step of the student
+    critic_rate: float = number(1e-4, least=0, most=10, above=True)  # for dmd: the critic's peak rate
+    # what images are compared with, if the student is not compressed: its own, or the teacher's from the same noise
+    originals: str = choice("student", "teacher")
+
+    def check(self) -> None:
+        """UserError for a divergence that is not built."""
+        if self.divergence in WITH_DISCRIMINATOR:
+            raise UserError(
+                f"few_step.divergence={self.divergence} needs f-distill's discriminator, which is not built "
+                "(docs/few-step.md): give few_step.divergence=rkl"
+            )
+        if self.divergence != "rkl":
+            raise UserError(f"few_step.divergence={self.divergence!r} is not rkl, the only one there is")

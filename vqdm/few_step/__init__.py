@@ -1,0 +1,1 @@
+"""Students of fewer steps: pairs of noise and image, losses, and one trainer."""

@@ -1,0 +1,207 @@
+"""One trainer for all few-step students: Adam, an average of weights, validations, checkpoints as items.
+
+A step's samples follow from the seed and the step's number alone, so that a killed run goes on to the same bytes.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from vqdm.calibration.blocks import device_of
+from vqdm.config.few_step import FewStepConfig
+from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restore_optimizer
+from vqdm.distillation.trajectories import Trajectories
+from vqdm.errors import UserError
+from vqdm.few_step import losses
+from vqdm.few_step.pairs import Pairs, read_pairs, sampled, student_scheduler
+from vqdm.runs import progress
+from vqdm.runs.device import one_order_of_sums
+from vqdm.runs.items import item_names, read_item, remove_item, write_item
+from vqdm.seeds import torch_generator
+
+LIMIT = 1.0  # of the norm of a step's gradient
+
+
+@dataclass
+class History:
+    """What a training has seen; validations are {step, distance}."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validations: list[dict] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict:
+        return min(self.validations, key=lambda found: found["distance"])
+
+
+class Learner:
+    """A network with its optimizer, for which `loss_of` is minimised at every call of `step`."""
+
+    def __init__(self, name: str, network: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, peak: float):
+        self.name, self.network, self.loss_of, self.peak = name, network.train().requires_grad_(True), loss_of, peak
+        self.names = {parameter: key for key, parameter in network.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.names, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, number: int, generator: torch.Generator, *, config: FewStepConfig) -> float:
+        """Take a step at the rate of the student's step `number`; returns the loss. UserError if it is not finite."""
+        rate = learning_rate(
+            number, steps=config.steps, peak=self.peak, warmup=config.warmup, decay_from=config.decay_from
+        )
+        self.optimizer.param_groups[0]["lr"] = rate
+        loss = self.loss_of(generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.names), LIMIT)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise UserError(
+                f"few_step: the {self.name}'s loss is {loss.item()} at step {number}: lower few_step.learning_rate or "
+                "few_step.critic_rate"
+            )
+        self.optimizer.step()
+        return loss.item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = dict(self.network.state_dict()) | optimizer_tensors(self.optimizer, self.names)
+        return {f"{self.name}.{key}": tensor for key, tensor in state.items()}
+
+    def restore(self, tensors: dict[str, Tensor], *, steps: int) -> None:
+        own = {key.removeprefix(f"{self.name}."): t for key, t in tensors.items() if key.startswith(f"{self.name}.")}
+        self.network.load_state_dict({key: own[key] for key in self.network.state_dict()})
+        restore_optimizer(self.optimizer, self.names, own, step=steps)
+
+
+class Training:
+    """A student's training from pairs. student: in fp32 on its device, the teacher's copy or another few-step model."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Trajectories,
+        validation: Trajectories,
+        *,
+        scheduler,
+        config: FewStepConfig,
+        directory: Path,
+    ):
+        self.config, self.directory, self.pairs, self.validation = config, directory, pairs, validation
+        self.device = device_of(student)
+        self.scheduler = student_scheduler(scheduler)
+        self.schedule = losses.Schedule(scheduler.alphas_cumprod.float().to(self.device))
+        self.average = copy.deepcopy(student).eval().requires_grad_(False)
+        self.best = copy.deepcopy(self.average)
+        teacher.eval().requires_grad_(False)
+        if config.kind == "dmd":
+            matching = losses.Matching(teacher, copy.deepcopy(teacher), config.teacher_guidance)
+            self.learners = [
+                self._learner("student", student, matching.loss, config.learning_rate),
+                self._learner("critic", matching.critic, matching.critic_loss, config.critic_rate, student=student),
+            ]
+        else:
+            loss = {"direct": losses.direct, "reflow": losses.velocity}[config.kind]
+            self.learners = [self._learner("student", student, loss, config.learning_rate)]
+
+    def _learner(self, name: str, network: nn.Module, loss, peak: float, *, student: nn.Module | None = None):
+        """A learner of `loss(student, pairs, schedule, generator)` on pairs that its generator draws."""
+
+        def loss_of(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(self.pairs), (self.config.batch_size,), generator=generator, device="cpu")
+            pairs = self._read(self.pairs, rows.tolist())
+            return loss(student or network, pairs, self.schedule, generator)
+
+        return Learner(name, network, loss_of, peak=peak)
+
+    def _read(self, files: Trajectories, rows) -> Pairs:
+        return read_pairs(files, rows, device=self.device, precision=self.config.precision)
+
+    def run(self) -> tuple[nn.Module, History]:
+        """Train to the end, from the last checkpoint if there is one; returns the student and what was seen."""
+        config, history = self.config, self._restore()
+        student, *critics = self.learners
+        shown = progress.bar("few_step", config.steps, unit="step")
+        with one_order_of_sums(self.device), shown as bar:
+            bar.skip(history.step, items=history.step)
+            self._check(history)
+            for step in range(history.step, config.steps):
+                for critic in critics:
+                    for turn in range(step * config.critic_steps, (step + 1) * config.critic_steps):
+                        critic.step(step, torch_generator(config.seed, "few_step/critic", turn), config=config)
+                loss = student.step(step, torch_generator(config.seed, "few_step", step), config=config)
+                self._follow(step)
+                history.losses.append(loss)
+                history.step = step + 1
+                bar.add(note=f"loss {loss:.5f}")
+                self._check(history)
+        return self.best if config.keep == "best" else self.average, history
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """Move the average towards the student, faster in the first steps."""
+        decay = min(self.config.average, (step + 1) / (step + 10))
+        for own, new in zip(self.average.parameters(), self.learners[0].names, strict=True):
+            own.lerp_(new, 1 - decay)
+
+    def _check(self, history: History) -> None:
+        """Validate and write a checkpoint, if they are due and not there yet."""
+        due = history.step % self.config.check_every == 0 or history.step == self.config.steps
+        if not due or any(found["step"] == history.step for found in history.validations):
+            return
+        history.validations.append({"step": history.step, "distance": self._distance()})
+        if not math.isfinite(history.validations[-1]["distance"]):
+            raise UserError(f"few_step: images are not finite at step {history.step}: lower few_step.learning_rate")
+        if history.best["step"] == history.step:
+            self.best.load_state_dict(self.average.state_dict())
+        self._save(history)
+
+    @torch.no_grad()
+    def _distance(self) -> float:
+        """Mean squared distance of the average's latents from the teacher's, over the validation's pairs."""
+        total, count = 0.0, len(self.validation)
+        for start in range(0, count, self.config.batch_size):
+            rows = range(start, min(start + self.config.batch_size, count))
+            pairs = self._read(self.validation, rows)
+            made = sampled(self.average, pairs, self.scheduler, steps=self.config.validated_steps)
+            total += float((made - pairs.clean).square().mean((1, 2, 3)).double().sum())
+        return total / count
+
+    def _save(self, history: History) -> None:
+        """Write the checkpoint beside the last one, which is removed then."""
+        tensors = {"losses": torch.tensor(history.losses, dtype=torch.float64, device="cpu")}
+        for prefix, network in (("average", self.average), ("best", self.best)):
+            tensors |= {f"{prefix}.{key}": tensor for key, tensor in network.state_dict().items()}
+        for learner in self.learners:
+            tensors |= learner.tensors()
+        name = f"step-{history.step:06d}"
+        content = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        record = {"step": history.step, "validations": history.validations}
+        write_item(self.directory, name, {_file(name): content}, record)
+        for other in item_names(self.directory, "step-"):
+            if other != name:
+                remove_item(self.directory, other, [_file(other)])
+
+    def _restore(self) -> History:
+        """Load the last checkpoint that is whole; a new history if there is none."""
+        for name in reversed(item_names(self.directory, "step-")):
+            record = read_item(self.directory, name)
+            if record is None:
+                continue
+            tensors = load((self.directory / _file(name)).read_bytes())
+            for prefix, network in (("average", self.average), ("best", self.best)):
+                network.load_state_dict({key: tensors[f"{prefix}.{key}"] for key in network.state_dict()})
+            for learner in self.learners:
+                turns = 1 if learner is self.learners[0] else self.config.critic_steps
+                learner.restore(tensors, steps=record["step"] * turns)
+            return History(record["step"], tensors["losses"].tolist(), record["validations"])
+        return History()
+
+
+def _file(name: str) -> str:
+    return f"checkpoints/{name}.safetensors"

@@ -1,0 +1,124 @@
+"""Pairs of the teacher, and the student distilled from them as a pipeline directory that every stage loads as a model.
+
+Pairs are `train/<batch>.safetensors` and `validation/…`, each an item; checkpoints of the training are items too.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm.calibration.recording import Recorder
+from vqdm.config.few_step import FewStepConfig
+from vqdm.config.options import ModelConfig, SamplerConfig
+from vqdm.errors import UserError
+from vqdm.few_step.pairs import pack_pairs, student_scheduler
+from vqdm.few_step.train import Training
+from vqdm.hub.pipelines import INDEX, quiet_diffusers, replace_denoiser, replace_directory
+from vqdm.models.loader import denoiser_of, load_pipeline, sample
+from vqdm.prompts import PromptList
+from vqdm.runs import progress
+from vqdm.runs.items import batches
+from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.threads import threads_that_are_free
+from vqdm.seeds import torch_generator
+from vqdm.stages.student import STUDENT, start_directory, student_model
+from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
+
+log = logging.getLogger("vqdm")
+
+
+def make_pairs(
+    directory: Path, pipeline, prompts: PromptList, *, config: FewStepConfig, sampler: SamplerConfig
+) -> dict[str, int]:
+    """Fill the stage's directory; existing batches are kept. Returns the number of pairs in each part.
+
+    pipeline: the teacher's. sampler: the one that it was made with.
+    """
+    for part, own in zip((TRAIN, VALIDATION), split_prompts(prompts, config.validation), strict=True):
+        todo = batches(len(own), config.pairs_batch_size)
+        shown = progress.bar(f"pairs for {part}", len(todo), unit="batch")
+        with threads_that_are_free() as adjust_threads, shown as bar:
+            for name, rows in todo:
+                item = f"{part}-{name}"
+                if read_item(directory, item) is not None:
+                    bar.skip()
+                    continue
+                adjust_threads()
+                captions = own.prompts[rows.start : rows.stop]
+                draws = [torch_generator(config.noise_seed, f"few_step/{part}", prompt.id) for prompt in captions]
+                with Recorder(denoiser_of(pipeline), steps={0}) as recorder:
+                    latents = sample(
+                        pipeline,
+                        [prompt.text for prompt in captions],
+                        sampler=sampler,
+                        generators=draws,
+                        output="latent",
+                    )
+                content = pack_pairs(recorder.calls[0], latents)
+                record = {"captions": [prompt.id for prompt in captions]}
+                write_item(directory, item, {f"{part}/{name}.safetensors": content}, record)
+                bar.add()
+    return {part: len(trajectories_in(directory, part)) for part in (TRAIN, VALIDATION)}
+
+
+def train_student(directory: Path, pairs: Path, *, config: FewStepConfig, model: ModelConfig, device: str) -> dict:
+    """Fill the stage's directory: `pipeline/`, `history.json`. Returns the distances of the validation.
+
+    pairs: that stage's directory. model: the teacher's, in fp32.
+    """
+    pipeline = load_pipeline(model, device=device)
+    teacher = denoiser_of(pipeline)
+    training = Training(
+        _start(teacher, config.start, model, device=device),
+        teacher,
+        trajectories_in(pairs, TRAIN),
+        trajectories_in(pairs, VALIDATION),
+        scheduler=pipeline.scheduler,
+        config=config,
+        directory=directory,
+    )
+    student, history = training.run()
+    write_json(directory / "history.json", {"losses": history.losses, "validations": history.validations})
+    replace_denoiser(pipeline, student)
+    pipeline.register_modules(scheduler=student_scheduler(pipeline.scheduler))
+    save_student(pipeline, directory / STUDENT)
+    kept = history.best if config.keep == "best" else history.validations[-1]
+    first = history.validations[0]["distance"]
+    log.info("few_step: distance %.5f, from %.5f; kept step %d", kept["distance"], first, kept["step"])
+    seen = config.steps * config.batch_size
+    return {"kept_step": kept["step"], "distance": kept["distance"], "distance_before": first, "samples": seen}
+
+
+def _start(teacher: nn.Module, start: str | None, model: ModelConfig, *, device: str) -> nn.Module:
+    """A copy of the teacher's denoiser, with the weights of `start` if given. UserError if these do not fit."""
+    student = copy.deepcopy(teacher)
+    if start is None:
+        return student
+    place = start_directory(start)
+    own = student_model(model, place)
+    found = denoiser_of(load_pipeline(dataclasses.replace(own, path=str(place)), device=device)).state_dict()
+    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in found.items()}:
+        raise UserError(f"few_step.start={start} has another denoiser than {model.name}: give a few-step model of it")
+    student.load_state_dict(found)
+    return student
+
+
+def save_student(pipeline, place: Path) -> None:
+    """Write a pipeline in fp16, without the paths that its parts came from, whole or not at all."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device="cpu", dtype=torch.float16)
+    partial = place.with_name(f"{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with quiet_diffusers():
+        pipeline.save_pretrained(partial)
+    for path in (partial / INDEX, *partial.glob("*/config.json")):
+        write_json(path, {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"})
+    replace_directory(partial, place)
