@@ -109,7 +109,7 @@ def test_the_critic_of_matching_follows_the_student_and_the_teacher_stays(files,
 def test_a_loss_that_is_not_finite_is_one_line(files, tmp_path):
     made = training(tmp_path, files, learning_rate=10.0, warmup=0)
     next(iter(made.learners[0].names)).data.fill_(torch.nan)
-    with pytest.raises(UserError, match="loss is nan at step 0: lower few_step.learning_rate"):
+    with pytest.raises(UserError, match=r"loss is nan at step 0: lower few_step\.learning_rate"):
         made.run()
 
 
