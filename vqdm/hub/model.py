@@ -97,6 +97,11 @@ def _watched_members(kind: type) -> dict:
     return {"config": config} | ({"forward": forward} if "UNet" in kind.__name__ and reads_captions else {})
 
 
+def _write_card(model: nn.Module, directory) -> None:
+    metrics, base = model.hf_quantizer.quantization_config.metrics, model.config.get("_name_or_path") or None
+    atomic_write(Path(directory) / CARD_FILE, model_card(model, metrics=metrics, base=base).encode())
+
+
 @functools.cache
 def _quantized_class(kind: type) -> type:
     """A subclass of a diffusers model class, with its name, that also saves a card and refuses what codes cannot bear.
@@ -108,9 +113,12 @@ def _quantized_class(kind: type) -> type:
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         kind.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            metrics = self.hf_quantizer.quantization_config.metrics
-            base = self.config.get("_name_or_path") or None
-            atomic_write(Path(save_directory) / CARD_FILE, model_card(self, metrics=metrics, base=base).encode())
+            _write_card(self, save_directory)
+
+    def _upload_folder(self, working_dir, *args, **kwargs):
+        """Upload what `push_to_hub` has saved, with our card in the place of the empty one of diffusers."""
+        _write_card(self, working_dir)
+        return kind._upload_folder(self, working_dir, *args, **kwargs)
 
     def enable_layerwise_casting(self, *args, **kwargs):
         """Raise UserError: codes cannot be cast, and scales in 8 bits would change."""
@@ -127,6 +135,6 @@ def _quantized_class(kind: type) -> type:
         cast = "dtype" in kwargs or dtype is not None
         return nn.Module.to(self, *args, **kwargs) if cast else kind.to(self, *args, **kwargs)
 
-    methods = (save_pretrained, enable_layerwise_casting, to, *_lora_methods(kind))
+    methods = (save_pretrained, _upload_folder, enable_layerwise_casting, to, *_lora_methods(kind))
     own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)} | _watched_members(kind)
     return _SameKind(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__} | own)
