@@ -1,4 +1,4 @@
-"""Questions to a model about pictures: their latents, and the noise it predicts in these with captions."""
+"""Questions to a model: latents of pictures, states of captions, and the noise it predicts in one with the other."""
 
 from collections.abc import Callable
 
@@ -34,6 +34,14 @@ class Asked:
         with visits(self.pipeline):
             pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def states(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """What the text encoders make of captions: states [n, tokens, d] and pooled [n, pooled d]."""
+        with visits(self.pipeline):
+            text, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return text, pooled
 
     def noise_with(self, captions: list[str], guidance: float = 0.0) -> Callable[[Tensor, int], Tensor]:
         """A function (latents [n, …], timestep) → predicted noise, row by row with its caption.

@@ -38,6 +38,10 @@ def make_asking(family: str, pipeline, world, weights: list[Path], *, guidance: 
         from vqdm.metrics.edits import Edits
 
         return Edits(pipeline, world, *weights, guidance=guidance)
+    if family == "concepts":
+        from vqdm.metrics.concepts import Concepts
+
+        return Concepts(pipeline, world, *weights, guidance=guidance)
     from vqdm.metrics.recovery import Recovery
 
     return Recovery(pipeline, world)

@@ -69,6 +69,10 @@ DETAILS = {
     "region_psnr_in": "dB to the rendered truth over the pixels that change",
     "region_psnr_out": "dB to the rendered truth over the latent cells in which no pixel changes",
     "reconstruction_psnr": "dB of a picture after DDIM up and down without guidance, to the decoded latent it began as",
+    "concept_hit": "share of captions with a red thing whose shape the edited model shows in blue",
+    "concept_right": "share of them in which everything is as the caption with blue says",
+    "concept_rest": "share of captions without red in which the edited model gets everything right",
+    "concept_rest_psnr": "dB between the images of captions without red before and after the edit",
     "fid_paper_to_fp": "to the full-precision images of the same captions and noise",
     "kid_standard": "unbiased MMD², cubic kernel, mean over 100 subsets of at most 1,000",
     "inception_score": "mean over 10 parts",
@@ -125,6 +129,11 @@ FAMILIES = {
     "edits": Family(
         1, (*(f"{by}_{score}" for by in ("edit", "region") for score in EDIT_SCORES), "reconstruction_psnr"),
         {"images": "renders of the captions' own scenes; 20 DDIM steps, up without guidance, down with the sampler's"},
+        of_model=True, evaluators=True,
+    ),
+    "concepts": Family(
+        1, ("concept_hit", "concept_right", "concept_rest", "concept_rest_psnr"),
+        {"images": "20 DDIM steps with the sampler's guidance; red made blue by a ridge edit of all that reads text"},
         of_model=True, evaluators=True,
     ),
     "paired": Family(

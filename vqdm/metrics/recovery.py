@@ -71,11 +71,11 @@ def other_captions(caption: str, kind: str, world: World) -> list[str]:
         changed = list(words)
         changed[at_colour if kind == "colour" else at_shape] = other
         if changed != words and (changed[at_shape], changed[at_colour]) not in world.unseen:
-            found.append(" ".join(_with_article(changed, at_colour)))
+            found.append(" ".join(with_article(changed, at_colour)))
     return found
 
 
-def _with_article(words: list[str], at: int) -> list[str]:
+def with_article(words: list[str], at: int) -> list[str]:
     """Say "an" before a vowel where the article stands right before the word."""
     if at and words[at - 1] in ("a", "an"):
         words[at - 1] = "an" if words[at][0] in "aeiou" else "a"

@@ -106,7 +106,7 @@ def _image_scores(
         gaps = {f"recovery_{name}": column.numpy() for name, column in own.items() if not name.startswith("right_")}
         shares = {f"recovery_{kind}": own[f"right_{kind}"].numpy() for kind in KINDS}
         return gaps | shares
-    if family == "edits":
+    if family in ("edits", "concepts"):
         return {name: column.numpy() for name, column in own.items()}
     if family in ("paired", "lpips"):
         return {f"{name}_to_fp": column.numpy() for name, column in own.items()}

@@ -25,7 +25,7 @@ DIGITS = {
     "mib": 2, "pipeline_mib": 2, "kid": 4, "psnr_to_fp": 2, "fid_paper": 2, "fid_standard": 2, "fid_paper_to_fp": 2,
     "kid_standard": 5, "inception_score": 2, "clip_h14": 4, "clip_l14": 2, "pickscore": 4, "pickscore_scaled": 2,
     "hpsv2": 4, "edit_psnr_in": 2, "edit_psnr_out": 2, "region_psnr_in": 2, "region_psnr_out": 2,
-    "reconstruction_psnr": 2,
+    "reconstruction_psnr": 2, "concept_rest_psnr": 2,
 }  # fmt: skip
 TEXT_COLUMNS = ("method", "left", "right")
 NOT_RUN, NOTHING = "not run", "–"

@@ -1,0 +1,175 @@
+"""An edit of what a model knows, in closed form: what it calls red becomes blue, as a LoRA beside weights of any kind.
+
+Text states x of captions with red should act as those x* of the same captions with blue, and states k of captions
+without red as before. For every layer W that reads them, this is the ridge regression (as Unified Concept Editing's)
+
+    W' = W (I + D),   D = Σ (x* − x) xᵀ (λ I + Σ x xᵀ + Σ k kᵀ)⁻¹,
+
+so that one D of low rank, from the text alone, serves the keys and values of all cross-attentions, in full precision or
+in codes; another one serves the layer of the pooled text.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqdm.metrics.asked import Asked
+from vqdm.metrics.inversion import Ddim
+from vqdm.metrics.paired import psnr
+from vqdm.metrics.recovery import with_article
+from vqdm.seeds import torch_generator
+from vqdm.tiny.attributes import fidelity, seen_by
+from vqdm.tiny.captions import caption_of, requested
+from vqdm.tiny.evaluator import TinyWorld
+from vqdm.tiny.scenes import WORLD_SEED, draw_scene
+from vqdm.tiny.world import World
+
+OLD, NEW = "red", "blue"
+CAPTIONS = 256  # of the training split, to edit by, and as many to preserve
+RIDGE = 1.0  # λ
+POWER = 0.95  # share of D's squared singular values that its factors keep
+STEPS = 20  # of DDIM
+
+
+class Concepts:
+    """Extractor of a model: columns {concept_…} with a row for each prompt of its world.
+
+    evaluators: the directory of the world's attribute network. guidance: that of the model's own sampler.
+    """
+
+    def __init__(self, pipeline, world: World, evaluators: Path, *, guidance: float):
+        self.asked, self.world, self.guidance = Asked(pipeline, "concepts"), world, guidance
+        self.ddim = Ddim(pipeline.scheduler, steps=STEPS, device=self.asked.device)
+        self.evaluator = TinyWorld(evaluators)
+        self.adapters = make_adapters(self.asked, world)
+
+    @torch.no_grad()
+    def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
+        """Columns of prompts, each an id such as test-000017 and its caption."""
+        with_old = [naming_old(caption, self.world) for _, caption in prompts]
+        renamed = [renamed_in(caption, NEW) for caption in with_old]
+        others = [without_old(caption, self.world) for _, caption in prompts]
+        names = [name for name, _ in prompts]
+        with beside(self.adapters):
+            hit, rest = self._sample(with_old, names), self._sample(others, names)
+        before = self._sample(others, names)
+        wanted = [requested(caption, world=self.world) for caption in renamed]
+        named = [next(thing for thing in request.things if thing.colour == NEW) for request in wanted]
+        seen = seen_by(self.evaluator.columns(list(hit))["labels"], world=self.world)
+        hits = [
+            (thing.shape, NEW) in {one[:2] for one in found.things} for thing, found in zip(named, seen, strict=True)
+        ]
+        pair = (torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures in (rest, before))
+        return {
+            "concept_hit": torch.tensor(hits, dtype=torch.float64, device="cpu"),
+            "concept_right": self._all_right(hit, renamed),
+            "concept_rest": self._all_right(rest, others),
+            "concept_rest_psnr": psnr(*pair),
+        }
+
+    def _sample(self, captions: list[str], names: list[str]):
+        """Pictures of captions, each from the noise of its prompt's name."""
+        unet = self.asked.pipeline.unet
+        size = (unet.config.in_channels, *[unet.config.sample_size] * 2)
+        generators = [torch_generator(WORLD_SEED, "concepts", name) for name in names]
+        noise = torch.stack([torch.randn(size, generator=one, device="cpu") for one in generators]).to(
+            self.asked.device, unet.dtype
+        )
+        predict = self.asked.noise_with(captions, self.guidance)
+        return self.asked.pictures(self.ddim.sample([noise] * (STEPS + 1), predict, start=STEPS))
+
+    def _all_right(self, pictures, captions: list[str]) -> Tensor:
+        """1 for each picture in which every attribute of its caption is seen, else 0."""
+        seen = seen_by(self.evaluator.columns(list(pictures))["labels"], world=self.world)
+        tallies = [
+            fidelity(requested(caption, world=self.world), found, world=self.world)
+            for caption, found in zip(captions, seen, strict=True)
+        ]
+        right = [all(found == asked for found, asked in tally.values()) for tally in tallies]
+        return torch.tensor(right, dtype=torch.float64, device="cpu")
+
+
+def without_old(caption: str, world: World) -> str:
+    """The caption with another colour for every red thing: one that no shape lacks."""
+    return renamed_in(caption, next(c for c in world.colours if all(c != pair[1] for pair in world.unseen)))
+
+
+def renamed_in(caption: str, colour: str) -> str:
+    """The caption with this colour for red; "checkered" stays."""
+    return " ".join(colour if word == OLD else word for word in caption.split())
+
+
+def naming_old(caption: str, world: World) -> str:
+    """The caption with its first thing in red and no other; a shape never shown in red or blue becomes another one."""
+    words = without_old(caption, world).split()
+    at_colour = next(i for i, word in enumerate(words) if word in world.colours)
+    at_shape = next(i for i, word in enumerate(words) if i > at_colour and word in world.shapes)
+
+    def can_be(shape: str) -> bool:
+        return not {(shape, OLD), (shape, NEW)} & world.unseen
+
+    words[at_colour] = OLD
+    if not can_be(words[at_shape]):
+        words[at_shape] = next(shape for shape in world.shapes if can_be(shape))
+    return " ".join(with_article(words, at_colour))
+
+
+def ridge(old: Tensor, new: Tensor, kept: Tensor, *, penalty: float) -> Tensor:
+    """D of the module's docstring, float64 [d, d], from rows of states x, x* [n, d] and k [m, d]."""
+    old, new, kept = (rows.double().flatten(0, -2) for rows in (old, new, kept))
+    gram = old.T @ old + kept.T @ kept + penalty * torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
+    return torch.linalg.solve(gram, old.T @ (new - old)).T  # gram is symmetric
+
+
+def factors(change: Tensor, *, power: float = POWER) -> tuple[Tensor, Tensor]:
+    """left [d, r] and right [r, d] of the smallest rank whose product keeps this share of a matrix's power."""
+    left, values, right = torch.linalg.svd(change)
+    share = values.square().cumsum(0) / values.square().sum()
+    rank = int((share < power).sum()) + 1
+    return left[:, :rank] * values[:rank], right[:rank]
+
+
+@torch.no_grad()
+def make_adapters(asked: Asked, world: World) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+    """A LoRA of each layer that reads text: (layer, A [r, in], B [out, r]), to be added to its output as B A x."""
+    drawn = [
+        caption_of(
+            draw_scene(WORLD_SEED, "train", i, world=world), seed=WORLD_SEED, split="train", index=i, world=world
+        )
+        for i in range(2 * CAPTIONS)
+    ]
+    old = [naming_old(caption, world) for caption in drawn[:CAPTIONS]]
+    kept = [without_old(caption, world) for caption in drawn[CAPTIONS:]]
+    states = [asked.states(captions) for captions in (old, [renamed_in(text, NEW) for text in old], kept)]
+    of_tokens, of_pooled = (factors(ridge(*rows, penalty=RIDGE)) for rows in zip(*states, strict=True))
+    unet, found = asked.pipeline.unet, []
+    for name, layer in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            found.append(_adapter(layer, *of_tokens))
+    return [*found, _adapter(unet.add_embedding.linear_1, *of_pooled)]
+
+
+def _adapter(layer: nn.Linear, left: Tensor, right: Tensor) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A and B = W · left, by asking the layer, whose weight may be codes; inputs beyond the text's are left alone."""
+    beyond = layer.in_features - len(left)
+    left, right = (torch.nn.functional.pad(rows.float(), (0, beyond)) for rows in (left.T, right))
+    asked = left.to(layer.weight.device, layer.weight.dtype)
+    return layer, right.to(asked), (layer(asked) - layer(torch.zeros_like(asked))).T.contiguous()
+
+
+@contextlib.contextmanager
+def beside(adapters: list[tuple[nn.Linear, Tensor, Tensor]]) -> Iterator[None]:
+    """Context in which every layer's output has its adapter's added."""
+
+    def add(down: Tensor, up: Tensor):
+        return lambda layer, inputs, output: output + inputs[0] @ down.T @ up.T
+
+    hooks = [layer.register_forward_hook(add(down, up)) for layer, down, up in adapters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
