@@ -66,7 +66,7 @@ def direct(student: nn.Module, pairs: Pairs, schedule: Schedule, _generator: tor
 
 
 def velocity(student: nn.Module, pairs: Pairs, schedule: Schedule, generator: torch.Generator) -> Tensor:
-    """Reflow's loss (Liu et al. 2023, eq. 3) of a network that predicts noise.
+    """Reflow's loss (InstaFlow, Liu et al. 2023) of a network that predicts noise.
 
     In u = x / √ᾱ against σ = √((1 − ᾱ) / ᾱ) the DDIM ODE is du/dσ = ε: it is straight where ε stays the same on the
     way. So the noise to predict between noise x and image z is, at every timestep, ε* = (x − √ᾱ_T z) / √(1 − ᾱ_T).
@@ -89,7 +89,7 @@ def uniform_in(values: Tensor, count: int, generator: torch.Generator) -> Tensor
 
 @dataclass(frozen=True)
 class Matching:
-    """Distribution matching by the reverse Kullback-Leibler divergence (DMD2, Yin et al. 2024, eqs. 1 and 2).
+    """Distribution matching by the reverse Kullback-Leibler divergence (DMD2, Yin et al. 2024).
 
     critic: predicts noise on the student's images, so that its score is theirs; trained beside the student.
     """

@@ -43,6 +43,7 @@ def evaluate(
     sampler: SamplerConfig,
     images: list[dict],
     images_sha256: str,
+    originals: SamplerConfig | None = None,
 ) -> None:
     """Write `metrics.json`: {protocol, metrics: {name: {value, se, protocol, …}}, not_run: {name: why}, images_sha256}.
 
@@ -50,7 +51,8 @@ def evaluate(
     noise.
 
     tiny_reference: the tiny world's, if family tiny is to be scored. images: the environments (device, dtype,
-    libraries) in which the images were made. images_sha256: of all images that were looked at.
+    libraries) in which the images were made. images_sha256: of all images that were looked at. originals: how the
+    teacher of a few-step student sampled the images to compare with; None: they are the model's own.
     """
     listed = ImageList(prompts.prompts, config.images_per_prompt)
     resamples = Resamples(len(prompts), listed.copies, count=config.bootstrap, seed=SEED)
@@ -58,10 +60,10 @@ def evaluate(
     per_image: dict[str, np.ndarray] = {}
     metrics: dict[str, dict] = {}
     for family, place in families.items():
-        own, originals = (_columns(folder, len(captions), config) for folder in (place.own, place.originals))
+        own, theirs = (_columns(folder, len(captions), config) for folder in (place.own, place.originals))
         known = tiny_reference if family == "tiny" else _reference(reference, family)
         with progress.step(f"scores of family {family}"):  # FIDs take minutes
-            found = score(family, own, originals, captions=captions, reference=known, resamples=resamples)
+            found = score(family, own, theirs, captions=captions, reference=known, resamples=resamples)
         per_image |= found.images
         means = {
             name: mean_and_error(values, listed.copies)
@@ -73,6 +75,7 @@ def evaluate(
             metrics[name] = entry | {"protocol": _protocol(family, name, place, reference, where=where)}
     atomic_write(directory / IMAGES_FILE, _csv(per_image, listed))
     common = _common_protocol(prompts, config, sampler, images)
+    common |= {} if originals is None else {"originals": {"of": "teacher", "sampler": _given(originals)}}
     scores = {"protocol": common, "metrics": _finite(metrics), "not_run": not_run, "images_sha256": images_sha256}
     write_json(directory / SCORES_FILE, scores)
 
@@ -101,6 +104,10 @@ def _csv(scores: dict[str, np.ndarray], listed: ImageList) -> bytes:
     return frame.map(in_csv).to_csv(index=False, float_format="%.7g").encode()
 
 
+def _given(sampler: SamplerConfig) -> dict:
+    return {name: value for name, value in asdict(sampler).items() if value is not None}
+
+
 def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: SamplerConfig, images: list[dict]) -> dict:
     """Protocol shared by all metrics of a set of images."""
     return {
@@ -109,7 +116,7 @@ def _common_protocol(prompts: PromptList, config: EvaluateConfig, sampler: Sampl
         "prompts": prompts.origin,
         "prompts_sha256": prompts.sha256,
         "image_seed": config.seed,
-        "sampler": {name: value for name, value in asdict(sampler).items() if value is not None},
+        "sampler": _given(sampler),
         **({} if config.original_steps is None else {"original_steps": config.original_steps}),
         **{key: _joined(images, key) for key in ("dtype", "device")},
         **({"float32": _joined(images, "float32", "")} if any("float32" in one for one in images) else {}),

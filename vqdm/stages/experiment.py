@@ -189,6 +189,7 @@ def _evaluate(config: Config, store: Store, graph: Graph, *, environment: dict) 
             reference=scoring.reference,
             tiny_reference=load_reference(*scoring.weights["tiny"]) if "tiny" in families else None,
             sampler=image_sampler(config),
+            originals=original_sampler(config) if compares_with_teacher(config) else None,
             images=environments(store.directory(graph.images), count, size),
             images_sha256=looked_at,
         )
