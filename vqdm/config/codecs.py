@@ -245,7 +245,7 @@ class PeerConfig(QuantizeConfig):
     """Options of another library, which quantizes the denoiser by diffusers' own loading (`vqdm/hub/peers.py`)."""
 
     kind: str = "peer"
-    bits: float = 0  # never given: `weights` says it
+    bits: float = number(0, least=0, most=16)  # never given: `weights` says it
     library: str = choice(*PEERS)
     weights: str = "uint4"  # one of the library's types in PEERS
     svd: bool = False  # sdnq: a low-rank branch of rank 32 beside the codes, as SVDQuant has it
