@@ -58,7 +58,7 @@ def table_summary(content: TableContent, *, file: Path) -> str:
     columns = {name: [_narrow(cell) for cell in content.cells[name]] for name in order}
     if "bits_per_weight" in columns:
         columns["bits_per_weight"] = [
-            f"{bits:.2f}" if bits == bits else NOTHING for bits in content.data["bits_per_weight"]
+            f"{bits:.2f}" if bits == bits else NOTHING for bits in content.data["bits_per_weight"].astype(float)
         ]
     widths = {name: max(len(short_name(name)) + 2, *map(len, cells)) for name, cells in columns.items()}  # as tabulate
     shown, room = [], WIDTH
