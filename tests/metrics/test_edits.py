@@ -133,4 +133,4 @@ def test_a_pipeline_of_another_kind_is_refused():
 def test_a_run_has_edits_among_its_scores(tmp_path):
     done = run("+experiment=tiny_codec", "quantize=rtn4", "evaluate.metrics=[edits]", f"results_dir={tmp_path}", *FEW)
     assert done.returncode == 0, done.stderr
-    assert "edit_exact" in done.stdout
+    assert "edit exact" in done.stdout
