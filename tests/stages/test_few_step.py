@@ -9,14 +9,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from tiny_world import FEW, ROOT, run
+from unets import small_unet
 
 from vqdm.config.compose import register_schemas, to_config
+from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.few_step.train import Training
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.models.location import model_directory
 from vqdm.runs.device import resolve_device
 from vqdm.runs.store import Store
+from vqdm.stages.few_step import first_weights
 from vqdm.stages.graph import build_graph
 from vqdm.stages.make import ensure_student
 
@@ -80,8 +83,6 @@ def load_pipeline_of(directory: Path):
 
 
 def tiny_weight(name: str) -> torch.Tensor:
-    from vqdm.config.options import ModelConfig
-
     pipeline = load_pipeline(ModelConfig(builtin="tiny"), device="cpu")
     return denoiser_of(pipeline).state_dict()[name]
 
@@ -147,3 +148,15 @@ def test_what_cannot_be_made_is_refused_in_one_line_before_any_work(overrides, s
     with pytest.raises(UserError) as error:
         build_graph(compose(*overrides), cache=tmp_path / "hashes")
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_student_starts_from_another_models_weights_if_they_fit():
+    model = ModelConfig(builtin="tiny")
+    teacher = denoiser_of(load_pipeline(model, device="cpu"))
+    found = first_weights(teacher, "tiny_turbo", model, device="cpu").state_dict()
+    turbo = denoiser_of(load_pipeline(ModelConfig(builtin="tiny_turbo"), device="cpu")).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in turbo.items())
+    own = first_weights(teacher, None, model, device="cpu")
+    assert own is not teacher and torch.equal(own.conv_in.weight, teacher.conv_in.weight)
+    with pytest.raises(UserError, match="another denoiser than tiny"):
+        first_weights(small_unet(), "tiny_turbo", model, device="cpu")

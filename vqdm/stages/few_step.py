@@ -75,7 +75,7 @@ def train_student(directory: Path, pairs: Path, *, config: FewStepConfig, model:
     pipeline = load_pipeline(model, device=device)
     teacher = denoiser_of(pipeline)
     training = Training(
-        _start(teacher, config.start, model, device=device),
+        first_weights(teacher, config.start, model, device=device),
         teacher,
         trajectories_in(pairs, TRAIN),
         trajectories_in(pairs, VALIDATION),
@@ -95,7 +95,7 @@ def train_student(directory: Path, pairs: Path, *, config: FewStepConfig, model:
     return {"kept_step": kept["step"], "distance": kept["distance"], "distance_before": first, "samples": seen}
 
 
-def _start(teacher: nn.Module, start: str | None, model: ModelConfig, *, device: str) -> nn.Module:
+def first_weights(teacher: nn.Module, start: str | None, model: ModelConfig, *, device: str) -> nn.Module:
     """A copy of the teacher's denoiser, with the weights of `start` if given. UserError if these do not fit."""
     student = copy.deepcopy(teacher)
     if start is None:
