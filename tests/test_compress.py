@@ -11,13 +11,17 @@ import pytest
 import tiny_world
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tiny_world import ROOT, run_script
 
 import vqdm
 from vqdm.config.codecs import parse_scheme
+from vqdm.config.options import Config
 from vqdm.errors import UserError
 from vqdm.hub.pipelines import quiet_diffusers
 from vqdm.models.shipped import builtin_directory
+from vqdm.seeds import torch_generator
+from vqdm.stages.compress import show_picture
 from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import quantized_layers
 
@@ -71,6 +75,31 @@ def test_a_single_file_becomes_a_pipeline_that_diffusers_loads(compressed):
         "license" not in (output / "README.md").read_text()
         and "rtn4 (118 layers)" in (output / "README.md").read_text()
     )
+
+
+def test_the_card_shows_what_the_written_pipeline_makes(compressed):
+    output, _, _ = compressed
+    caption = re.search(r"Made by this pipeline in 4 steps: (.*)", (output / "README.md").read_text())[1]
+    assert "![picture.png](picture.png)" in (output / "README.md").read_text()
+    with quiet_diffusers():
+        pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch_generator(0, "card")
+    (made,) = pipeline(caption, num_inference_steps=4, guidance_scale=5.0, generator=noise).images
+    shown = Image.open(output / "picture.png")
+    assert shown.size == (32, 32) and np.abs(np.asarray(shown).astype(int) - np.asarray(made)).max() <= 1
+
+
+def test_a_picture_that_cannot_be_made_costs_nothing_but_the_picture(compressed, monkeypatch, caplog):
+    def sample(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+
+    before = (compressed[0] / "README.md").read_bytes()
+    monkeypatch.setattr("vqdm.models.loader.sample", sample)
+    with caplog.at_level("WARNING", logger="vqdm"):
+        show_picture(None, compressed[0], Config(picture=True))
+    assert (compressed[0] / "README.md").read_bytes() == before
+    assert "the card has no picture (CUDA out of memory. More of it)" in caplog.text
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+from PIL import Image
 from quantized import quantized_unet
 
 from vqdm.errors import UserError
+from vqdm.hub.card import add_picture
 from vqdm.hub.pipelines import check_place, quiet_diffusers, replace_denoiser, save_pipeline, set_decode
 from vqdm.models.shipped import builtin_directory
 from vqdm.runs.locks import LOCK
@@ -87,6 +89,22 @@ def test_a_card_says_how_to_load_and_what_it_came_from(pipeline, tmp_path):
     second = (tmp_path / "again" / "README.md").read_text()
     assert "base_model: stabilityai/sdxl-turbo" in second and "sai-nc-community" in second
     assert "import torch\n" in second and 'from_pretrained("this directory", dtype=torch.float16)' in second
+
+
+def test_a_card_shows_a_picture_and_the_place_stays_one_of_ours(pipeline, tmp_path):
+    place = tmp_path / "small"
+    save_pipeline(pipeline, place, base=None)
+    before = contents(place)
+    add_picture(place, Image.new("RGB", (4, 4), "red"), caption="a <b>red | square", steps=3)
+    after = contents(place)
+    assert Image.open(place / "picture.png").getpixel((0, 0)) == (255, 0, 0)
+    assert {name for name in after if after[name] != before.get(name)} == {"README.md", "picture.png"}
+    card = after["README.md"].decode()
+    assert card.index("# ") < card.index("![picture.png](picture.png)") < card.index("| bytes |")
+    assert "in 3 steps: a &lt;b>red | square" in card
+    assert card.splitlines()[-1] == before["README.md"].decode().splitlines()[-1]
+    save_pipeline(pipeline, place, base=None)
+    assert contents(place) == before, "an older picture does not stay beside another model"
 
 
 def test_only_known_ways_to_decode_are_set(pipeline):

@@ -260,6 +260,7 @@ class Config:
     show_layers: bool = False  # True: print a line for every layer quantized
     verbose: bool = False  # True, or -v: say everything, also each stage's own lines and a table's whole protocol
     output: str | None = None  # for task=compress, the directory to write; None = below results_dir
+    picture: bool = True  # for task=compress: the pipeline's card shows an image that it made, in at most 20 steps
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     few_step: FewStepConfig = dataclasses.field(default_factory=FewStepConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)

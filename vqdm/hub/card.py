@@ -1,5 +1,6 @@
 """The model card beside every saved denoiser: what it is, how many bits it takes, how to load it."""
 
+import io
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -7,21 +8,24 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from PIL.Image import Image
 from torch import nn
 
 from vqdm.acceleration.operators import removed_operators
 from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.location import DENOISERS
+from vqdm.runs.files import atomic_write
 from vqdm.runs.texts import in_markdown, in_one_line
 from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import quantized_layers
 
-CARD_FILE = "README.md"
+CARD_FILE, PICTURE_FILE = "README.md", "picture.png"  # in a pipeline's directory
 log = logging.getLogger("vqdm")
 LICENCES = {  # licences of models whose own card is rarely beside their weights
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sdxl-turbo": "sai-nc-community",
 }
+_TABLE = "| | |\n|---|---|\n"
 _TEXT = """---
 {front}
 ---
@@ -30,9 +34,7 @@ _TEXT = """---
 
 The denoiser ({denoiser}) of {base}, quantized with vqdm.
 
-| | |
-|---|---|
-{rows}
+{table}{rows}
 
 Load it with diffusers; nothing but the import of vqdm is new:
 
@@ -82,11 +84,22 @@ def model_card(denoiser: nn.Module, *, metrics: Mapping[str, float], base: str |
         base=in_markdown(name),
         imports="import torch\nimport vqdm" if small else "import vqdm",
         dtype=f", dtype={denoiser.dtype}" if small else "",
+        table=_TABLE,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         licence=f"that of the base model, {in_markdown(licence)}."
         if licence
         else "that of the base model, which is not known here.",
     )
+
+
+def add_picture(directory: Path, picture: Image, *, caption: str, steps: int) -> None:
+    """Write what a pipeline sampled beside its card, which then shows it above the table. steps: of the sampler."""
+    content = io.BytesIO()
+    picture.save(content, format="png")
+    shown = f"![{PICTURE_FILE}]({PICTURE_FILE})\n\nMade by this pipeline in {steps} steps: {in_markdown(caption)}\n\n"
+    card = (directory / CARD_FILE).read_text(encoding="utf-8").replace(_TABLE, shown + _TABLE, 1)
+    atomic_write(directory / PICTURE_FILE, content.getvalue())
+    atomic_write(directory / CARD_FILE, card.encode())
 
 
 def _family(scheme) -> str:

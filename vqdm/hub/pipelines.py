@@ -13,7 +13,7 @@ from torch import nn
 
 from vqdm.acceleration.operators import removed_operators
 from vqdm.errors import UserError
-from vqdm.hub.card import CARD_FILE
+from vqdm.hub.card import CARD_FILE, PICTURE_FILE
 from vqdm.hub.config import METHOD, VQDMConfig
 from vqdm.hub.quantizer import attach
 from vqdm.models.foreign import json_object, loading, safetensors_header, without_bars
@@ -128,7 +128,7 @@ def _is_ours(directory: Path) -> bool:
 def _names_in(directory: Path) -> set[str]:
     """Names of the parts in a pipeline's directory, by its own list; empty without one that can be read."""
     try:
-        return {INDEX, CARD_FILE, LOCK, *json_object(directory / INDEX)}
+        return {INDEX, CARD_FILE, PICTURE_FILE, LOCK, *json_object(directory / INDEX)}
     except UserError:
         return set()
 

@@ -26,7 +26,10 @@ SWEEP, JOB, LOG = "sweep.json", "job.json", "log.txt"
 RUN_FILE = "VQDM_RUN_FILE"  # in a job's environment: the file in which the job names its own run record
 UNKNOWN = "has not said how it ended: killed with its launcher, or still at work"
 # overrides that change no result: the same sweep goes on under the same name
-UNNAMED = ("results_dir.", "threads.", "device.", "memory_budget_gb.", "show_layers.", "verbose.", "tracker.")
+UNNAMED = (
+    *("results_dir.", "threads.", "device.", "memory_budget_gb."),
+    *("show_layers.", "picture.", "verbose.", "tracker."),
+)
 TAIL = 4000  # characters at the end of a job's log, where its error stands
 
 
