@@ -38,7 +38,7 @@ class ActivationsConfig:
     """Inputs of layers in few bits (DGQ, and what libraries do dynamically)."""
 
     kind: str = choice("none", "dynamic", "static")  # scales as they come, or known from calibration
-    bits: int = number(8, least=2, most=8)
+    bits: int = number(8, least=2, most=8)  # of every input of a layer, without its scales
     per: str = choice("token", "block", "tensor", "groups")  # dynamic: token, block; static: tensor, groups (DGQ)
     block: int = number(16, least=1, most=65_536)  # channels
     groups: int = number(8, least=1, most=256)  # of channels, by k-means of their ranges
