@@ -4,6 +4,7 @@ python -m pytest tests/fakedev/driven_device.py    (in a process of its own)
 """
 
 import copy
+import re
 
 import fake_device
 import pytest
@@ -81,7 +82,9 @@ def test_a_denoiser_gives_the_same_and_never_waits(pair, way, decode):
         fake_device.reset()
         found = there(*inputs).sample
     decoded = sum(count for name, count in fake_device.calls().items() if name.startswith("vqdm::"))
-    assert decoded == (len(quantized_layers(there)) if (way, decode) == ("by an operator", "per_call") else 0)
+    known = [name for name in quantized_layers(there) if re.search(r"attn2\.to_[kv]$", name)]  # of this very text
+    expected = len(quantized_layers(there)) - len(known)
+    assert decoded == (expected if (way, decode) == ("by an operator", "per_call") else 0)
     assert fake_device.syncs() == {} and fake_device.counts()["uploads"] == 0
     assert near(found, wanted)
 
