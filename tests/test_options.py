@@ -74,6 +74,11 @@ def test_a_number_out_of_its_range_is_refused_in_one_line(override, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_student_of_a_rescaled_model_is_refused():
+    with pytest.raises(UserError, match=r"few_step learns from a model as it is: set model\.rescale\.sigma=0"):
+        compose("few_step=reflow", "model.rescale.sigma=1")
+
+
 @pytest.mark.parametrize("name", ["bits", "damping", "row_exponent"])
 def test_numbers_that_are_none_are_refused_of_a_quantizer_made_in_python(name):
     with pytest.raises(UserError, match=f"{name}=nan must be"):

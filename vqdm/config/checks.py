@@ -65,6 +65,8 @@ def check(config: Config) -> None:
     """Refuse values that make no sense, before any work; one line that names the key."""
     config.quantize.check()
     config.few_step.check()
+    if config.few_step.kind != "none" and config.model.rescale.sigma:
+        raise UserError("few_step learns from a model as it is: set model.rescale.sigma=0, or few_step=none")
     _check_names(config)
     check_fields(config, "")
     for key, choices in CHOICES.items():
