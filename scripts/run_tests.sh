@@ -1,5 +1,5 @@
 #!/bin/sh
-# Set up (once) and run the tests: no network, no GPU, some six minutes on two cores. Further arguments go to pytest.
+# Set up (once) and run the tests: no network, no GPU, some ten minutes on two cores. Further arguments go to pytest.
 #   sh scripts/run_tests.sh
 #   sh scripts/run_tests.sh --all        also the tests that are marked slow
 set -eu

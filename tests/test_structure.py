@@ -143,6 +143,12 @@ def test_a_library_is_imported_in_one_place(library, allowed):
     assert users <= allowed
 
 
+def test_test_modules_have_names_of_their_own():
+    """Pytest imports them by name alone, and takes two of one name for the same."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_nothing_uses_torchs_global_random_state():
     names = ("torch.manual_seed", "np.random.seed", "random.seed")
     users = {_module(path) for path in SOURCES if any(name in path.read_text() for name in names)}
