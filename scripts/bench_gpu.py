@@ -67,7 +67,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call, from the GPU's start to its end."""
+        """Time of one call, from the GPU's start to its end."""
         self.wait()
         began = time.perf_counter()
         call()
@@ -79,7 +79,7 @@ class Bench:
         return median(self.seconds(call) for _ in range(self.repeat))
 
     def kernel_seconds(self, call: Callable[[], object], calls: int) -> float:
-        """Of one call without the time that Python takes to launch it: calls are recorded and replayed."""
+        """Time of one call without what Python takes to launch it: calls are recorded and replayed."""
         if not self.on_gpu:
             return self.median(call)
         call()

@@ -1,4 +1,4 @@
-"""Where two processors part: a model's Hessians, codebooks and codes with this processor's kernels and with others.
+"""Find where processors part: a model's Hessians, codebooks and codes with this one's kernels and with others.
 
 python scripts/lab/across_processors.py [--model tiny] [--schemes gptq4 vq3 trellis3] [--layers 118] [--prompts 16]
 

@@ -43,7 +43,7 @@ CODES = {
 
 
 def _scheme(spec: LayerSpec, config: QuantizeConfig) -> Scheme | None:
-    """As the codec's, but every layer by itself, without a share of the trellis table; None without room for it."""
+    """Schemes of the codec, but every layer by itself, without a share of the trellis table; None without room."""
     scales = config.smoothing > 0
     branch = branch_bits(spec.shape, config.low_rank, input_scales=scales) if config.low_rank else 0.0
     if 2 * branch > config.bits:

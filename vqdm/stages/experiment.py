@@ -218,14 +218,12 @@ def _bits(config: Config, store: Store, graph: Graph) -> dict:
 
 def _pipeline_bytes(config: Config, store: Store, stages: Quantization) -> dict:
     """Bytes of the whole pipeline's weights on disk, where other parts are quantized too or their files are known."""
-    others = part_bytes(config.model)
-    if stages.parts is not None:
-        made = store.summary(stages.parts)["parts"]
-        others |= {name: part["file_bytes"] for name, part in made.items()}
+    made = {} if stages.parts is None else store.summary(stages.parts)["parts"]
+    others = part_bytes(config.model) | {name: part["file_bytes"] for name, part in made.items()}
     if not others:
         return {}
-    named = {} if stages.parts is None else {"parts": sorted(made)}
-    return {"pipeline_bytes": store.summary(stages.denoiser)["file_bytes"] + sum(others.values())} | named
+    size = store.summary(stages.denoiser)["file_bytes"] + sum(others.values())
+    return {"pipeline_bytes": size} | ({"parts": sorted(made)} if made else {})
 
 
 def _work(config: Config, store: Store, graph: Graph) -> dict:

@@ -49,13 +49,12 @@ def extract(
     with threads_that_are_free() as adjust_threads:
         for name, rows, identity in progress.over(pending, f"features {label_of(directory)}", unit="batch"):
             adjust_threads()
-            own = [] if of_model else load_images(images, rows)
             if of_model:
                 columns = extractor.columns(peek(images, name).record["prompts"][: len(rows)])
             elif originals is None:
-                columns = extractor.columns(own, captions_in(images, name)[: len(rows)])
+                columns = extractor.columns(load_images(images, rows), captions_in(images, name)[: len(rows)])
             else:
-                columns = extractor.columns(np.stack(own), np.stack(load_images(originals, rows)))
+                columns = extractor.columns(np.stack(load_images(images, rows)), np.stack(load_images(originals, rows)))
             files = {_file(name): to_bytes({key: column.contiguous() for key, column in columns.items()})}
             write_item(directory, name, files, {"images": identity, "rows": len(rows), "environment": environment})
 
