@@ -52,7 +52,7 @@ def _sizes(row: Row, runs: list[dict], *, paper_bits: bool) -> dict:
 def _works(runs: list[dict]) -> dict:
     """Multiply-adds and bit operations of an image, relative to the original's in 16 bits.
 
-    Of a run that is neither accelerated nor of fewer steps: its multiply-adds are 1, its bit operations not recorded.
+    A run that is neither accelerated nor compared with other steps has not recorded them: its multiply-adds are 1.
     """
     work = runs[0].get("work") if runs else None
     if work is None:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.prompts import PromptList
 from vqdm.runs.store import Stage
+from vqdm.stages.samplers import compares_with_teacher
 
 VERSIONS = {"scores": 1, "prune": 1, "schedule": 1, "activations": 1, "correct": 1}
 _CACHE = ("kind", "interval", "depth", "schedule", "predict", "correction")
@@ -37,6 +38,13 @@ def looks_at_prompts(config: Config) -> bool:
 
 def is_on(config: Config) -> bool:
     return any(own.kind != "none" for own in (config.prune, config.activations, config.cache))
+
+
+def tells_work(config: Config) -> bool:
+    """True if the work of an image is told beside the original's: where it is less, or `original_steps` asks for it."""
+    if compares_with_teacher(config):  # whose guidance doubles its calls
+        return False
+    return is_on(config) or config.evaluate.original_steps is not None
 
 
 def prune(config: Config, calibrate: Stage, model: str) -> dict[str, Stage]:

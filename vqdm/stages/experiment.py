@@ -15,7 +15,7 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.accelerate import accelerated_pipeline, ensure_acceleration
-from vqdm.stages.accelerated import is_on
+from vqdm.stages.accelerated import tells_work
 from vqdm.stages.graph import Graph, Quantization, build_graph, image_list
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
 from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, ensure_student, environment_of
@@ -227,9 +227,8 @@ def _pipeline_bytes(config: Config, store: Store, stages: Quantization) -> dict:
 
 
 def _work(config: Config, store: Store, graph: Graph) -> dict:
-    """What sampling an image takes beside the original, where anything is accelerated or steps are fewer."""
-    same = original_sampler(config) == image_sampler(config)
-    if compares_with_teacher(config) or (same and not is_on(config)):  # a teacher's guidance doubles its calls
+    """What sampling an image takes beside the original, where `tells_work`."""
+    if not tells_work(config):
         return {}
     from vqdm.stages.plan.work import work_of
     from vqdm.stages.prune import removed_in

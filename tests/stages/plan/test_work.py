@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vqdm
 from vqdm.acceleration.branch_cache import cache_of
 from vqdm.config.acceleration import ActivationsConfig, CacheConfig
+from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import Config, EvaluateConfig, ModelConfig, SamplerConfig
 from vqdm.models.loader import denoiser_on_meta, load_pipeline
 from vqdm.models.specs import layer_specs
+from vqdm.stages.accelerated import tells_work
 from vqdm.stages.plan.forward import denoiser_inputs
 from vqdm.stages.plan.work import work_of
 
@@ -60,6 +62,14 @@ def test_bit_operations_count_both_factors():
     assert both.relative_bit_operations == pytest.approx(1 - share * (1 - 4 * 8 / 256))
 
 
+def test_work_is_told_beside_other_steps_though_there_are_none_fewer():
+    asked = dataclasses.replace(TINY, evaluate=EvaluateConfig(original_steps=20))
+    assert tells_work(asked) and not tells_work(TINY)
+    assert tells_work(dataclasses.replace(TINY, cache=CacheConfig(kind="branch")))
+    taught = FewStepConfig(kind="dmd", originals="teacher")
+    assert not tells_work(dataclasses.replace(asked, few_step=taught))
+
+
 def test_a_plan_says_the_work_and_no_time_of_what_is_simulated(tmp_path):
     on = ("prune=ld10", "activations=a8", "cache=taylor2")
     done = run("+experiment=tiny_trellis3", *on, "plan=true", "tracker=none", f"results_dir={tmp_path}")
@@ -70,4 +80,4 @@ def test_a_plan_says_the_work_and_no_time_of_what_is_simulated(tmp_path):
     assert "time not estimated; activations are simulated" in next(
         x for x in done.stdout.splitlines() if "  images" in x
     )
-    assert "20 calls, 10 full; a cached call takes 4.4% of a full one's" in lines[2] and "0.522" in lines[3]
+    assert "20 calls, 10 full; a cached call takes 4.4% of a full one's" in lines[2] and "at most 0.522" in lines[3]

@@ -13,7 +13,7 @@ from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.location import DENOISERS, configs_directory
 from vqdm.models.single_file import component_on_meta
 from vqdm.runs.store import write_json
-from vqdm.stages.accelerated import is_on
+from vqdm.stages.accelerated import tells_work
 from vqdm.stages.plan.cost import DISTILLATION, guidance_factor, stage_costs, stage_names
 from vqdm.stages.plan.forward import latent_size
 from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser
@@ -133,8 +133,8 @@ def _image_numbers(denoiser: torch.nn.Module, vae: torch.nn.Module | None, size:
 
 
 def _work(config: Config, planned: DenoiserPlan, removed: list[str]) -> list[str]:
-    """Lines on what caching, activations and pruning make of the work; none where there is nothing of these."""
-    if not is_on(config):
+    """Lines on what caching, activations, pruning and fewer steps make of the work; none where there is none of it."""
+    if not tells_work(config):
         return []
     weights = {layer.name: layer.bits for layer in planned.quantized}
     work = work_of(config, weights=weights, removed=removed)

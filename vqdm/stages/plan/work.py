@@ -145,10 +145,10 @@ def _macs(spec: LayerSpec, shape: tuple[int, ...]) -> float:
 
 
 def work_lines(config: Config, work: Work, *, removed: list[str], operators: int) -> list[str]:
-    """What a plan says of the work; nothing where nothing is accelerated."""
-    lines = []
+    """What a plan says of the work, for configurations that `tells_work`."""
+    lines, unknown = [], config.prune.kind != "none" and not removed
     if config.prune.kind != "none":
-        gone = f"{len(removed)} of {operators} operators are gone" if removed else "which operators go is scored first"
+        gone = "which operators go is scored first" if unknown else f"{len(removed)} of {operators} operators are gone"
         lines.append(f"prune: {gone}; at least {config.prune.share:.0%} of the weights")
     if config.activations.kind != "none":
         real = config.activations.product == "int8"
@@ -163,7 +163,7 @@ def work_lines(config: Config, work: Work, *, removed: list[str], operators: int
             f"one's multiply-adds; {work.kept_bytes / 2**20:.2g} MiB kept per sample in 16 bits"
         )
     lines.append(
-        f"work of an image: {work.relative_macs:.3f} of the original's multiply-adds, "
+        f"work of an image: {'at most ' if unknown else ''}{work.relative_macs:.3f} of the original's multiply-adds, "
         f"{work.relative_bit_operations:.3f} of its bit operations"
     )
     return lines
