@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from vqdm.prompts import load_prompts
+from vqdm.stages.tiny_train.unet import build_unet, conditions
 from vqdm.tiny.attributes import AttributeNet, as_seen, fidelity, kinds_of, labels, seen_by, targets_of, values_of
 from vqdm.tiny.captions import caption_of, requested, vocabulary
 from vqdm.tiny.data import SceneSet, scene_pixels
@@ -207,6 +209,17 @@ def test_the_network_of_small_reads_64_pixels():
         features = net(torch.zeros(2, 3, 64, 64))
     assert features.shape == (2, 96)
     assert labels(net, features).shape == (2, len(values_of(SMALL)))
+
+
+def test_the_attention_that_trains_fast_computes_what_the_fused_one_does():
+    unet = build_unet(SMALL)
+    noisy, text, pooled = torch.randn(2, 4, 16, 16), torch.randn(2, 40, 224), torch.randn(2, 128)
+    with torch.no_grad():
+        plain = unet(noisy, 500, text, added_cond_kwargs=conditions(unet, pooled)).sample
+        unet.set_attn_processor(AttnProcessor2_0())
+        fused = unet(noisy, 500, text, added_cond_kwargs=conditions(unet, pooled)).sample
+    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(plain, fused)  # they are two
 
 
 def test_prompts_and_pictures_of_small_belong_together():

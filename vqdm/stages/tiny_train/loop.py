@@ -4,6 +4,7 @@ Step counts are fixed, every step has its generator, and checkpoints are safeten
 last checkpoint and ends with the same weights, bit for bit (same threads, same library).
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restore_optimizer
 from vqdm.runs import progress
 from vqdm.runs.files import atomic_write
 from vqdm.seeds import derive
+from vqdm.tiny.world import World
 
 
 def _save(path: Path, step: int, model: nn.Module, average: dict, optimizer: torch.optim.AdamW) -> None:
@@ -36,6 +39,14 @@ def _load(path: Path, model: nn.Module, average: dict, optimizer: torch.optim.Ad
         average[key].copy_(tensors[f"average.{key}"])
     restore_optimizer(optimizer, {p: k for k, p in model.named_parameters()}, tensors, step=step)
     return step
+
+
+def plain_attention(world: World) -> contextlib.AbstractContextManager:
+    """Switch torch's fused attention off: on a CPU its backward pass took half of a step of the encoders.
+
+    Tiny keeps the fused one, which made its weights.
+    """
+    return contextlib.nullcontext() if world.name == "tiny" else sdpa_kernel(SDPBackend.MATH)
 
 
 def fit(

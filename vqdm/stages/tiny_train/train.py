@@ -31,7 +31,7 @@ from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
 from vqdm.stages.tiny_train.growth import Growth
 from vqdm.stages.tiny_train.text import train_text_encoders
 from vqdm.stages.tiny_train.turbo import distil_turbo
-from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, train_unet
+from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, load_unet, train_unet
 from vqdm.stages.tiny_train.vae import train_vae
 from vqdm.tiny.attributes import AttributeNet
 from vqdm.tiny.clip import CLIP_CONFIGS
@@ -131,6 +131,7 @@ def _denoisers(directory: Path, work: Path, config: TinyTrainConfig, *, start: P
     """Train and return (unet, turbo)."""
     batch_size = config.batch_size if config.unet_batch_size is None else config.unet_batch_size
     settings = {"directory": work / "checkpoints", "batch_size": batch_size, "seed": config.seed}
+    load = functools.partial(load_unet, world=WORLDS[config.world])
 
     @functools.cache
     def latents() -> LatentSet:
@@ -147,11 +148,11 @@ def _denoisers(directory: Path, work: Path, config: TinyTrainConfig, *, start: P
             **settings,
         )
 
-    unet = _part(work / "unet", make_unet, UNet2DConditionModel.from_pretrained)
+    unet = _part(work / "unet", make_unet, load)
     turbo = _part(
         work / "turbo",
         lambda: distil_turbo(unet, latents(), steps=config.turbo_steps, guidance=config.turbo_guidance, **settings),
-        UNet2DConditionModel.from_pretrained,
+        load,
     )
     return unet, turbo
 
