@@ -45,12 +45,12 @@ def run(config: Config) -> dict | None:
 def _shown_as(configs: list[Config], graphs: list[Graph | Quantization], store: Store):
     """The screen's line on all these runs, with the stages of each kind that they still need; rows share them."""
     from vqdm.runs.device import resolve_device
+    from vqdm.stages.plan.expected import missing_stages
 
-    stages = {stage.fingerprint: stage for graph in graphs for stage in graph.stages()}
-    missing = {name: stage.name for name, stage in stages.items() if store.status(stage) != "done"}
     device = resolve_device(configs[0].device, threads=configs[0].threads)
     log.info("%s", device)
-    return progress.whole([config.method or config.name for config in configs], missing)
+    missing, recorded = missing_stages(zip(configs, graphs, strict=True), store, device=device.name)
+    return progress.whole([config.method or config.name for config in configs], missing, recorded)
 
 
 def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None, mixed: bool = False) -> None:

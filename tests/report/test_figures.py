@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from vqdm.report.figures import figures_of, layer_map, loss_curves, pareto, save, timestep_errors
@@ -54,9 +55,9 @@ def hollow(axes):
     return [line for line in axes.get_lines() if len(line.get_xdata()) and to_hex(line.get_markerfacecolor()) == WHITE]
 
 
-def legend_entries(figure):
-    (legend,) = figure.legends
-    return {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+def names(axes):
+    """The labels at the points, {name: where its point is}."""
+    return {" ".join(text.get_text().split()): text.xy for text in axes.texts}
 
 
 @pytest.mark.parametrize("size", ["bits_per_weight", "mib"])
@@ -89,18 +90,35 @@ def test_published_values_are_hollow_and_stand_at_their_own_bits():
     assert (vq.get_color(), vq.get_marker()) == (own.get_color(), own.get_marker())
     assert to_hex(own.get_markerfacecolor()) != WHITE
     assert vq.get_linestyle() == "None"
-    entries = legend_entries(figure)
-    assert list(entries) == [
-        "full precision", "full precision, published", "VQ", "GPTQ", "Q-Diffusion", "hollow: published",
-    ]  # fmt: skip
-    assert to_hex(entries["Q-Diffusion"].get_markerfacecolor()) == WHITE
-    assert to_hex(entries["VQ"].get_markerfacecolor()) != WHITE
+
+
+def test_every_point_and_level_is_named_beside_it():
+    figure = pareto(FRAME, "fid")
+    found = names(figure.axes[0])
+    left = figure.axes[0].get_xlim()[0]
+    assert found == {
+        "VQ 2 bit": (2.8, 2.9), "VQ 3 bit": (3.8, 2.2), "VQ 4 bit": (4.7, 2.1), "VQ 4 bit, published": (4.15, 2.3),
+        "VQ 2 bit, published": (2.15, 3.3), "GPTQ 3 bit": (3.9, 2.5), "Q-Diffusion 4 bit, published": (4.0, 2.4),
+        "full precision": (left, 2.0), "full precision, published": (left, 1.9),
+    }  # fmt: skip
+    assert not figure.legends
+
+
+def test_labels_touch_neither_each_other_nor_points_where_there_is_room():
+    rows = [(f"method {i} 3 bit", 3 + i % 4 / 50, 1.0, 2.0 + i / 40, 0.01) for i in range(16)]  # crowded
+    (axes,) = pareto(frame(rows), "fid").axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(boxes) == 16 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    places = axes.transData.transform([row[1:4:2] for row in rows])
+    assert not any(box.contains(*place) for box in boxes for place in places)
+    inside = axes.get_window_extent()
+    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
 
 
 def test_without_published_columns_nothing_is_hollow():
     figure = pareto(FRAME[["method", "bits_per_weight", "fid", "fid_se"]], "fid")
     assert not hollow(figure.axes[0])
-    assert list(legend_entries(figure)) == ["full precision", "VQ", "GPTQ"]
+    assert list(names(figure.axes[0])) == ["VQ 2 bit", "VQ 3 bit", "VQ 4 bit", "GPTQ 3 bit", "full precision"]
 
 
 def test_full_precision_is_a_dashed_line_with_its_band():
@@ -262,7 +280,7 @@ def test_errors_by_timestep_are_drawn_where_there_are_any():
     assert points(before) == [(100, 0.6), (500, 0.4), (900, 0.2)]
     assert before.is_dashed() and before.get_color() == vq.get_color() and not vq.is_dashed()
     assert axes.xaxis_inverted()
-    assert list(legend_entries(figure)) == ["VQ", "trellis", "dashed: before distillation"]
+    assert names(axes) == {"VQ": (100, 0.3), "VQ, before": (100, 0.6), "trellis": (100, 0.03)}
 
 
 VALIDATIONS = [
@@ -310,13 +328,12 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_cut_and_no_legend_lies_over_axes(name):
     figure = FIGURES[name]()
-    (legend,) = figure.legends
-    box = legend.get_window_extent()
-    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
-    for part in (*figure.axes, legend):
-        extent = part.get_tightbbox()
-        if name != "pareto of long names":  # wider than the paper's column whatever one does
-            assert extent.x0 >= -0.5 and extent.x1 <= figure.bbox.width + 0.5
+    texts = [Text.get_window_extent(text) for axes in figure.axes for text in axes.texts]
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    for extent in [*(part.get_tightbbox() for part in (*figure.axes, *figure.legends)), *texts]:
+        assert extent.x0 >= -0.5 and extent.x1 <= figure.bbox.width + 0.5
         assert extent.y0 >= -0.5 and extent.y1 <= figure.bbox.height + 0.5
 
 
@@ -341,7 +358,7 @@ def test_a_figure_is_opaque_and_its_text_needs_no_font(tmp_path):
     text = svg.read_text()
     assert "<text" not in text and "font-family" not in text and "<dc:date>" not in text
     image = Image.open(png).convert("RGBA")
-    assert image.width == round(3.4 * 300)
+    assert image.width == round(7.0 * 300)
     assert image.getpixel((0, 0)) == (255, 255, 255, 255) and image.getchannel("A").getextrema() == (255, 255)
 
 
@@ -461,7 +478,7 @@ def test_a_row_that_was_not_run_is_hollow_alone_and_full_precision_by_its_publis
     figure = pareto(data, "fid")
     (axes,) = figure.axes
     assert [points(line) for line in hollow(axes)] == [[(3.15, 19.18)]]
-    assert list(legend_entries(figure)) == ["table1_fp, published", "VQDM", "hollow: published"]
+    assert list(names(axes)) == ["VQDM 3 bit, published", "table1_fp, published"]
     assert not axes.containers and not axes.patches
 
 

@@ -128,6 +128,22 @@ def test_what_is_at_work_side_by_side_counts(clock, said):
         assert bar.left() == pytest.approx((80 - 5) / (25 / 15))
 
 
+def test_what_comes_before_the_first_item_is_no_items_time(clock, said):
+    """Nine seconds of looking around, then ten layers of 1 s: after the first, 9 s are left, and not 90."""
+    with progress.bar("quantize", 10, unit="layer") as bar:
+        clock.now = 9
+        bar.begin("a")
+        clock.now = 10
+        bar.add(item="a")
+        assert bar.left() == pytest.approx(9) and bar.foreseen == pytest.approx(19)
+        clock.now = 13  # between two groups nothing is at work
+        assert bar.left() == pytest.approx(9)
+        bar.begin("b")
+        clock.now = 14
+        bar.add(item="b")
+        assert bar.left() == pytest.approx(8)
+
+
 def test_the_time_of_a_bar_inside_is_its_own(clock, said):
     """Compiling at the first layer does not make the others slow."""
     with progress.bar("quantize", 10, unit="layer") as bar:
@@ -206,6 +222,28 @@ def test_the_whole_goes_by_what_stages_of_a_kind_took(clock, said):
         with progress.making("generate", "generate0"):
             pass  # another row's too: it was counted once
         assert found.left([]) == pytest.approx(20 + 10)
+
+
+def test_what_was_recorded_is_said_from_the_start_and_follows_this_commands_pace(clock, said):
+    stages = kinds(generate=2, quantize=2, features=2)
+    with progress.whole(["a", "b"], stages, {"generate0": 30, "generate1": 30, "quantize0": 10}):
+        assert progress._screen.whole.left([]) is None, "of one stage nothing is known"
+    recorded = {"generate0": 30, "generate1": 30, "quantize0": 10, "quantize1": 100}
+    with progress.whole(["a", "b"], stages, recorded):
+        found = progress._screen.whole
+        assert found.left([]) == pytest.approx(170, rel=0.03)
+        with progress.making("quantize", "quantize0"), progress.bar("quantize", 10, unit="layer") as bar:
+            clock.now = 1
+            bar.add(0.5)
+            assert found.left([bar]) == pytest.approx(169, rel=0.03)
+            clock.now = 4
+            bar.add(1.5)  # twice as slow as then
+            assert found.left([bar]) == pytest.approx(2 * 170 - 4, rel=0.03)
+            clock.now = 20
+        with progress.making("generate", "generate0"), progress.bar("generate", 10, unit="batch") as bar:
+            clock.now = 35
+            bar.add(5)  # as fast as then
+            assert found.left([bar]) == pytest.approx(15 + 30 + 2 * 100, rel=0.03)
 
 
 def test_stages_of_features_are_known_to_be_short_before_any_was_seen(clock, said):

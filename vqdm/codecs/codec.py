@@ -35,6 +35,8 @@ class Codec:
     data_free: Callable[[Any], bool] = lambda config: False
     # (shape, config): what one worker holds while it encodes, without the Hessian it is given, with the matrix
     encoder_bytes: Callable[[Shape, Any], float] | None = None
+    # (shape, config): how long a layer takes, in any unit; only the layers' proportions count, for the time left
+    effort: Callable[[Shape, Any], float] = lambda shape, config: shape[0] * shape[1]
     # (matrices of the layers that share, their scheme, config): the part that they decode with
     make_shared: Callable[[Iterable[Tensor], Any, Any], SharedPart] | None = None
     # (layer, code bits per weight): the scheme to measure its harm at, None where it has none; for allocation by harm

@@ -137,9 +137,16 @@ def _encoder_bytes(shape: Shape, config: GptqConfig) -> float:
     return full + max(3 * square, square + 5.3 * full)
 
 
+def _effort(shape: Shape, config: GptqConfig) -> float:
+    """Weights that are searched, a step of Python's per column, and passes over the Hessian, in times of a weight."""
+    out, size = shape
+    return size * (out + size / 4 + 400) + size**2 * (out + size / 15) / 3600 + 60_000
+
+
 GPTQ = Codec(
     encode=_encode,
     scheme=scalar_scheme_of("gptq"),
     needs_hessian=lambda config: True,
     encoder_bytes=_encoder_bytes,
+    effort=_effort,
 )

@@ -183,10 +183,16 @@ def _encoder_bytes(shape: Shape, config: RtnConfig) -> float:
     return full + (max(1.75 * square, 5.1 * full) if _needs_hessian(config) else 2.7 * full)
 
 
+def _effort(shape: Shape, config: RtnConfig) -> float:
+    """Weights that are searched, and the calls of a layer, which take as long as 25,000."""
+    return shape[0] * shape[1] + 25_000
+
+
 RTN = Codec(
     encode=_encode,
     scheme=scalar_scheme_of("rtn"),
     needs_hessian=_needs_hessian,
     data_free=lambda config: not _needs_hessian(config),
     encoder_bytes=_encoder_bytes,
+    effort=_effort,
 )

@@ -311,6 +311,11 @@ def _encoder_bytes(shape: Shape, config: TrellisConfig) -> float:
     return full + max(2 * square, square + 27 * full)
 
 
+def _effort(shape: Shape, config: TrellisConfig) -> float:
+    """Weights, and the steps of every column, which take as long as 110 rows."""
+    return shape[1] * (shape[0] + 110)
+
+
 TRELLIS = Codec(
     encode=_encode,
     assign=_assign,
@@ -318,5 +323,6 @@ TRELLIS = Codec(
     needs_hessian=lambda config: True,
     data_free=lambda config: config.allocation == "uniform",
     encoder_bytes=_encoder_bytes,
+    effort=_effort,
     make_shared=_make_shared,
 )

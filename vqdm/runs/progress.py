@@ -47,17 +47,21 @@ class Bar:
         self._last = self._said = self._began
         self._inner = 0.0  # seconds of bars inside this one
         self._took, self._running = 0.0, {}  # seconds of items that said when they began; and when those at work did
+        self._worked, self._since = 0.0, 0.0  # seconds in which any of these was at work; and since when one is
 
     def begin(self, item: str) -> None:
         """Note when an item begins, where several are made side by side: those at work count for the time left."""
         with _lock:
-            self._running[item] = time.monotonic()
+            now = time.monotonic()
+            self._since = self._since if self._running else now
+            self._running[item] = now
 
     def add(self, amount: float = 1, *, items: int = 1, note: str = "", item: str | None = None) -> None:
         """Count what is done: an item, which may have been begun."""
         with _lock:
             if item in self._running:
                 self._took += time.monotonic() - self._running.pop(item)
+                self._worked += 0 if self._running else time.monotonic() - self._since
             self.done, self.items, self._partly = self.done - self._partly + amount, self.items + items, 0.0
             self._look(note)
 
@@ -98,7 +102,8 @@ class Bar:
         if self._took:
             now = time.monotonic()
             at_work = sum(now - began for began in self._running.values())
-            side_by_side = (self._took + at_work) / max(self.seconds(), 1e-9)
+            worked = self._worked + (now - self._since if self._running else 0)
+            side_by_side = (self._took + at_work) / max(worked, 1e-9)
             return max(0.0, self._took / self._own() * (self.total - self.done) - at_work) / side_by_side
         whole = self.seconds(self._last) / self.part()
         return max(0.0, whole - self.seconds())
@@ -106,6 +111,7 @@ class Bar:
     def pause(self, seconds: float) -> None:
         """Leave out the seconds of a bar inside, which all that is at work has waited for."""
         self._inner, self._said = self._inner + seconds, self._said + seconds
+        self._since += seconds
         self._running = {item: began + seconds for item, began in self._running.items()}
 
     def text(self, width: int) -> str:
@@ -127,12 +133,16 @@ def counted_in(count: float, unit: str) -> str:
 
 
 class Whole:
-    """All rows of a command, and the stages that they still need: {fingerprint: kind}."""
+    """All rows of a command, and the stages that they still need: {fingerprint: kind}.
 
-    def __init__(self, rows: list[str], stages: dict[str, str]):
-        self.rows, self.at, self.stages = rows, 0, stages
+    recorded: {fingerprint: seconds} of those like which others were made here before.
+    """
+
+    def __init__(self, rows: list[str], stages: dict[str, str], recorded: dict[str, float] | None = None):
+        self.rows, self.at, self.stages, self.recorded = rows, 0, stages, recorded or {}
         self.seen: dict[str, list[float]] = {}
-        self.kind, self.since, self.worked = None, 0.0, False
+        self.against: list[tuple[str, float, float]] = []  # kind, recorded and true seconds of stages that had both
+        self.at_work, self.kind, self.since, self.worked = "", None, 0.0, False
 
     def text(self, bars: list[Bar]) -> str:
         where = f"row {self.at + 1} of {len(self.rows)}: " if len(self.rows) > 1 else ""
@@ -142,17 +152,50 @@ class Whole:
         return f"{job + ', ' if job else ''}{where}{self.rows[self.at]}{about}"
 
     def left(self, bars: list[Bar]) -> float | None:
-        """Seconds left: each kind of stage takes what those of its kind took, or else what those of other kinds did."""
+        """Seconds left, by records at this command's pace, else by what stages of a kind took, else of other kinds.
+
+        None before any was a tenth done, unless all long ones were recorded.
+        """
         expected = {kind: sum(took) / len(took) for kind, took in self.seen.items()}
-        if self.kind is not None and (now := self._expected_now(bars)) is not None:
+        now = None if self.kind is None else self._expected_now(bars)
+        if now is not None:
             expected[self.kind] = now
-        if not expected:
+        known = {name: seconds * self._pace(self.stages[name], now) for name, seconds in self._recorded().items()}
+        unknown = {kind for name, kind in self.stages.items() if name not in known and kind not in SHORT}
+        if not expected and (unknown or not known):
             return None
-        usual = sum(seconds / SHORT.get(kind, 1) for kind, seconds in expected.items()) / len(expected)
-        kinds = {*self.stages.values(), self.kind}
-        expected = {kind: expected.get(kind, usual * SHORT.get(kind, 1)) for kind in kinds}
-        left = sum(expected[kind] for kind in self.stages.values())
-        return max(0.0, left - (0 if self.kind is None else min(time.monotonic() - self.since, expected[self.kind])))
+        scaled = {self.stages[name]: seconds for name, seconds in known.items()} | expected
+        usual = sum(seconds / SHORT.get(kind, 1) for kind, seconds in scaled.items()) / len(scaled)
+        for name, kind in self.stages.items():
+            known.setdefault(name, expected.get(kind, usual * SHORT.get(kind, 1)))
+        if now is not None:
+            known[self.at_work] = now
+        done = 0 if self.kind is None else min(time.monotonic() - self.since, known[self.at_work])
+        return max(0.0, sum(known.values()) - done)
+
+    def _recorded(self) -> dict[str, float]:
+        return {name: self.recorded[name] for name in self.stages if name in self.recorded}
+
+    def _pace(self, kind: str, now: float | None) -> float:
+        """True by recorded seconds in this command: of stages of this kind or, before one was seen, of all."""
+        pairs = list(self.against)
+        if now is not None and self.at_work in self.recorded:
+            pairs.append((self.kind, self.recorded[self.at_work], now))
+        pairs = [pair for pair in pairs if pair[0] == kind] or pairs
+        return sum(took for *_, took in pairs) / sum(before for _, before, _ in pairs) if pairs else 1.0
+
+    def begin(self, kind: str, fingerprint: str) -> None:
+        self.at_work, self.kind, self.since, self.worked = fingerprint, kind, time.monotonic(), False
+
+    def end(self) -> None:
+        """Note what the stage at work took, if there was anything to make."""
+        took = time.monotonic() - self.since
+        if self.worked:
+            self.seen.setdefault(self.kind, []).append(took)
+            if self.at_work in self.recorded:
+                self.against.append((self.kind, self.recorded[self.at_work], took))
+        self.kind = None
+        self.stages.pop(self.at_work, None)
 
     def _expected_now(self, bars: list[Bar]) -> float | None:
         """Seconds that the stage at work takes by its outermost bar."""
@@ -290,12 +333,14 @@ def over(items: Iterable, what: str, *, unit: str, total: int | None = None, bef
 
 
 @contextlib.contextmanager
-def whole(rows: list[str], stages: dict[str, str]) -> Iterator[Callable[[int], None]]:
+def whole(
+    rows: list[str], stages: dict[str, str], recorded: dict[str, float] | None = None
+) -> Iterator[Callable[[int], None]]:
     """Show inside a line on the whole; the function that it gives begins a row.
 
-    rows: their names for people. stages: those to make, each once, {fingerprint: kind}.
+    rows: their names for people. stages: those to make, each once, {fingerprint: kind}. recorded: as `Whole`.
     """
-    made = Whole(rows, stages)
+    made = Whole(rows, stages, recorded)
 
     def begin(row: int) -> None:
         with _lock:
@@ -321,11 +366,8 @@ def making(kind: str, fingerprint: str) -> Iterator[None]:
     if known is None or fingerprint not in known.stages:
         yield
         return
-    known.kind, known.since, known.worked = kind, time.monotonic(), False
+    known.begin(kind, fingerprint)
     try:
         yield
     finally:
-        if known.worked:
-            known.seen.setdefault(kind, []).append(time.monotonic() - known.since)
-        known.kind = None
-        known.stages.pop(fingerprint, None)
+        known.end()

@@ -72,7 +72,7 @@ def _quantize_part(
         shared = shared_parts(place, module, coded, config=codec)
     weights, count = sum(spec.size for spec in assignment.specs), len(assignment.specs)
     with progress.bar(f"quantize {name}", weights, count=count, unit="layer") as bar:
-        layers = LayerProgress(bar, lines=False)
+        layers = LayerProgress(bar)
         for problems, options in ((coded, codec), (tables, RtnConfig(bits=embeddings))):
             encoder = Encoder(place, module, options, shared)
             _encode(encoder, problems, drive, layers=layers)

@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -139,20 +140,23 @@ class Encoder:
 
 
 class LayerProgress:
-    """Progress of a stage, by the weights of its layers. lines: also log a line for every layer made."""
+    """Progress of a stage, by what its layers take: `effort` of a shape, in the bar's measure.
 
-    def __init__(self, bar: progress.Bar, *, lines: bool):
-        self.bar, self.lines = bar, lines
+    lines: also log a line for every layer made.
+    """
+
+    def __init__(self, bar: progress.Bar, effort: Callable[[Sequence[int]], float] = math.prod, *, lines: bool = False):
+        self.bar, self.effort, self.lines = bar, effort, lines
 
     def skip(self, specs: list[LayerSpec]) -> None:
         """Count layers that were already there."""
-        self.bar.skip(sum(spec.size for spec in specs), items=len(specs))
+        self.bar.skip(sum(self.effort(spec.shape) for spec in specs), items=len(specs))
 
     def begin(self, spec: LayerSpec) -> None:
         self.bar.begin(spec.name)
 
     def show(self, record: dict) -> None:
-        self.bar.add(math.prod(record["shape"]), item=record["name"])
+        self.bar.add(self.effort(record["shape"]), item=record["name"])
         if self.lines:
             left = self.bar.left()
             log.info(
@@ -216,9 +220,10 @@ def quantize(
         shared = shared_parts(directory, denoiser, assignment.quantized, config=config)
     encoder = Encoder(directory, denoiser, config, shared)
     specs = assignment.specs
-    what, weights = f"quantize {label_of(directory)}", sum(spec.size for spec in specs)
-    with progress.bar(what, weights, count=len(specs), unit="layer") as bar:
-        layers = LayerProgress(bar, lines=show_layers)
+    effort = functools.partial(encoder.codec.effort, config=config)
+    total = sum(effort(spec.shape) for spec in specs)
+    with progress.bar(f"quantize {label_of(directory)}", total, count=len(specs), unit="layer") as bar:
+        layers = LayerProgress(bar, effort, lines=show_layers)
         if encoder.codec.by_blocks is not None:
             _by_blocks(encoder, assignment, calibration, layers=layers)
         else:
@@ -237,7 +242,8 @@ def _by_groups(
     config, denoiser, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
     wanted = encoder.codec.needs_hessian(config)
     student = wanted and config.hessian_from == "student"
-    groups = execution_groups(denoiser, assignment.specs, calibration)
+    with progress.step("order of the layers"):
+        groups = execution_groups(denoiser, assignment.specs, calibration)
     drive = drive(calibration) if student else drive_teacher(denoiser, calibration, device=device)
     workers = threads.workers()
     for group in groups if student else teacher_groups(groups):
@@ -273,7 +279,7 @@ def _by_blocks(encoder: Encoder, assignment: Assignment, calibration: Path, *, l
         return None if None in weights.values() else weights
 
     def show(block: Block, step: int, loss: float) -> None:
-        done = step / config.iterations * sum(spec.size for spec in block.specs)
+        done = step / config.iterations * sum(layers.effort(spec.shape) for spec in block.specs)
         layers.bar.partly(done, f"loss {loss:.4f}")
 
     with one_thread_each():

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from test_structure import compose
 from unets import sdxl_unet, small_unet
 
 from vqdm.calibration.hessian import add_second_moment
@@ -16,7 +17,9 @@ from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
 from vqdm.runs.files import write_sealed
 from vqdm.runs.store import Stage, Store
 from vqdm.runs.texts import duration
+from vqdm.stages.graph import build_stages
 from vqdm.stages.plan.cost import guidance_factor, least_encoding_flops, second_moment_cost, stage_costs
+from vqdm.stages.plan.expected import missing_stages
 from vqdm.stages.plan.forward import ForwardCost, measure
 from vqdm.stages.plan.rates import CARDS, REACHED, Machine, Rates, machine_of
 from vqdm.stages.plan.recorded import Recorded
@@ -166,6 +169,25 @@ def test_sampling_is_scaled_from_what_was_recorded_of_the_model(tmp_path):
     recorded = SAMPLED | {"along": "teacher", "sampler_steps": [10, 20]}
     made(store, "trajectories", "tiny-teacher-3", recorded, seconds=270.0)
     assert found.sampling().seconds == 3.0  # the slowest
+
+
+def test_stages_to_come_are_told_of_by_those_like_them_with_another_seed(tmp_path):
+    store, config = Store(tmp_path), compose("+experiment=tiny_vq3")
+    graph = build_stages(config, cache=store.hashes)
+    kinds, seconds = missing_stages([(config, graph)], store, device="cpu")
+    assert sorted(kinds.values()).count("generate") == 2 and {"calibrate", "quantize"} <= set(kinds.values())
+    assert seconds == {}
+    calibrate, quantize = graph.quantization.calibrate, graph.quantization.quantize
+    made(store, "calibrate", calibrate.label, calibrate.config | {"noise_seed": 7}, seconds=128 * 20 * 0.1)
+    made(store, "quantize", quantize.label, quantize.config | {"seed": 7}, seconds=5.0)
+    made(store, "quantize", quantize.label, quantize.config | {"seed": 7, "beam_size": 99}, seconds=9e9)
+    found = missing_stages([(config, graph)], store, device="cpu")[1]
+    assert found == {
+        calibrate.fingerprint: 256.0, quantize.fingerprint: 5.0,
+        graph.images.fingerprint: pytest.approx(512 * 20 * 0.1),
+        graph.teacher_images.fingerprint: pytest.approx(512 * 20 * 0.1),
+    }  # fmt: skip
+    assert missing_stages([(config, graph)], store, device="cuda")[1] == {}
 
 
 def test_encoding_is_scaled_by_weights_from_layers_of_the_same_options(tmp_path):

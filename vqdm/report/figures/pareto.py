@@ -5,9 +5,13 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from vqdm.report.figures.style import COLOURS, COLUMN, GREY, MARKERS, legend_below, line_handle, new_figure, styled
+import numpy as np
+
+from vqdm.report.figures.labels import Named, label_points
+from vqdm.report.figures.style import COLOURS, GREY, MARKERS, PAGE, new_figure, styled
 
 FULL_PRECISION_BITS = 16
+HEIGHT = 4.3  # inches
 SIZES = {
     "bits_per_weight": "bits per weight, everything counted",
     "bits_quantized": "bits per weight of the quantized layers",
@@ -40,7 +44,7 @@ LABELS = {
     "pickscore_scaled": "PickScore ↑",
     "hpsv2": "HPSv2 ↑",
 }
-LABEL_WIDTH = 26  # characters that fit along the height of a figure
+LABEL_WIDTH = 40  # characters that fit along the height of a figure
 _KIND = "fidelity_"  # scores of single attributes of the tiny world
 _DISTANCES = ("fid", "kid", "cmmd", "distance", "lpips")  # metrics from 0 up, over orders of magnitude
 _STEPS = (1, 2, 5)  # ticks of logarithmic axes in each decade
@@ -67,9 +71,10 @@ def family_of(method: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Row:
-    """Numbers of a row; NaN for those missing."""
+    """Numbers of a row; NaN for those missing. series: what a line joins."""
 
     method: str
+    series: str
     size: float
     value: float
     error: float
@@ -98,8 +103,8 @@ def _rows(frame, metric: str, size: str, *, everything: bool = False) -> list[_R
         full = row["method"].startswith("full precision") or bits >= FULL_PRECISION_BITS
         full = not everything and (full or published_bits >= FULL_PRECISION_BITS)
         place = own if size == "mib" or math.isnan(published_bits) else published_bits
-        method = _SERIES.split(row["method"])[0] if everything else row["method"]
-        found.append(_Row(method, own, value, error, place, published, full))
+        series = _SERIES.split(row["method"])[0] if everything else row["method"]
+        found.append(_Row(row["method"], series, own, value, error, place, published, full))
     return found
 
 
@@ -120,16 +125,18 @@ def pareto(frame, metric: str, *, size: str = "bits_per_weight", label: str | No
     Lines join the points of a family (`family_of`) whose text after the count is the same.
     """
     rows = _rows(frame, metric, size, everything=everything)
-    figure = new_figure(COLUMN, 2.2)
+    figure = new_figure(PAGE, HEIGHT)
     axes = figure.add_subplot()
-    points = [row for row in rows if not row.full_precision]
-    handles = _draw_full_precision(axes, [row for row in rows if row.full_precision]) + _draw_lines(axes, points)
-    if any(row.is_published for row in points):
-        handles.append(line_handle("hollow: published", color=GREY, marker="o", markerfacecolor="white", linestyle=""))
+    axes.margins(x=0.12)  # for labels
+    levels = _draw_full_precision(axes, [row for row in rows if row.full_precision])
+    named, lines = _draw_lines(axes, [row for row in rows if not row.full_precision])
     _scale(axes, metric, rows)
     axes.set_xlabel(SIZES[size])
     axes.set_ylabel(textwrap.fill(label or label_of(metric), LABEL_WIDTH))
-    legend_below(figure, handles)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right)
+    lines += [np.array([(left, level.y), (right, level.y)]) for level in levels]
+    label_points(axes, named + levels, crossed=lines)
     return figure
 
 
@@ -144,41 +151,46 @@ def _looks(lines: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
     return dict(zip(lines, looks, strict=True))
 
 
-def _draw_lines(axes, rows: list[_Row]) -> list:
-    """Draw a line with error bars for each family; returns the legend's entries."""
+def _draw_lines(axes, rows: list[_Row]) -> tuple[list[Named], list[np.ndarray]]:
+    """Draw a line with error bars for each family; returns the points with their names, and what labels had better
+    leave free: lines and error bars.
+    """
     members: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
-        members.setdefault(family_of(row.method), []).append(row)
-    handles = []
+        members.setdefault(family_of(row.series), []).append(row)
+    named, lines = [], []
     for line, look in _looks(list(members)).items():
         own = sorted((row for row in members[line] if row.is_scored), key=lambda row: row.size)
         published = [row for row in members[line] if row.is_published]
         if own:
             errors = [0 if math.isnan(row.error) else row.error for row in own]
             axes.errorbar([row.size for row in own], [row.value for row in own], errors, elinewidth=0.8, **look)
+            lines.append(np.array([(row.size, row.value) for row in own]))
+            ends = zip(own, errors, strict=True)
+            lines += [np.array([(row.size, row.value - e), (row.size, row.value + e)]) for row, e in ends]
         if published:
             x, y = [row.published_size for row in published], [row.published for row in published]
             axes.plot(x, y, linestyle="", markerfacecolor="white", zorder=3, **look)
-        if own or published:
-            hollow = {} if own else {"markerfacecolor": "white", "linestyle": ""}
-            handles.append(line_handle("".join(line), **look, **hollow))
-    return handles
+        named += [Named(row.size, row.value, row.method, look["color"]) for row in own]
+        named += [
+            Named(row.published_size, row.published, f"{row.method}, published", look["color"]) for row in published
+        ]
+    return named, lines
 
 
-def _draw_full_precision(axes, rows: list[_Row]) -> list:
+def _draw_full_precision(axes, rows: list[_Row]) -> list[Named]:
     """Draw full precision as dashed lines with a band of ± one standard error; published values are dotted."""
-    handles = []
+    levels = []
     for index, row in enumerate(rows):
-        look = {"color": GREY, "linestyle": _DASHES[index % len(_DASHES)]}
         if not math.isnan(row.value):
-            axes.axhline(row.value, **look, zorder=1)
-            handles.append(line_handle(row.method, **look))
+            axes.axhline(row.value, color=GREY, linestyle=_DASHES[index % len(_DASHES)], zorder=1)
+            levels.append(Named(None, row.value, row.method, GREY))
             if not math.isnan(row.error):
                 axes.axhspan(row.value - row.error, row.value + row.error, color=GREY, alpha=0.15, linewidth=0)
         if not math.isnan(row.published):
             axes.axhline(row.published, color=GREY, linestyle=":", zorder=1)
-            handles.append(line_handle(f"{row.method}, published", color=GREY, linestyle=":"))
-    return handles
+            levels.append(Named(None, row.published, f"{row.method}, published", GREY))
+    return levels
 
 
 def _scale(axes, metric: str, rows: list[_Row]) -> None:

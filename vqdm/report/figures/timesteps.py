@@ -2,7 +2,10 @@
 
 import math
 
-from vqdm.report.figures.style import COLOURS, COLUMN, GREY, MARKERS, legend_below, line_handle, new_figure, styled
+import numpy as np
+
+from vqdm.report.figures.labels import Named, label_points
+from vqdm.report.figures.style import COLOURS, MARKERS, PAGE, new_figure, styled
 
 
 @styled
@@ -12,23 +15,27 @@ def timestep_errors(data: dict, *, label: str = "squared error of the prediction
     There is one error per timestep, None where a method has none. before: the same methods without distillation,
     dashed. label: text of the errors' axis.
     """
-    figure = new_figure(COLUMN, 2.2)
+    figure = new_figure(PAGE, 3.6)
     axes = figure.add_subplot()
-    handles, before = [], data.get("before", {})
+    axes.margins(x=0.12)  # for labels
+    named, lines, before = [], [], data.get("before", {})
     for index, (method, errors) in enumerate(data["errors"].items()):
         look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        axes.plot(*_known(data["timesteps"], errors), label=method, **look)
-        handles.append(line_handle(method, **look))
+        dashed = {"linestyle": "--", "markerfacecolor": "white"}
+        drawn = [(method, errors, {})]
         if method in before:
-            x, y = _known(data["timesteps"], before[method])
-            axes.plot(x, y, label=f"{method}, before", linestyle="--", markerfacecolor="white", **look)
-    if before:
-        handles.append(line_handle("dashed: before distillation", color=GREY, linestyle="--"))
+            drawn.append((f"{method}, before", before[method], dashed))
+        for name, own, more in drawn:
+            x, y = _known(data["timesteps"], own)
+            axes.plot(x, y, label=name, **look, **more)
+            lines.append(np.column_stack([x, y]))
+            if x:
+                named.append(Named(x[0], y[0], name, look["color"]))
     axes.set_yscale("log")
     axes.invert_xaxis()  # in the direction of sampling, from noise to image
     axes.set_xlabel("timestep, from noise to image")
     axes.set_ylabel(label)
-    legend_below(figure, handles)
+    label_points(axes, named, crossed=lines)
     return figure
 
 

@@ -160,7 +160,7 @@ def _print_stages(config: Config, store: Store, stages: Graph | Quantization) ->
         state = store.status(stage)
         if stage.name in ("generate", "features"):
             count = _image_count(config, stages)
-            made = _images_made(store.directory(stage), count, batch_size=config.evaluate.batch_size)
+            made = images_made(store.directory(stage), count, batch_size=config.evaluate.batch_size)
             state = "done" if made == count else f"{made} of {count} images"
         if state != "done":
             todo.add(name)
@@ -175,7 +175,7 @@ def _image_count(config: Config, graph: Graph) -> int:
     return len(image_list(config, graph.prompts))
 
 
-def _images_made(directory: Path, count: int, *, batch_size: int) -> int:
+def images_made(directory: Path, count: int, *, batch_size: int) -> int:
     """How many of the first `count` images are there or were looked at; a shorter list's last batch was not full."""
     return sum(min(len(rows), _batch_length(directory, name)) for name, rows in batches(count, batch_size))
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.runs.files import read_sealed
-from vqdm.runs.store import Store
+from vqdm.runs.store import Stage, Store
 
+NOT_THE_TIMES = {"seed", "noise_seed", "prompts"}  # options of a stage that it takes as long without
 NOT_THE_CODECS = {"seed", "damping", "hessian_from", "tokens_per_call", "layers", "min_size", "dtype", "rescale"}
 
 
@@ -44,6 +45,14 @@ class Recorded:
                     steps = sum(options.get("sampler_steps") or [options["sampler"]["steps"]])
                     found.append((manifest["seconds"] / (int(count) * steps), directory))
         return _slowest(found)
+
+    def like(self, stage: Stage) -> float | None:
+        """Seconds of the newest finished stage of this name, label and options, whatever its seed and captions."""
+        options, found = _timed_options(stage.config), []
+        for _, theirs, manifest in self._finished(stage.name):
+            if theirs["label"] == stage.label and _timed_options(theirs["config"]) == options:
+                found.append((manifest["created"], manifest["seconds"]))
+        return max(found)[1] if found else None
 
     def _samples_alike(self, options: dict) -> bool:
         own, theirs = self.config.model.sampler, options["sampler"]
@@ -84,6 +93,10 @@ class Recorded:
                 continue
             if manifest is not None and (any_device or manifest["environment"].get("device") == self.device):
                 yield directory, stage, manifest
+
+
+def _timed_options(config: dict) -> dict:
+    return json.loads(json.dumps({key: value for key, value in config.items() if key not in NOT_THE_TIMES}))
 
 
 def _slowest(found: list[tuple[float, Path]]) -> Rate | None:
