@@ -41,6 +41,10 @@ def test_the_readmes_table_is_the_published_one():
         for row in csv.DictReader(file):
             assert f"| {row['method']} | {float(row['bits_per_weight']):.2f} | {float(row['mib']):.2f} |" in readme
             assert f"{float(row['fidelity']):.3f} ± {float(row['fidelity_se']):.3f}" in readme
+    with (ROOT / "results" / "published" / "codecs.csv").open() as file:
+        spread = {row["method"]: row["psnr_to_fp_seeds"] for row in csv.DictReader(file) if row["psnr_to_fp_seeds"]}
+    shown = {method: re.search(rf"\| {method} \|.*", readme)[0] for method in spread}
+    assert all(f" [{float(value):.2f}] |" in shown[method] for method, value in spread.items()), "over seeds"
 
 
 def test_the_formats_worked_example_is_what_is_really_stored():
