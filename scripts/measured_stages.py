@@ -1,47 +1,66 @@
 """Memory that a plan foretold of every stage beside what the stage took, with its CPU time.
 
 python run.py +experiment=sdxl_random plan=true && python run.py +experiment=sdxl_random
-python scripts/measured_stages.py sdxl_random [--results results] [--json FILE]
+python scripts/measured_stages.py sdxl_random [MORE] [--results results] [--json FILE] [--publish NAME]
 
 Measured is the peak of the process (on a GPU: of what torch allocated) while a stage was made, from its manifest; for
-images, from their batches. A stage that was interrupted tells of its last part only.
+images, from their batches. A stage that was interrupted tells of its last part only. --publish keeps the table as
+<results>/published/NAME.md, .csv and .json, with commits and versions.
 """
 
 import argparse
 import json
+import platform
+import shlex
 import sys
 from pathlib import Path
 
 from vqdm.runs.command_line import run_script
 
+import pandas as pd
+
 from vqdm.errors import UserError
-from vqdm.runs.files import read_sealed, write_json
+from vqdm.runs.files import atomic_write, read_sealed, write_json
 from vqdm.runs.items import item_names, peek
+from vqdm.runs.provenance import provenance
+from vqdm.runs.texts import check_file_name
 
 GIB = 2**30
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment")
+    parser.add_argument("experiments", nargs="+", help="runs by name; of stages that several share, the first tells")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--publish", metavar="NAME", help="also keep the table in <results>/published")
     arguments = parser.parse_args()
     try:
-        rows = measured(arguments.experiment, arguments.results)
+        rows = of_all(arguments.experiments, arguments.results)
         print(table(rows))
         if arguments.json is not None:
             write_json(arguments.json, rows)
+        if arguments.publish is not None:
+            publish(arguments.publish, rows, arguments.results)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def measured(experiment: str, results: Path) -> list[dict]:
-    """A row for every planned stage that has been made: {stage, device, foretold, measured, cpu_seconds, seconds}.
+def of_all(experiments: list[str], results: Path) -> list[dict]:
+    """The rows of all these runs, every directory once."""
+    found: dict[str, dict] = {}
+    for row in (row for name in experiments for row in measured(name, results)):
+        found.setdefault(row["directory"], row)
+    return list(found.values())
 
-    foretold, measured: bytes on the machine that computed it, the GPU or the CPU's. UserError without a plan or a run.
+
+def measured(experiment: str, results: Path) -> list[dict]:
+    """A row for every planned stage that has been made.
+
+    Its columns: run, stage, directory, device, foretold, measured, cpu_seconds, seconds, git_sha. foretold, measured:
+    bytes on the machine that computed it, the GPU or the CPU's. UserError without a plan or a run.
     """
     plan, record = results / "plans" / f"{experiment}.json", newest(results / "runs" / experiment)
     if not plan.is_file() or record is None:
@@ -53,8 +72,19 @@ def measured(experiment: str, results: Path) -> list[dict]:
     for name, directory in stage_directories(record, results).items():
         used = usage(directory)
         if name in foretold and used is not None and used["peak_memory_bytes"][place] is not None:
-            peak = {"foretold": foretold[name][place], "measured": used["peak_memory_bytes"][place]}
-            rows.append({"stage": name, "device": planned["device"], **peak, **usage_times(used)})
+            rows.append(
+                {
+                    "run": experiment,
+                    "stage": name,
+                    "directory": str(directory.relative_to(results)),
+                    "device": planned["device"],
+                    "foretold": foretold[name][place],
+                    "measured": used["peak_memory_bytes"][place],
+                    "cpu_seconds": used["cpu_seconds"],
+                    "seconds": used["seconds"],
+                    "git_sha": used.get("git_sha"),
+                }
+            )
     return rows
 
 
@@ -85,19 +115,25 @@ def usage(directory: Path) -> dict | None:
     return max(records, key=lambda record: record["peak_memory_bytes"]["host"] or 0, default=None)
 
 
-def usage_times(used: dict) -> dict:
-    return {key: used[key] for key in ("cpu_seconds", "seconds")}
-
-
 def table(rows: list[dict]) -> str:
-    lines = ["| stage | foretold, GiB | measured, GiB | difference | CPU-seconds |", "|---|---|---|---|---|"]
+    lines = ["| run | stage | foretold, GiB | measured, GiB | difference | CPU-seconds |", "|---|---|---|---|---|---|"]
     for row in rows:
         difference = row["measured"] / row["foretold"] - 1
         lines.append(
-            f"| {row['stage']} | {row['foretold'] / GIB:.1f} | {row['measured'] / GIB:.1f} | {difference:+.0%} | "
-            f"{row['cpu_seconds']:.0f} |"
+            f"| {row['run']} | {row['stage']} | {row['foretold'] / GIB:.1f} | {row['measured'] / GIB:.1f} | "
+            f"{difference:+.0%} | {row['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def publish(name: str, rows: list[dict], results: Path) -> None:
+    """Write the rows as Markdown and CSV, and as JSON where they come from."""
+    check_file_name("--publish", name)
+    folder, command = results / "published", shlex.join(["python", "scripts/measured_stages.py", *sys.argv[1:]])
+    atomic_write(folder / f"{name}.md", f"{table(rows)}\n\nTo make it: `{command}`.\n".encode())
+    atomic_write(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+    about = {"command": command, **provenance(), "machine": platform.machine()}
+    write_json(folder / f"{name}.json", about | {"files": [f"{name}.md", f"{name}.csv"]})
 
 
 if __name__ == "__main__":
