@@ -13,7 +13,7 @@ from vqdm.hub.checkpoint import checkpoint_size
 from vqdm.models.specs import LayerSpec, group_of, layer_specs
 from vqdm.weights.bits import count_bits
 from vqdm.weights.layers import swap_empty
-from vqdm.weights.trellis_format import side_bytes
+from vqdm.weights.trellis_format import FEWEST_OUTPUTS, side_bytes
 
 OPTIONS = {"pattern": r"to_|ff|conv|proj", "min_size": 8}
 
@@ -40,14 +40,31 @@ def test_uniform_bits_are_uniform_for_codes():
     assert total == pytest.approx(3.4 * sum(spec.size for spec in specs))
 
 
-def test_what_a_trellis_cannot_hold_stays_in_16_bit_with_the_reason():
+def test_layers_too_narrow_for_a_trellis_take_scalar_codes_and_all_bits_are_kept():
     unet = small_unet()
+    specs = layer_specs(unet, **(OPTIONS | {"min_size": 1}))
+    narrow = [spec.name for spec in specs if spec.shape[0] < 16]
+    assert FEWEST_OUTPUTS == TrellisConfig.fewest_outputs == 16
     assignment = assign_schemes(unet, TrellisConfig(bits=6), **(OPTIONS | {"min_size": 1}))
-    left = {spec.name: reason for spec, reason in assignment.skipped}
-    for spec in layer_specs(unet, **(OPTIONS | {"min_size": 1})):
-        assert (spec.name in left) == (spec.shape[0] < 16)
-        assert spec.shape[0] >= 16 or "too few for a trellis" in left[spec.name]
-    assert left and assignment.quantized
+    assert narrow and narrow == [spec.name for spec, scheme in assignment.quantized if scheme.name == "gptq8"]
+    assert len(assignment.quantized) == len(specs)
+    assert assignment.exceptions("trellis").startswith(f"not in trellis codes: {narrow[0]} takes gptq8")
+    counts = planned_bits(unet, TrellisConfig(bits=6), **(OPTIONS | {"min_size": 1}))
+    assert 6 - 1e-2 < counts.bits_quantized <= 6
+
+
+def test_what_no_code_makes_smaller_stays_in_16_bit_with_the_reason():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(64, 512), torch.nn.Linear(1, 300))
+    assignment = assign_schemes(model, TrellisConfig(), pattern=".", min_size=1)
+    assert [spec.name for spec in assignment.specs] == ["1"]
+    assert "0 stays in 16 bit (2 outputs are too few" in assignment.exceptions("trellis")
+    assert "2 stays in 16 bit (its scales and rates alone" in assignment.exceptions("trellis")
+    assert assign_schemes(model, TrellisConfig(), pattern="1", min_size=16).exceptions("trellis") is None
+
+
+def test_narrow_layers_that_take_all_bits_are_refused():
+    with pytest.raises(UserError, match=r"quantize.bits=3 is less than layers of fewer than 16 outputs take"):
+        assign_schemes(torch.nn.Sequential(torch.nn.Linear(64, 8)), TrellisConfig(), pattern=".", min_size=1)
 
 
 def test_too_few_bits_are_refused_before_any_work():

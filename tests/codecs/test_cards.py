@@ -25,6 +25,7 @@ from vqdm.weights.layers import quantized_layers, swap, swap_empty
 
 PATTERN = r"(down_blocks\.1|mid_block).*(conv2|to_(q|k|v))$|up_blocks.*conv_shortcut$"
 LAYERS = {"pattern": PATTERN, "min_size": 16}
+NARROW = {"pattern": rf"{PATTERN}|^conv_out$", "min_size": 4}  # with a layer of four outputs
 QUICK = {
     "trellis": {"bits": 6},
     "additive": {"bits": 2, "codebook_bits": 4},
@@ -50,9 +51,9 @@ def config_of(kind: str):
     return config
 
 
-def quantize(unet, config) -> None:
+def quantize(unet, config, layers=LAYERS) -> None:
     """The layers of the pattern, in place."""
-    codec, problems = CODECS[config.kind], assign_schemes(unet, config, **LAYERS).quantized
+    codec, problems = CODECS[config.kind], assign_schemes(unet, config, **layers).quantized
     specs = [spec for spec, _ in problems]
     if codec.by_blocks is not None:
         options = {"config": config, "stored": lambda block: None, "progress": None}
@@ -95,14 +96,17 @@ def test_every_codec_has_options_and_a_card():
         assert parse_scheme(OPTIONS[kind]().name).kind == kind
 
 
-@pytest.mark.parametrize("kind", [*CODECS, "trellis beside a branch"])
+@pytest.mark.parametrize("kind", [*CODECS, "trellis beside a branch", "trellis beside a narrow layer"])
 def test_a_codec_goes_all_the_way(kind, tmp_path):
     config, unet, original = config_of(kind.partition(" ")[0]), small_unet(), small_unet()
+    layers = NARROW if "narrow" in kind else LAYERS
     config.low_rank = 2 if "branch" in kind else config.low_rank
     planned = small_unet()
-    bits = planned_bits(planned, config, **LAYERS)
-    quantize(unet, config)
-    assert {layer.weight.scheme.codec for layer in quantized_layers(unet).values()} == {config.kind}
+    bits = planned_bits(planned, config, **layers)
+    quantize(unet, config, layers)
+    assert {layer.weight.scheme.codec for layer in quantized_layers(unet).values()} == (
+        {"trellis", "gptq"} if "narrow" in kind else {config.kind}
+    )
     branches = {getattr(layer.weight.scheme, "rank", 0) for layer in quantized_layers(unet).values()}
     assert branches == {config.low_rank}
     assert count_bits(unet).bytes == bits.bytes == count_bits(planned).bytes

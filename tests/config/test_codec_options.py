@@ -35,6 +35,15 @@ def test_fingerprints_are_those_recorded(case, compose, tmp_path):
     assert found | {"label": stages["quantize"].label} == RECORDED[case]
 
 
+def test_what_changes_for_narrow_layers_only_has_another_fingerprint_with_them_only(compose, tmp_path):
+    made = [
+        build_quantization(compose("+experiment=tiny_codec", "quantize=trellis3", f"model.min_size={size}"),
+                           cache=tmp_path / "hashes").quantize.config
+        for size in (32, 16, 15)
+    ]  # fmt: skip
+    assert ["scalar_bits" in config for config in made] == [False, False, True]
+
+
 def test_every_preset_is_recorded():
     of_codecs = set(PRESETS) - {"none", "peer"}  # a peer's fingerprint has the versions of what is installed
     assert {f"quantize={name}" for name in of_codecs} <= set(RECORDED)

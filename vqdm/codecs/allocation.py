@@ -17,6 +17,7 @@ from vqdm.weights.bits import BitCounts, count_bits
 from vqdm.weights.layers import swap_empty
 from vqdm.weights.scalar import ScalarScheme
 
+SHOWN = 4  # layers that a message names
 MIN_SIZE = ModelConfig.min_size  # of layers in parts beside the denoiser
 
 
@@ -26,10 +27,19 @@ class Assignment:
 
     quantized: list[tuple[LayerSpec, Scheme]]
     skipped: list[tuple[LayerSpec, str]]
+    unfit: int = 0  # the last of the skipped: they were selected, but the codec cannot hold them
 
     @property
     def specs(self) -> list[LayerSpec]:
         return [spec for spec, _ in self.quantized]
+
+    def exceptions(self, codec: str) -> str | None:
+        """What selected layers take where it is not the codes of `codec`, in a line; None if all take them."""
+        found = [f"{spec.name} takes {scheme.name}" for spec, scheme in self.quantized if scheme.codec != codec]
+        unfit = self.skipped[len(self.skipped) - self.unfit :]
+        found += [f"{spec.name} stays in 16 bit ({reason})" for spec, reason in unfit]
+        more = f", and {len(found) - SHOWN} others" if len(found) > SHOWN else ""
+        return f"not in {codec} codes: {', '.join(found[:SHOWN])}{more}" if found else None
 
 
 def assign_schemes(
@@ -56,7 +66,7 @@ def assign_schemes(
     found = CODECS[config.kind].schemes(specs, config, harm)
     quantized = [(spec, found[spec.name]) for spec in specs if not isinstance(found[spec.name], str)]
     unfit = [(spec, found[spec.name]) for spec in specs if isinstance(found[spec.name], str)]
-    return Assignment(quantized, skipped + unfit)
+    return Assignment(quantized, skipped + unfit, len(unfit))
 
 
 def assign_part(module: nn.Module, config: QuantizeConfig, *, embeddings: int) -> Assignment:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqdm.codecs import gptq
 from vqdm.codecs.bit_budget import layer_bits
 from vqdm.codecs.checks import check_hessian, check_matrix
 from vqdm.codecs.codec import Codec, Harm, Shape
@@ -22,11 +23,13 @@ from vqdm.codecs.viterbi import Search
 from vqdm.config.codecs import TrellisConfig
 from vqdm.errors import UserError
 from vqdm.models.specs import LayerSpec
-from vqdm.weights.base import LARGEST, STORED, Scheme
+from vqdm.weights.base import LARGEST, STORED, QuantizedWeight, Scheme
+from vqdm.weights.scalar import ScalarScheme
 from vqdm.weights.trellis import TrellisScheme, TrellisTable, TrellisWeight
 from vqdm.weights.trellis_codes import ByteScales, decode_trellis
 from vqdm.weights.trellis_format import (
     BYTE,
+    FEWEST_OUTPUTS,
     HIGHEST_RATE,
     LOWEST_RATE,
     WIDE,
@@ -43,6 +46,7 @@ SMALL = 1 << 18  # weights; smaller layers are also coded at uniform rates, and 
 ROW_STEPS = 4  # per octave: row scales that are tried for rows with large weights
 ROOM = 1.5  # between the largest scale of a grid and the largest column
 COARSE = 0.025  # of the error: what spacing scales by 2^(1/2) instead of 2^(1/4) adds
+NARROW = ScalarScheme(codec="gptq", bits=TrellisConfig.scalar_bits)  # codes of layers under FEWEST_OUTPUTS
 RATES = {WIDE: (0, *range(LOWEST_RATE, HIGHEST_RATE + 1)), BYTE: (0, *range(LOWEST_RATE, HIGHEST_RATE + 1, 2))}
 
 
@@ -271,8 +275,16 @@ def _fit_rows(weight: Tensor, decoded: Tensor, hessian: Tensor, row_scales: Tens
 
 
 def _encode(
-    weight: Tensor, hessian: Tensor, scheme: TrellisScheme, *, config: TrellisConfig, shared: TrellisTable, layer: str
-) -> TrellisWeight:
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: TrellisScheme | ScalarScheme,
+    *,
+    config: TrellisConfig,
+    shared: TrellisTable | None,
+    layer: str,
+) -> QuantizedWeight:
+    if isinstance(scheme, ScalarScheme):
+        return gptq.encode(weight, hessian, bits=scheme.bits, clip="hessian", damping=config.damping, layer=layer)
     return encode(
         weight,
         hessian,
@@ -285,13 +297,41 @@ def _encode(
 
 
 def _assign(specs: list[LayerSpec], config: TrellisConfig, harm: Harm | None) -> dict[str, Scheme | str]:
-    bits = layer_bits(specs, config.bits, by_harm=config.allocation == "sensitivity", harm=harm)
-    return {
-        spec.name: TrellisScheme.of_layer(spec.shape, bits[spec.name])
-        if spec.name in bits
-        else reason_to_skip(spec.shape, 16)
-        for spec in specs
-    }
+    narrow = [spec for spec in specs if _takes_scalar_codes(spec.shape)]
+    fitting = [spec for spec in specs if reason_to_skip(spec.shape, 16) is None]
+    left = _bits_left(narrow, fitting, config)
+    bits = layer_bits(fitting, left, by_harm=config.allocation == "sensitivity", harm=harm)
+    found: dict[str, Scheme | str] = {spec.name: reason_to_skip(spec.shape, 16) for spec in specs}
+    found |= {spec.name: NARROW for spec in narrow}
+    return found | {spec.name: TrellisScheme.of_layer(spec.shape, bits[spec.name]) for spec in fitting}
+
+
+def _takes_scalar_codes(shape: Shape) -> bool:
+    """True for layers of too few outputs for a trellis, unless scalar codes save nothing there."""
+    return shape[0] < FEWEST_OUTPUTS and _scalar_bits(shape) < 16
+
+
+def _scalar_bits(shape: Shape) -> float:
+    """Bits per weight of NARROW codes: a scale and a zero point, of 16 bits each, per row."""
+    return NARROW.bits + 32 / shape[1]
+
+
+def _bits_left(narrow: list[LayerSpec], fitting: list[LayerSpec], config: TrellisConfig) -> float:
+    """Bits per weight that `narrow` layers leave to those of a trellis, so that all together take `config.bits`.
+
+    UserError if that is nothing.
+    """
+    if not narrow:
+        return config.bits
+    size = sum(spec.size for spec in fitting)
+    total = config.bits * (size + sum(spec.size for spec in narrow))
+    left = (total - sum(_scalar_bits(spec.shape) * spec.size for spec in narrow)) / max(size, 1)
+    if left <= 0:
+        raise UserError(
+            f"quantize.bits={config.bits:g} is less than layers of fewer than {FEWEST_OUTPUTS} outputs take, in "
+            f"{NARROW.bits} bits: leave them out by model.min_size={FEWEST_OUTPUTS}"
+        )
+    return left
 
 
 def _scheme_at(spec: LayerSpec, code_bits: float) -> TrellisScheme | None:

@@ -211,6 +211,8 @@ class TrellisConfig(HessianOptions, QuantizeConfig):
     short: ClassVar[str] = "trellis"
     counts_all: ClassVar[bool] = True
     version: ClassVar[int] = 2
+    fewest_outputs: ClassVar[int] = 16  # layers of fewer, which model.min_size may let in, get scalar codes
+    scalar_bits: ClassVar[int] = 8  # of those codes
 
     def check(self) -> None:
         super().check()

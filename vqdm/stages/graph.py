@@ -9,7 +9,7 @@ import functools
 from dataclasses import asdict
 from pathlib import Path
 
-from vqdm.config.codecs import PeerConfig
+from vqdm.config.codecs import PeerConfig, TrellisConfig
 from vqdm.config.options import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
 from vqdm.errors import UserError
 from vqdm.metrics.available import Scoring, find_scoring
@@ -194,6 +194,8 @@ def _quantize(
         return _stage("peer", label, settings, calibrate=calibrate, model=model)
     upstream = pruned if sensitivity is None else pruned | {"sensitivity": sensitivity}
     settings = config.quantize.settings() | _layers(config)
+    if isinstance(config.quantize, TrellisConfig) and config.model.min_size < TrellisConfig.fewest_outputs:
+        settings["scalar_bits"] = TrellisConfig.scalar_bits  # of layers that were left in 16 bit before
     return _stage("quantize", label, settings, calibrate=calibrate, model=model, **upstream)
 
 

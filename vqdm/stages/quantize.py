@@ -214,6 +214,8 @@ def quantize(
     dtype = next(denoiser.parameters()).dtype
     measured = None if harm is None else read_harm(harm)
     assignment = assign_schemes(denoiser, config, pattern=model.layers, min_size=model.min_size, harm=measured)
+    if (exceptions := assignment.exceptions(config.kind)) is not None:
+        log.info("%s: %s", label_of(directory), exceptions)
     with one_thread_each(), progress.step("kernels, and what layers share"):
         from vqdm.weights import kernels  # noqa: F401 (numba takes seconds to import: not in the first layer's time)
 

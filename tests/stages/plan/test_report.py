@@ -91,6 +91,7 @@ def test_three_bits_of_tiny_are_less_than_a_quarter_of_its_file():
         "quantize=trellis3 quantize.bits=2.37",
         "quantize=vq3 quantize.codebooks=block",
         "quantize=trellis3 quantize.allocation=sensitivity",
+        "quantize=trellis3 model.min_size=4 model.layers='(to_q|conv_out)$'",
     ],
 )
 def test_what_is_foretold_is_written_to_the_byte(model, quantizer):

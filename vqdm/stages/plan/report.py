@@ -41,6 +41,7 @@ class Plan:
     fetched: dict[str, int] = dataclasses.field(default_factory=dict)
     lists: list[str] = dataclasses.field(default_factory=list)
     work: list[str] = dataclasses.field(default_factory=list)  # lines on what is accelerated
+    exceptions: str | None = None  # selected layers that are not in the codec's own codes
 
     @property
     def to_run(self) -> list[StageCost]:
@@ -116,9 +117,9 @@ def make_plan(
         numbers=_image_numbers(denoiser, modules.get("vae"), model.sampler.size),
         file=planned.bytes,
     )
-    pipeline = getattr(torch, model.dtype).itemsize * sum(parameters.values())
-    work = _work(config, planned, list(removed))
-    return Plan(planned, costs, todo, machine, others, downloads(config, pipeline), missing_lists(config), work)
+    fetched = downloads(config, getattr(torch, model.dtype).itemsize * sum(parameters.values()))
+    work, exceptions = _work(config, planned, list(removed)), assignment.exceptions(config.quantize.kind)
+    return Plan(planned, costs, todo, machine, others, fetched, missing_lists(config), work, exceptions)
 
 
 def _recorded_rows(config: Config, denoiser: torch.nn.Module, prompts: int) -> int:
@@ -170,6 +171,7 @@ def summary(plan: Plan) -> str:
     lines = [
         f"{len(denoiser.quantized)} layers quantized, {weights:,} weights, {weights / original:.2%} of {original:,}; "
         f"{len(denoiser.layers) - len(denoiser.quantized)} layers stay in 16 bit",
+        *([plan.exceptions] if plan.exceptions else []),
         "bytes by group: " + ", ".join(f"{name} {size:,}" for name, size in denoiser.groups().items()),
         f"bytes beside the layers' weights: {rest}",
         f"the denoiser's file: {denoiser.bytes:,} bytes ({denoiser.bytes / 2**20:.2f} MiB, "
