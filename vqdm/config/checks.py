@@ -17,6 +17,7 @@ from vqdm.config.options import (
 )
 from vqdm.config.ranges import check_fields
 from vqdm.errors import UserError
+from vqdm.runs import processes
 from vqdm.runs.texts import check_file_name
 
 CHOICES = {
@@ -32,7 +33,7 @@ CHOICES = {
     "finetune.trajectories.along": ("teacher", "student", "data"),
     "finetune.trajectories.source": PROMPT_SOURCES,
     "finetune.trajectories.order": PROMPT_ORDERS,
-    "finetune.loss": ("guided", "halves"),
+    "finetune.loss": ("guided", "halves", "dmd"),
     "finetune.weighting": ("uniform", "min_snr"),
     "finetune.precision": ("float32", "bfloat16"),
     "tiny_train.world": TINY_WORLDS,
@@ -192,7 +193,9 @@ def check_finetune(config: Config) -> None:
         raise UserError("finetune needs a quantized model to distil into: give quantize=trellis3, or finetune=none")
     if own.block_steps and config.prune.kind != "none":
         raise UserError("finetune.block_steps goes by the teacher's blocks, of which prune takes parts out: give 0")
-    if own.steps and own.trajectories.n is None:
+    if own.steps and own.loss == "dmd":
+        _check_matching(config)
+    elif own.steps and own.trajectories.n is None:
         raise UserError("finetune.trajectories.n is missing: give the number of captions to train on")
     if (own.steps or own.block_steps) and not (own.tune_codes or any(dataclasses.asdict(own.train).values())):
         raise UserError("finetune.train leaves nothing to train: switch something on, or give finetune=none")
@@ -202,6 +205,27 @@ def check_finetune(config: Config) -> None:
     if steps == []:
         raise UserError("finetune.trajectories.sampler_steps=[] samples nothing: give numbers of steps, or null")
     _check_trajectories(own.trajectories)
+
+
+def _check_matching(config: Config) -> None:
+    own = config.finetune
+    if config.few_step.kind == "none":
+        raise UserError(
+            "finetune.loss=dmd trains a few-step student by its teacher: give few_step=dmd, with few_step.start and "
+            "few_step.steps=0 for a student that is there"
+        )
+    if own.learning_rate is None:
+        raise UserError("finetune.learning_rate is missing: with finetune.loss=dmd it must be given")
+    if processes.launched():
+        raise UserError("finetune.loss=dmd runs in one process: leave torchrun out")
+    for name, none in (
+        ("feature_weight", 0),
+        ("weighting", "uniform"),
+        ("micro_batch_size", None),
+        ("checkpointing", False),
+    ):
+        if getattr(own, name) != none:
+            raise UserError(f"finetune.{name} is for losses on recorded calls: leave it out with finetune.loss=dmd")
 
 
 def _check_trajectories(config: TrajectoriesConfig) -> None:

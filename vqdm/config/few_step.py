@@ -23,7 +23,7 @@ class FewStepConfig:
     captions_seed: int = number(2, least=0, most=SEEDS)  # seed of the shuffle that chooses the captions
     noise_seed: int = number(0, least=0, most=SEEDS)  # seed of the pairs' noise
     start: str | None = None  # model whose weights the student starts from, shipped or a directory; None = the teacher
-    steps: int = number(250, least=1, most=MOST)  # training steps of the student
+    steps: int = number(250, least=0, most=MOST)  # training steps of the student; 0 = it is what it starts from
     batch_size: int = number(64, least=1, most=65_536)  # captions per step
     learning_rate: float = number(3e-4, least=0, most=10, above=True)  # peak rate
     warmup: int = number(20, least=0, most=MOST)  # steps

@@ -176,7 +176,9 @@ class FinetuneConfig:
     decay_from: float = number(0.0, least=0, most=1)
     precision: str = "float32"  # precision of the activations: float32 | bfloat16
     checkpointing: bool = False  # True: recompute activations for the backward pass
-    loss: str = "guided"  # error of the guided prediction (guided), or of both its halves alike (halves)
+    # error of the guided prediction (guided), or of both its halves alike (halves); dmd: no error, but the distribution
+    # of the few-step student's images is matched to that of its many-step teacher, with few_step's critic and pairs
+    loss: str = "guided"
     weighting: str = "uniform"  # weights of timesteps: uniform | min_snr (Hang et al. 2023)
     min_snr: float = number(5.0, least=0, most=1e6, above=True)  # limit of the weights of weighting=min_snr
     # weight of the blocks' relative squared error, for which the teacher has to run along

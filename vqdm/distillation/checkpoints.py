@@ -16,16 +16,20 @@ from vqdm.runs.items import item_names, read_item, remove_item, write_item
 
 @dataclass
 class State:
-    """Progress of a training: steps done, their losses, and every validation so far as {step, loss, …}."""
+    """Progress of a training: steps done, their losses, and every validation so far as {step, …}.
+
+    judged_by: the key of the validations that says which is the best.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validations: list[dict] = field(default_factory=list)
+    judged_by: str = "loss"
 
     @property
     def best(self) -> dict:
-        """The validation with the least loss, the first if there are several."""
-        return min(self.validations, key=lambda found: (found["loss"], found["step"]))
+        """The least of the validations, the first if there are several."""
+        return min(self.validations, key=lambda found: (found[self.judged_by], found["step"]))
 
 
 class Checkpoints:

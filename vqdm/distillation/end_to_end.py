@@ -60,7 +60,7 @@ class Distillation:
         trained = trained_parameters(student, config.train, code_rate=config.code_rate)
         if not trained:
             raise UserError("finetune: finetune.train leaves nothing to train: switch something on")
-        optimizer = _optimizer(trained, config)
+        optimizer = optimizer_of(trained, config)
         checkpoints = Checkpoints(directory, student, trained, optimizer)
         state = checkpoints.restore()
         learned = only_these_train(student, [part.parameter for part in trained])
@@ -209,8 +209,8 @@ def samples_of(step: int, total: int, config: FinetuneConfig) -> Iterator[int]:
         yield int(order[place])
 
 
-def _optimizer(trained: list[Trained], config: FinetuneConfig) -> torch.optim.Adam:
-    """Adam as in the paper: betas 0.9 and 0.999, no weight decay."""
+def optimizer_of(trained: list[Trained], config: FinetuneConfig) -> torch.optim.Adam:
+    """Adam as in the paper for what trains: betas 0.9 and 0.999, no weight decay."""
     if not config.relative_rate:
         return torch.optim.Adam([part.parameter for part in trained], lr=config.learning_rate)
     return RelativeAdam((part.parameter, part.unit) for part in trained)

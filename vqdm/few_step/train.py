@@ -6,7 +6,6 @@ A step's samples follow from the seed and the step's number alone, so that a kil
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from vqdm.calibration.blocks import device_of
 from vqdm.config.few_step import FewStepConfig
+from vqdm.distillation.checkpoints import State
 from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restore_optimizer
 from vqdm.distillation.trajectories import Trajectories
 from vqdm.errors import UserError
@@ -26,29 +26,34 @@ from vqdm.runs.device import one_order_of_sums
 from vqdm.runs.items import item_names, read_item, remove_item, write_item
 from vqdm.seeds import torch_generator
 
+DISTANCE = "distance"  # what validations compare
+STUDENT = "student"  # the learner that is to become the model
 LIMIT = 1.0  # of the norm of a step's gradient
 
 
-@dataclass
-class History:
-    """What a training has seen; validations are {step, distance}."""
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    validations: list[dict] = field(default_factory=list)
-
-    @property
-    def best(self) -> dict:
-        return min(self.validations, key=lambda found: found["distance"])
-
-
 class Learner:
-    """A network with its optimizer, for which `loss_of` is minimised at every call of `step`."""
+    """A network with its optimizer, for which `loss_of` is minimised at every call of `step`.
 
-    def __init__(self, name: str, network: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, peak: float):
-        self.name, self.network, self.loss_of, self.peak = name, network.train().requires_grad_(True), loss_of, peak
-        self.names = {parameter: key for key, parameter in network.named_parameters()}
-        self.optimizer = torch.optim.AdamW(self.names, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer: None: AdamW for all parameters. Those that it does not have stay as they are.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        loss_of: Callable[[torch.Generator], Tensor],
+        *,
+        peak: float,
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.name, self.network, self.loss_of, self.peak = name, network.train().requires_grad_(False), loss_of, peak
+        self.optimizer = optimizer or torch.optim.AdamW(
+            network.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        trained = set(self.optimizer.param_groups[0]["params"])
+        self.names = {parameter: key for key, parameter in network.named_parameters() if parameter in trained}
+        for parameter in self.names:
+            parameter.requires_grad_(True)
 
     def step(self, number: int, generator: torch.Generator, *, config: FewStepConfig) -> float:
         """Take a step at the rate of the student's step `number`; returns the loss. UserError if it is not finite."""
@@ -69,17 +74,34 @@ class Learner:
         return loss.item()
 
     def tensors(self) -> dict[str, Tensor]:
-        state = dict(self.network.state_dict()) | optimizer_tensors(self.optimizer, self.names)
+        state = stored(self.network) | optimizer_tensors(self.optimizer, self.names)
         return {f"{self.name}.{key}": tensor for key, tensor in state.items()}
 
     def restore(self, tensors: dict[str, Tensor], *, steps: int) -> None:
         own = {key.removeprefix(f"{self.name}."): t for key, t in tensors.items() if key.startswith(f"{self.name}.")}
-        self.network.load_state_dict({key: own[key] for key in self.network.state_dict()})
+        load_stored(self.network, own)
         restore_optimizer(self.optimizer, self.names, own, step=steps)
 
 
+def stored(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a network that belong into a checkpoint, each once however often it is shared."""
+    kept = network.state_dict().keys()
+    return {key: tensor for key, tensor in (*network.named_parameters(), *network.named_buffers()) if key in kept}
+
+
+@torch.no_grad()
+def load_stored(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `stored` back in place."""
+    for key, own in stored(network).items():
+        own.copy_(tensors[key])
+
+
 class Training:
-    """A student's training from pairs. student: in fp32 on its device, the teacher's copy or another few-step model."""
+    """A student's training from pairs.
+
+    student: in fp32 on its device, the teacher's copy, another few-step model, or a quantized one. optimizer: of what
+    trains in it; None: of everything. after_step: called with the number of steps done, before the average follows.
+    """
 
     def __init__(
         self,
@@ -91,8 +113,11 @@ class Training:
         scheduler,
         config: FewStepConfig,
         directory: Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        after_step: Callable[[int], None] = lambda step: None,
     ):
         self.config, self.directory, self.pairs, self.validation = config, directory, pairs, validation
+        self.optimizer, self.after_step = optimizer, after_step
         self.device = device_of(student)
         self.scheduler = student_scheduler(scheduler)
         self.schedule = losses.Schedule(scheduler.alphas_cumprod.float().to(self.device))
@@ -102,12 +127,12 @@ class Training:
         if config.kind == "dmd":
             matching = losses.Matching(teacher, copy.deepcopy(teacher), config.teacher_guidance)
             self.learners = [
-                self._learner("student", student, matching.loss, config.learning_rate),
+                self._learner(STUDENT, student, matching.loss, config.learning_rate),
                 self._learner("critic", matching.critic, matching.critic_loss, config.critic_rate, student=student),
             ]
         else:
             loss = {"direct": losses.direct, "reflow": losses.velocity}[config.kind]
-            self.learners = [self._learner("student", student, loss, config.learning_rate)]
+            self.learners = [self._learner(STUDENT, student, loss, config.learning_rate)]
 
     def _learner(self, name: str, network: nn.Module, loss, peak: float, *, student: nn.Module | None = None):
         """A learner of `loss(student, pairs, schedule, generator)` on pairs that its generator draws."""
@@ -117,12 +142,12 @@ class Training:
             pairs = self._read(self.pairs, rows.tolist())
             return loss(student or network, pairs, self.schedule, generator)
 
-        return Learner(name, network, loss_of, peak=peak)
+        return Learner(name, network, loss_of, peak=peak, optimizer=self.optimizer if name == STUDENT else None)
 
     def _read(self, files: Trajectories, rows) -> Pairs:
         return read_pairs(files, rows, device=self.device, precision=self.config.precision)
 
-    def run(self) -> tuple[nn.Module, History]:
+    def run(self) -> tuple[nn.Module, State]:
         """Train to the end, from the last checkpoint if there is one; returns the student and what was seen."""
         config, history = self.config, self._restore()
         student, *critics = self.learners
@@ -135,6 +160,7 @@ class Training:
                     for turn in range(step * config.critic_steps, (step + 1) * config.critic_steps):
                         critic.step(step, torch_generator(config.seed, "few_step/critic", turn), config=config)
                 loss = student.step(step, torch_generator(config.seed, "few_step", step), config=config)
+                self.after_step(step + 1)
                 self._follow(step)
                 history.losses.append(loss)
                 history.step = step + 1
@@ -144,21 +170,24 @@ class Training:
 
     @torch.no_grad()
     def _follow(self, step: int) -> None:
-        """Move the average towards the student, faster in the first steps."""
-        decay = min(self.config.average, (step + 1) / (step + 10))
-        for own, new in zip(self.average.parameters(), self.learners[0].names, strict=True):
-            own.lerp_(new, 1 - decay)
+        """Move the average towards the student, faster in the first steps; codes, which have none, are copied."""
+        decay, student = min(self.config.average, (step + 1) / (step + 10)), self.learners[0]
+        averages = dict(self.average.named_parameters())
+        for new, name in student.names.items():
+            averages[name].lerp_(new, 1 - decay)
+        for own, new in zip(self.average.buffers(), student.network.buffers(), strict=True):
+            own.copy_(new)
 
-    def _check(self, history: History) -> None:
+    def _check(self, history: State) -> None:
         """Validate and write a checkpoint, if they are due and not there yet."""
         due = history.step % self.config.check_every == 0 or history.step == self.config.steps
         if not due or any(found["step"] == history.step for found in history.validations):
             return
-        history.validations.append({"step": history.step, "distance": self._distance()})
-        if not math.isfinite(history.validations[-1]["distance"]):
+        history.validations.append({"step": history.step, DISTANCE: self._distance()})
+        if not math.isfinite(history.validations[-1][DISTANCE]):
             raise UserError(f"few_step: images are not finite at step {history.step}: lower few_step.learning_rate")
         if history.best["step"] == history.step:
-            self.best.load_state_dict(self.average.state_dict())
+            load_stored(self.best, stored(self.average))
         self._save(history)
 
     @torch.no_grad()
@@ -172,11 +201,11 @@ class Training:
             total += float((made - pairs.clean).square().mean((1, 2, 3)).double().sum())
         return total / count
 
-    def _save(self, history: History) -> None:
+    def _save(self, history: State) -> None:
         """Write the checkpoint beside the last one, which is removed then."""
         tensors = {"losses": torch.tensor(history.losses, dtype=torch.float64, device="cpu")}
         for prefix, network in (("average", self.average), ("best", self.best)):
-            tensors |= {f"{prefix}.{key}": tensor for key, tensor in network.state_dict().items()}
+            tensors |= {f"{prefix}.{key}": tensor for key, tensor in stored(network).items()}
         for learner in self.learners:
             tensors |= learner.tensors()
         name = f"step-{history.step:06d}"
@@ -187,7 +216,7 @@ class Training:
             if other != name:
                 remove_item(self.directory, other, [_file(other)])
 
-    def _restore(self) -> History:
+    def _restore(self) -> State:
         """Load the last checkpoint that is whole; a new history if there is none."""
         for name in reversed(item_names(self.directory, "step-")):
             record = read_item(self.directory, name)
@@ -195,12 +224,12 @@ class Training:
                 continue
             tensors = load((self.directory / _file(name)).read_bytes())
             for prefix, network in (("average", self.average), ("best", self.best)):
-                network.load_state_dict({key: tensors[f"{prefix}.{key}"] for key in network.state_dict()})
+                load_stored(network, {key: tensors[f"{prefix}.{key}"] for key in stored(network)})
             for learner in self.learners:
                 turns = 1 if learner is self.learners[0] else self.config.critic_steps
                 learner.restore(tensors, steps=record["step"] * turns)
-            return History(record["step"], tensors["losses"].tolist(), record["validations"])
-        return History()
+            return State(record["step"], tensors["losses"].tolist(), record["validations"], judged_by=DISTANCE)
+        return State(judged_by=DISTANCE)
 
 
 def _file(name: str) -> str:

@@ -29,7 +29,7 @@ from vqdm.stages import accelerated
 from vqdm.stages.caption_images import images_identity
 from vqdm.stages.part_stages import parts_stage
 from vqdm.stages.samplers import compares_with_teacher, image_sampler, original_sampler
-from vqdm.stages.student import model_of, name_of, stages_of_model
+from vqdm.stages.student import matched_stage, model_of, name_of, stages_of_model
 
 VERSIONS = {
     "calibrate": 1,
@@ -246,6 +246,9 @@ def _distilled(config: Config, quantization: Quantization, model: Stage | str) -
     tuned = _tune_blocks(config, calibrate, student, model)
     if not config.finetune.steps:
         return dataclasses.replace(quantization, tune_blocks=tuned)
+    if config.finetune.loss == "dmd":
+        finetune = matched_stage(config, _trained(config), model, student=tuned or student, calibrate=calibrate)
+        return dataclasses.replace(quantization, tune_blocks=tuned, finetune=finetune)
     own = config.finetune.trajectories
     try:
         prompts = read_prompts(dataclasses.replace(own, n=own.n + own.validation))

@@ -332,6 +332,21 @@ def ensure_distilled(
             tracker=tracker,
         )
 
+    def make_matched(directory: Path) -> dict:
+        from vqdm.models.loader import denoiser_of, load_pipeline
+        from vqdm.stages.matched import match
+
+        own = dataclasses.replace(teacher_model(config), dtype="float32")
+        return match(
+            directory,
+            models.student(tuned, **_in_fp32()),
+            denoiser_of(load_pipeline(own, device=models.device)),
+            store.directory(stages.finetune.upstream["pairs"]),
+            calibration,
+            config=config,
+            device=models.device,
+        )
+
     tuned = quantized
     if stages.tune_blocks is not None:
         models.release()
@@ -339,6 +354,8 @@ def ensure_distilled(
         tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
     if stages.finetune is None:
         return tuned
+    if stages.trajectories is None:
+        return store.ensure(stages.finetune, make_matched, environment=environment, scratch=SCRATCH["few_step"])
     trajectories = store.ensure(stages.trajectories, make_trajectories, environment=environment)
     models.release()
     return processes.together(store, stages.finetune, make_finetuned, environment=environment)

@@ -19,13 +19,16 @@ from vqdm.runs.identity import files_identity
 from vqdm.runs.store import Stage
 from vqdm.stages.samplers import teacher_sampler
 
-VERSIONS = {"pairs": 1, "few_step": 1}
+VERSIONS = {"pairs": 1, "few_step": 1, "matched": 1}
 STUDENT = "pipeline"  # in the few_step stage: the directory that diffusers loads
 _TRAINING = (
     "kind", "steps", "batch_size", "learning_rate", "warmup", "decay_from", "average", "precision", "seed",
     "check_every", "validated_steps", "keep", "validation",
 )  # fmt: skip
 _MATCHING = ("divergence", "critic_steps", "critic_rate", "teacher_guidance")
+_MATCHED = (  # of finetune, where it matches distributions
+    "loss", "steps", "batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision", "check_every",
+)  # fmt: skip
 
 
 def model_of(config: Config, read: Callable[[PromptsConfig], PromptList], *, cache: Path) -> Stage | str:
@@ -44,6 +47,17 @@ def model_of(config: Config, read: Callable[[PromptsConfig], PromptList], *, cac
     if own.start is not None:
         upstream["start"] = files_identity(start_directory(own.start), cache)
     return Stage("few_step", VERSIONS["few_step"], f"{config.model.name}-{own.kind}", settings, upstream)
+
+
+def matched_stage(config: Config, trained: dict, model: Stage, **upstream: Stage) -> Stage:
+    """The finetune stage that trains a compressed few-step student by distribution matching with its teacher.
+
+    trained: settings of what trains. model: the few-step stage. upstream: the student's stage and the calibration's.
+    """
+    settings = {name: getattr(config.finetune, name) for name in _MATCHED} | trained
+    settings |= {name: getattr(config.few_step, name) for name in (*_MATCHING, "average", "validated_steps")}
+    upstream |= {"pairs": model.upstream["pairs"], "teacher": model.upstream["model"]}
+    return Stage("finetune", VERSIONS["matched"], f"{upstream['student'].label}-matched", settings, upstream)
 
 
 def name_of(config: Config, model: Stage | str) -> str:

@@ -109,7 +109,8 @@ def stage_names(config: Config) -> list[str]:
         return ["images", "evaluate"]
     sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
     distillation = ["tune_blocks"] if config.finetune.block_steps else []
-    distillation += ["trajectories", "finetune"] if config.finetune.steps else []
+    if config.finetune.steps:
+        distillation += ["finetune"] if config.finetune.loss == "dmd" else ["trajectories", "finetune"]
     quantized = [] if config.quantize.kind == "none" else [*sensitivity, "quantize"]
     smaller = ["calibrate", *pruned, *quantized, *distillation] if pruned or quantized else []
     return [*smaller, *cached, "teacher_images", "images", "evaluate"]

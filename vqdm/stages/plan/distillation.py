@@ -43,7 +43,9 @@ class DistillationPlan(Experiment):
         student = prepare_student(self.student, own)
         if own.block_steps:
             found.append(self._tune_blocks(student))
-        if own.steps:
+        if own.steps and own.loss == "dmd":
+            found.append(StageCost("finetune", None, None, "not estimated"))
+        elif own.steps:
             step = self._step(student)
             trajectories = self._trajectories(student, step)
             found += [trajectories, self._finetune(student, step, trajectories)]
