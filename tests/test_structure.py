@@ -35,6 +35,7 @@ NEEDED = {  # what a user has to say
     "file": ["calibration.path=captions.json"],
     "local": ["model.path=model.safetensors"],
     "compress": ["model.path=model.safetensors"],
+    "matching": ["quantize=trellis3", "few_step=dmd"],
 }
 LARGEST_FILE, LONGEST_FUNCTION, MOST_ENTRIES = 400, 60, 20  # lines, lines, entries of vqdm/
 INNER_LOOPS = {  # nested loops that numba compiles as one: each works on buffers that the next reads

@@ -1,18 +1,26 @@
 """The trainer on a small U-Net: killed and gone on to the same bytes, the best of the validations, what is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from quantized import quantized_unet
+from torch.nn.functional import interpolate
 from torch.testing import assert_close
 from unets import small_unet
 
 from vqdm.config.few_step import FewStepConfig
+from vqdm.config.options import FinetuneConfig
+from vqdm.distillation.end_to_end import optimizer_of
+from vqdm.distillation.moving_codes import let_drift, stop_drifting
+from vqdm.distillation.parameters import trained_parameters
 from vqdm.distillation.trajectories import Trajectories
 from vqdm.errors import UserError
+from vqdm.few_step.adapters import add_adapter
 from vqdm.few_step.pairs import pack_pairs, read_pairs
-from vqdm.few_step.train import Training
+from vqdm.few_step.train import Training, stored
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 FEW = {"steps": 6, "batch_size": 4, "check_every": 2, "warmup": 1, "precision": "float32", "learning_rate": 1e-3}
@@ -39,7 +47,21 @@ def files(tmp_path_factory):
 def training(directory, files, **changes) -> Training:
     unet = small_unet()
     config = FewStepConfig(**(FEW | {"kind": "direct"} | changes))
-    return Training(copy.deepcopy(unet), unet, *files, scheduler=SCHEDULER, config=config, directory=directory)
+    student, more = copy.deepcopy(unet), {}
+    if config.kind == "hipa":
+        optimizer = add_adapter(student, rank=2, seed=0, rate=config.learning_rate)
+        more = {"optimizer": optimizer, "decode": lambda latents: interpolate(latents[:, :3], scale_factor=2.0)}
+    return Training(student, unet, *files, scheduler=SCHEDULER, config=config, directory=directory, **more)
+
+
+def of_codes(directory, files, **changes) -> Training:
+    """Distribution matching of a quantized student: scales, biases and norms train, and codes move."""
+    config, own = FewStepConfig(**(FEW | changes | {"learning_rate": 0.02})), FinetuneConfig(code_rate=20.0)
+    student = quantized_unet("rtn")
+    drifting = let_drift(student)
+    optimizer = optimizer_of(trained_parameters(student, own.train, code_rate=own.code_rate), own)
+    more = {"optimizer": optimizer, "after_step": lambda _step: [weight.settle() for weight in drifting.values()]}
+    return Training(student, small_unet(), *files, scheduler=SCHEDULER, config=config, directory=directory, **more)
 
 
 def test_pairs_are_read_with_their_own_captions(files):
@@ -53,10 +75,11 @@ def test_pairs_are_read_with_their_own_captions(files):
     assert not pairs.empty["encoder_hidden_states"].any()
 
 
-@pytest.mark.parametrize("kind", ["direct", "reflow", "dmd"])
+@pytest.mark.parametrize("kind", ["direct", "reflow", "dmd", "fdistill", "hipa", "codes"])
 def test_a_killed_training_goes_on_to_the_same_bytes(kind, files, tmp_path, monkeypatch):
-    whole, history = training(tmp_path / "whole", files, kind=kind, keep="last").run()
-    stopped, save = training(tmp_path / "killed", files, kind=kind, keep="last"), Training._save
+    make = partial(of_codes, kind="dmd", keep="last") if kind == "codes" else partial(training, kind=kind, keep="last")
+    whole, history = make(tmp_path / "whole", files).run()
+    stopped, save = make(tmp_path / "killed", files), Training._save
 
     def killed(self, seen):
         save(self, seen)
@@ -67,11 +90,22 @@ def test_a_killed_training_goes_on_to_the_same_bytes(kind, files, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     monkeypatch.setattr(Training, "_save", save)
-    resumed, again = training(tmp_path / "killed", files, kind=kind, keep="last").run()
+    resumed, again = make(tmp_path / "killed", files).run()
     assert (again.losses, again.validations) == (history.losses, history.validations)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 1
+
+
+def test_a_quantized_students_codes_move_and_nothing_but_what_trains_changes(files, tmp_path):
+    before, made = quantized_unet("rtn"), of_codes(tmp_path, files, kind="dmd", keep="last", average=0.0)
+    trained = set(made.learners[0].names.values())
+    student, _ = made.run()
+    stop_drifting(student)
+    changed = {name for name, tensor in stored(student).items() if not torch.equal(tensor, stored(before)[name])}
+    assert any(name.endswith("codes") for name in changed) and any(name.endswith("scales") for name in changed)
+    names = {name.replace(".weight.inner.", ".weight.") for name in trained}
+    assert {name for name in changed if not name.endswith("codes")} <= names
 
 
 @pytest.mark.parametrize("kind", ["direct", "reflow"])
@@ -113,8 +147,7 @@ def test_a_loss_that_is_not_finite_is_one_line(files, tmp_path):
         made.run()
 
 
-@pytest.mark.parametrize(("divergence", "said"), [("js", "discriminator, which is not built"), ("kl", "is not rkl")])
-def test_other_divergences_are_refused_in_one_line(divergence, said):
-    with pytest.raises(UserError, match=said) as error:
-        FewStepConfig(kind="dmd", divergence=divergence).check()
+def test_divergences_without_a_discriminator_are_refused_in_one_line():
+    with pytest.raises(UserError, match="js needs a discriminator: give few_step=fdistill") as error:
+        FewStepConfig(kind="dmd", divergence="js").check()
     assert "\n" not in str(error.value)

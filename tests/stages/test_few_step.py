@@ -8,6 +8,7 @@ import hydra
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from tiny_world import FEW, ROOT, run
 from unets import small_unet
 
@@ -97,6 +98,27 @@ def test_a_student_is_scored_against_its_teacher(compressed):
     assert made == {"tiny-fp", "tiny-direct-fp"}
 
 
+@pytest.mark.slow
+def test_a_compressed_student_is_trained_by_its_many_step_teacher(compressed):
+    results, _ = compressed
+    asked = (
+        "+experiment=tiny_rtn4",
+        "few_step=direct",
+        "finetune=matching",
+        "finetune.steps=2",
+        "finetune.batch_size=2",
+    )
+    done = run(*asked, *RUN, f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
+    made, before = stage_of(results, "finetune"), stage_of(results, "quantize")
+    assert made.name.startswith("tiny-direct-rtn4-matched")
+    history = json.loads((made / "history.json").read_text())
+    assert len(history["losses"]) == 2 and not (made / "checkpoints").exists()
+    tuned, plain = (load_file(path / "denoiser" / "diffusion_pytorch_model.safetensors") for path in (made, before))
+    changed = {name for name, tensor in tuned.items() if not torch.equal(tensor, plain[name])}
+    assert changed and not any(name.endswith("codes") for name in changed)
+
+
 def test_a_killed_student_goes_on_to_the_same_bytes(compressed, tmp_path, monkeypatch):
     config = compose("quantize=rtn4", "calibration=tiny", "few_step=direct", *RUN, f"results_dir={tmp_path}")
     store, save = Store(tmp_path), Training._save
@@ -135,10 +157,32 @@ def test_sampling_a_student_otherwise_does_not_train_it_anew(tmp_path):
     assert other["pairs"].fingerprint == two["pairs"].fingerprint, "all methods share them"
 
 
+def test_matching_needs_pairs_and_teacher_but_no_trajectories(tmp_path):
+    def stages(*overrides):
+        asked = (
+            "quantize=rtn4",
+            "calibration=tiny",
+            "few_step=dmd",
+            "few_step.steps=0",
+            "finetune=matching",
+            *overrides,
+        )
+        return build_graph(compose(*asked), cache=tmp_path / "hashes").named()
+
+    own, other = stages("few_step.start=tiny_turbo"), stages("few_step.start=tiny_turbo", "few_step.critic_rate=1e-3")
+    assert list(own)[:5] == ["pairs", "few_step", "calibrate", "quantize", "finetune"]
+    assert own["finetune"].upstream["pairs"] is not None and own["finetune"].label == "tiny-dmd-rtn4-matched"
+    assert own["finetune"].fingerprint != other["finetune"].fingerprint
+    with pytest.raises(
+        UserError, match=r"finetune\.loss=dmd trains a few-step student by its teacher: give few_step=dmd"
+    ):
+        compose("quantize=rtn4", "calibration=tiny", "finetune=matching")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["few_step=dmd", "few_step.divergence=js"], "few_step.divergence=js needs f-distill's discriminator"),
+        (["few_step=dmd", "few_step.divergence=js"], "few_step.divergence=js needs a discriminator"),
         (["few_step=direct", "few_step.start=nothing", "calibration=tiny"], "'nothing' is not shipped"),
         (["few_step=direct", "calibration=builtin", "few_step.pairs=1000000"], "few_step.pairs + few_step.validation"),
         (["few_step=direct", "few_step.batch_size=0"], "few_step.batch_size=0 must be 1"),

@@ -13,8 +13,9 @@ class FewStepConfig:
     """Distillation into fewer steps. Captions come from where the calibration's do; model.sampler is the student's."""
 
     # direct: the teacher's image in one step; reflow: the same noise prediction all the way from a noise to its image
-    # (InstaFlow); dmd: the distribution of the teacher's images (distribution matching)
-    kind: str = choice("none", "direct", "reflow", "dmd")
+    # (InstaFlow); dmd: the distribution of the teacher's images (distribution matching); fdistill: the same by another
+    # divergence, with a discriminator; hipa: the image in one step and its high frequencies, by a LoRA alone
+    kind: str = choice("none", "direct", "reflow", "dmd", "fdistill", "hipa")
     teacher_steps: int = number(20, least=1, most=1000)  # DDIM steps in which the teacher makes the pairs
     teacher_guidance: float = number(3.0, least=0, most=1000)  # guidance that the student learns in
     pairs: int = number(1024, least=1, most=MOST)  # number of pairs of noise and the teacher's image to learn from
@@ -36,18 +37,19 @@ class FewStepConfig:
     validated_steps: int = number(1, least=1, most=1000)  # DDIM steps to the images that validation compares
     # best: the validated average nearest to the teacher's images; last: that of the last step
     keep: str = choice("best", "last")
-    divergence: str = "rkl"  # for dmd: rkl, the reverse Kullback-Leibler divergence
-    critic_steps: int = number(2, least=1, most=1000)  # for dmd: steps of the critic per step of the student
-    critic_rate: float = number(1e-4, least=0, most=10, above=True)  # for dmd: the critic's peak rate
+    # for fdistill: Kullback-Leibler, reverse (rkl, which is dmd's) and forward (fkl); Jensen-Shannon (js), softened
+    # (sf), squared Hellinger (sh), Jeffreys, Neyman
+    divergence: str = choice("rkl", *WITH_DISCRIMINATOR)
+    adversarial_weight: float = number(1e-3, least=0, most=1e6)  # for fdistill: of the student's adversarial loss
+    # for dmd and fdistill: steps of critic and discriminator per step of the student
+    critic_steps: int = number(2, least=1, most=1000)
+    critic_rate: float = number(1e-4, least=0, most=10, above=True)  # for dmd and fdistill: their peak rate
+    rank: int = number(8, least=1, most=4096)  # for hipa: of the LoRA
+    frequency_weight: float = number(1.0, least=0, most=1e6)  # for hipa: of the losses on decoded images
     # what images are compared with, if the student is not compressed: its own, or the teacher's from the same noise
     originals: str = choice("student", "teacher")
 
     def check(self) -> None:
-        """UserError for a divergence that is not built."""
-        if self.divergence in WITH_DISCRIMINATOR:
-            raise UserError(
-                f"few_step.divergence={self.divergence} needs f-distill's discriminator, which is not built "
-                "(docs/few-step.md): give few_step.divergence=rkl"
-            )
-        if self.divergence != "rkl":
-            raise UserError(f"few_step.divergence={self.divergence!r} is not rkl, the only one there is")
+        """UserError for a divergence whose weights nothing estimates."""
+        if self.divergence in WITH_DISCRIMINATOR and self.kind != "fdistill":
+            raise UserError(f"few_step.divergence={self.divergence} needs a discriminator: give few_step=fdistill")

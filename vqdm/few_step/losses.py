@@ -104,38 +104,47 @@ class Matching:
         x is the student's image of fresh noise, both estimates are from x noised at a random timestep, and only the
         teacher's is guided.
         """
-        fresh = _fresh(pairs, generator)
+        fresh = with_fresh_noise(pairs, generator)
         image = one_step(student, fresh, schedule)
         with torch.no_grad():
-            times = _times(len(image), schedule, generator)
-            noisy = schedule.noised(image, _normal(image, generator), times)
+            times = draw_times(len(image), schedule, generator)
+            noisy = schedule.noised(image, normal(image, generator), times)
             asked = fresh.ask_guided(self.teacher, noisy, times, guidance=self.guidance)
-            real = schedule.clean(noisy, asked, times)
-            fake = schedule.clean(noisy, fresh.ask(self.critic, noisy, times), times)
-            scale = (image - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
-            aim = image - (fake - real) / scale
+            aim = self.aim(image, noisy, times, asked=asked, pairs=fresh, schedule=schedule)
         return 0.5 * (image - aim).square().mean()
+
+    @torch.no_grad()
+    def aim(
+        self, image: Tensor, noisy: Tensor, times: Tensor, *, asked: Tensor, pairs: Pairs, schedule: Schedule
+    ) -> Tensor:
+        """x − w (x̂_critic − x̂_teacher), w as in `loss`. noisy: x noised; asked: the teacher's prediction for it."""
+        real = schedule.clean(noisy, asked, times)
+        fake = schedule.clean(noisy, pairs.ask(self.critic, noisy, times), times)
+        scale = (image - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+        return image - (fake - real) / scale
 
     def critic_loss(self, student: nn.Module, pairs: Pairs, schedule: Schedule, generator: torch.Generator) -> Tensor:
         """Mean squared error of the critic's noise prediction on the student's images."""
-        fresh = _fresh(pairs, generator)
+        fresh = with_fresh_noise(pairs, generator)
         with torch.no_grad():
             image = one_step(student, fresh, schedule)
-        times, noise = _times(len(image), schedule, generator), _normal(image, generator)
+        times, noise = draw_times(len(image), schedule, generator), normal(image, generator)
         predicted = fresh.ask(self.critic, schedule.noised(image, noise, times), times)
         return (predicted - noise).square().mean()
 
 
-def _fresh(pairs: Pairs, generator: torch.Generator) -> Pairs:
+def with_fresh_noise(pairs: Pairs, generator: torch.Generator) -> Pairs:
     """The pairs' captions with noise of another draw; their images are not its."""
-    return dataclasses.replace(pairs, noise=_normal(pairs.noise, generator))
+    return dataclasses.replace(pairs, noise=normal(pairs.noise, generator))
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise of that shape on its device, drawn on the CPU."""
     return torch.randn(like.shape, generator=generator, device="cpu").to(like.device)
 
 
-def _times(count: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
+def draw_times(count: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
+    """Uniform timesteps without the first and last hundredths of the schedule."""
     low, high = (int(share * len(schedule.alphas)) for share in PROPER)
     drawn = torch.randint(low, high, (count,), generator=generator, device="cpu")
     return drawn.to(schedule.alphas.device)

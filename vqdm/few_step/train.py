@@ -6,6 +6,7 @@ A step's samples follow from the seed and the step's number alone, so that a kil
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restor
 from vqdm.distillation.trajectories import Trajectories
 from vqdm.errors import UserError
 from vqdm.few_step import losses
+from vqdm.few_step.adapters import Frequencies
+from vqdm.few_step.divergences import Discriminator, Divergence
 from vqdm.few_step.pairs import Pairs, read_pairs, sampled, student_scheduler
 from vqdm.runs import progress
 from vqdm.runs.device import one_order_of_sums
@@ -101,6 +104,7 @@ class Training:
 
     student: in fp32 on its device, the teacher's copy, another few-step model, or a quantized one. optimizer: of what
     trains in it; None: of everything. after_step: called with the number of steps done, before the average follows.
+    decode: latents to images, for hipa.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class Training:
         directory: Path,
         optimizer: torch.optim.Optimizer | None = None,
         after_step: Callable[[int], None] = lambda step: None,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self.config, self.directory, self.pairs, self.validation = config, directory, pairs, validation
         self.optimizer, self.after_step = optimizer, after_step
@@ -124,15 +129,26 @@ class Training:
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.best = copy.deepcopy(self.average)
         teacher.eval().requires_grad_(False)
-        if config.kind == "dmd":
-            matching = losses.Matching(teacher, copy.deepcopy(teacher), config.teacher_guidance)
-            self.learners = [
-                self._learner(STUDENT, student, matching.loss, config.learning_rate),
-                self._learner("critic", matching.critic, matching.critic_loss, config.critic_rate, student=student),
-            ]
+        if config.kind in ("dmd", "fdistill"):
+            self.learners = self._matching(student, teacher)
         else:
-            loss = {"direct": losses.direct, "reflow": losses.velocity}[config.kind]
+            loss = losses.velocity if config.kind == "reflow" else losses.direct
+            if config.kind == "hipa":
+                loss = Frequencies(decode, config.frequency_weight).loss
             self.learners = [self._learner(STUDENT, student, loss, config.learning_rate)]
+
+    def _matching(self, student: nn.Module, teacher: nn.Module) -> list[Learner]:
+        """The student and those that judge its images: a critic and, for f-distill, a discriminator."""
+        config, judge = self.config, partial(self._learner, student=student)
+        matching = losses.Matching(teacher, copy.deepcopy(teacher), config.teacher_guidance)
+        critic = judge("critic", matching.critic, matching.critic_loss, config.critic_rate)
+        if config.kind == "dmd":
+            return [self._learner(STUDENT, student, matching.loss, config.learning_rate), critic]
+        channels = teacher.config.block_out_channels[-1]
+        head = Discriminator(channels, seed=config.seed).to(self.device)
+        weighted = Divergence(matching, head, config.divergence, config.adversarial_weight)
+        told = judge("discriminator", head, weighted.discriminator_loss, config.critic_rate)
+        return [self._learner(STUDENT, student, weighted.loss, config.learning_rate), critic, told]
 
     def _learner(self, name: str, network: nn.Module, loss, peak: float, *, student: nn.Module | None = None):
         """A learner of `loss(student, pairs, schedule, generator)` on pairs that its generator draws."""
@@ -158,7 +174,7 @@ class Training:
             for step in range(history.step, config.steps):
                 for critic in critics:
                     for turn in range(step * config.critic_steps, (step + 1) * config.critic_steps):
-                        critic.step(step, torch_generator(config.seed, "few_step/critic", turn), config=config)
+                        critic.step(step, torch_generator(config.seed, f"few_step/{critic.name}", turn), config=config)
                 loss = student.step(step, torch_generator(config.seed, "few_step", step), config=config)
                 self.after_step(step + 1)
                 self._follow(step)

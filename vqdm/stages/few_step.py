@@ -17,6 +17,7 @@ from vqdm.calibration.recording import Recorder
 from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.errors import UserError
+from vqdm.few_step.adapters import add_adapter, decoder, save_adapter
 from vqdm.few_step.pairs import pack_pairs, student_scheduler
 from vqdm.few_step.train import Training
 from vqdm.hub.pipelines import INDEX, quiet_diffusers, replace_denoiser, replace_directory
@@ -27,7 +28,7 @@ from vqdm.runs.items import batches
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
-from vqdm.stages.student import STUDENT, start_directory, student_model
+from vqdm.stages.student import ADAPTER, STUDENT, start_directory, student_model
 from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
 
 log = logging.getLogger("vqdm")
@@ -68,23 +69,29 @@ def make_pairs(
 
 
 def train_student(directory: Path, pairs: Path, *, config: FewStepConfig, model: ModelConfig, device: str) -> dict:
-    """Fill the stage's directory: `pipeline/`, `history.json`. Returns the distances of the validation.
+    """Fill the stage's directory: `pipeline/`, `history.json`, for hipa `adapter/`. Returns the validation's distances.
 
     pairs: that stage's directory. model: the teacher's, in fp32.
     """
     pipeline = load_pipeline(model, device=device)
     teacher = denoiser_of(pipeline)
+    student = first_weights(teacher, config.start, model, device=device)
+    adapter, rates = config.kind == "hipa", {"seed": config.seed, "rate": config.learning_rate}
     training = Training(
-        first_weights(teacher, config.start, model, device=device),
+        student,
         teacher,
         trajectories_in(pairs, TRAIN),
         trajectories_in(pairs, VALIDATION),
         scheduler=pipeline.scheduler,
         config=config,
         directory=directory,
+        optimizer=add_adapter(student, rank=config.rank, **rates) if adapter else None,
+        decode=decoder(pipeline.vae) if adapter else None,
     )
     student, history = training.run()
     write_json(directory / "history.json", {"losses": history.losses, "validations": history.validations})
+    if adapter:
+        save_adapter(pipeline, student, directory / ADAPTER)
     replace_denoiser(pipeline, student)
     pipeline.register_modules(scheduler=student_scheduler(pipeline.scheduler))
     save_student(pipeline, directory / STUDENT)

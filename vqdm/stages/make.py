@@ -301,6 +301,24 @@ def ensure_distilled(
         pipeline, teacher = models.student_and_teacher(quantized, **_in_fp32())
         return tune_all_blocks(directory, pipeline, teacher, calibration, config=config.finetune, device=models.device)
 
+    tuned = quantized
+    if stages.tune_blocks is not None:
+        models.release()
+        scratch = SCRATCH["tune_blocks"]
+        tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
+    if stages.finetune is None:
+        return tuned
+    if stages.trajectories is None:
+        return ensure_matched(config, store, stages, models, student=tuned, environment=environment)
+    return ensure_finetuned(config, store, stages, models, student=tuned, environment=environment, tracker=tracker)
+
+
+def ensure_finetuned(
+    config: Config, store: Store, stages: Quantization, models: Models, *, student: Path, environment: dict, tracker
+) -> Path:
+    """Train the denoiser of `student` on recorded predictions; returns the directory of the result."""
+    calibration = store.directory(stages.calibrate)
+
     def make_trajectories(directory: Path) -> dict:
         from vqdm.stages.trajectories import record_trajectories
 
@@ -316,9 +334,9 @@ def ensure_distilled(
         from vqdm.stages.finetune import finetune, teacher_runs_along
 
         if teacher_runs_along(config.finetune):
-            pipeline, teacher = models.student_and_teacher(tuned, **_in_fp32())
+            pipeline, teacher = models.student_and_teacher(student, **_in_fp32())
         else:
-            pipeline, teacher = models.student(tuned, **_in_fp32()), None
+            pipeline, teacher = models.student(student, **_in_fp32()), None
         return finetune(
             directory,
             pipeline,
@@ -332,6 +350,16 @@ def ensure_distilled(
             tracker=tracker,
         )
 
+    trajectories = store.ensure(stages.trajectories, make_trajectories, environment=environment)
+    models.release()
+    return processes.together(store, stages.finetune, make_finetuned, environment=environment)
+
+
+def ensure_matched(
+    config: Config, store: Store, stages: Quantization, models: Models, *, student: Path, environment: dict
+) -> Path:
+    """Train the denoiser of `student` by distribution matching; returns the directory of the result."""
+
     def make_matched(directory: Path) -> dict:
         from vqdm.models.loader import denoiser_of, load_pipeline
         from vqdm.stages.matched import match
@@ -339,26 +367,15 @@ def ensure_distilled(
         own = dataclasses.replace(teacher_model(config), dtype="float32")
         return match(
             directory,
-            models.student(tuned, **_in_fp32()),
+            models.student(student, **_in_fp32()),
             denoiser_of(load_pipeline(own, device=models.device)),
             store.directory(stages.finetune.upstream["pairs"]),
-            calibration,
+            store.directory(stages.calibrate),
             config=config,
             device=models.device,
         )
 
-    tuned = quantized
-    if stages.tune_blocks is not None:
-        models.release()
-        scratch = SCRATCH["tune_blocks"]
-        tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
-    if stages.finetune is None:
-        return tuned
-    if stages.trajectories is None:
-        return store.ensure(stages.finetune, make_matched, environment=environment, scratch=SCRATCH["few_step"])
-    trajectories = store.ensure(stages.trajectories, make_trajectories, environment=environment)
-    models.release()
-    return processes.together(store, stages.finetune, make_finetuned, environment=environment)
+    return store.ensure(stages.finetune, make_matched, environment=environment, scratch=SCRATCH["few_step"])
 
 
 def _in_fp32() -> dict:

@@ -21,11 +21,17 @@ from vqdm.stages.samplers import teacher_sampler
 
 VERSIONS = {"pairs": 1, "few_step": 1, "matched": 1}
 STUDENT = "pipeline"  # in the few_step stage: the directory that diffusers loads
+ADAPTER = "adapter"  # beside it: the file of a LoRA that makes the student of its teacher
 _TRAINING = (
     "kind", "steps", "batch_size", "learning_rate", "warmup", "decay_from", "average", "precision", "seed",
     "check_every", "validated_steps", "keep", "validation",
 )  # fmt: skip
 _MATCHING = ("divergence", "critic_steps", "critic_rate", "teacher_guidance")
+_OF_KIND = {
+    "dmd": _MATCHING,
+    "fdistill": (*_MATCHING, "adversarial_weight"),
+    "hipa": ("rank", "frequency_weight"),
+}
 _MATCHED = (  # of finetune, where it matches distributions
     "loss", "steps", "batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision", "check_every",
 )  # fmt: skip
@@ -36,12 +42,12 @@ def model_of(config: Config, read: Callable[[PromptsConfig], PromptList], *, cac
     files = model_identity(config.model, cache=cache)
     if config.few_step.kind == "none":
         return files
-    _check_predicts_noise(config.model)
     own = config.few_step
+    _check_suits(config.model, own.kind)
     settings = {"prompts": pair_prompts(config, read).sha256, "sampler": asdict(teacher_sampler(config))}
     settings |= {"dtype": config.model.dtype, "batch_size": own.pairs_batch_size, "noise_seed": own.noise_seed}
     pairs = Stage("pairs", VERSIONS["pairs"], f"{config.model.name}-{own.pairs}", settings, {"model": files})
-    names = (*_TRAINING, *(_MATCHING if own.kind == "dmd" else ()))
+    names = (*_TRAINING, *_OF_KIND.get(own.kind, ()))
     settings = {name: getattr(own, name) for name in names}
     upstream = {"pairs": pairs, "model": files}
     if own.start is not None:
@@ -96,8 +102,8 @@ def teacher_model(config: Config) -> ModelConfig:
     return dataclasses.replace(config.model, sampler=teacher_sampler(config))
 
 
-def _check_predicts_noise(model: ModelConfig) -> None:
-    """UserError for flow matching, or a model that predicts something else than noise."""
+def _check_suits(model: ModelConfig, kind: str) -> None:
+    """UserError for flow matching, a model that predicts something else than noise, or a kind that wants a U-Net."""
     try:
         directory = configs_directory(model)
     except UserError:
@@ -106,3 +112,5 @@ def _check_predicts_noise(model: ModelConfig) -> None:
     predicts = json_object(file).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
     if is_flow_matching(directory) or predicts != "epsilon":
         raise UserError(f"few_step is for models that predict noise, and {directory} does not: give few_step=none")
+    if kind in ("fdistill", "hipa") and not (directory / "unet").is_dir():
+        raise UserError(f"few_step={kind} is for U-Nets, and {directory} has none: give few_step=dmd, direct or reflow")
