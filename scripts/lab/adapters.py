@@ -45,10 +45,11 @@ def difference(rank: int) -> dict[str, torch.Tensor]:
             continue
         delta = module.weight - other.get_submodule(name).weight
         left, values, right = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-        kept = min(rank, len(values))
-        down, up = right[:kept], left[:, :kept] * values[:kept]
+        lacking = max(0, rank - len(values))  # filled up: peft scales a layer of another rank than most
+        down = torch.nn.functional.pad(right[:rank], (0, 0, 0, lacking))
+        up = torch.nn.functional.pad(left[:, :rank] * values[:rank], (0, lacking))
         if delta.ndim == 4:
-            down, up = down.view(kept, *delta.shape[1:]), up[..., None, None]
+            down, up = down.view(rank, *delta.shape[1:]), up[..., None, None]
         layers |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     return {name: tensor.detach().half().contiguous() for name, tensor in layers.items()}
 
