@@ -8,8 +8,9 @@ from quantized import quantized_unet
 from tiny_world import FEW, run
 
 from vqdm.config.options import ModelConfig
-from vqdm.metrics.asked import Asked
-from vqdm.metrics.concepts import (
+from vqdm.metrics.families import FAMILIES
+from vqdm.metrics.probes.asked import Asked
+from vqdm.metrics.probes.concepts import (
     Concepts,
     _adapter,
     beside,
@@ -20,7 +21,6 @@ from vqdm.metrics.concepts import (
     ridge,
     without_old,
 )  # fmt: skip
-from vqdm.metrics.families import FAMILIES
 from vqdm.models.loader import load_pipeline
 from vqdm.models.shipped import builtin_directory, evaluators_directory
 from vqdm.prompts import load_prompts
@@ -111,6 +111,7 @@ def test_tiny_shows_blue_for_red_and_keeps_the_rest(pipeline):
     found = probe.columns([[prompt.id, prompt.text] for prompt in PROMPTS[:8]])
     assert set(found) == set(FAMILIES["concepts"].metrics)
     assert all(column.shape == (8,) and column.isfinite().all() for column in found.values())
+    assert float(found["concept_said"].mean()) >= 0.75
     assert float(found["concept_hit"].mean()) >= 0.75 and float(found["concept_rest"].mean()) >= 0.75
     assert float(found["concept_rest_psnr"].mean()) >= 30
     probe.adapters = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from vqdm.metrics.inversion import Ddim, Noise
+from vqdm.metrics.probes.inversion import Ddim, Noise
 from vqdm.models.shipped import builtin_directory
 
 STEPS, MIX = 4, 0.93

@@ -11,10 +11,10 @@ from tiny_world import FEW, run
 
 from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
-from vqdm.metrics.asked import Asked
-from vqdm.metrics.edits import Edits, cells_of, draw_edit, psnr_where
 from vqdm.metrics.families import FAMILIES
-from vqdm.metrics.inversion import Ddim
+from vqdm.metrics.probes.asked import Asked
+from vqdm.metrics.probes.edits import Edits, cells_of, draw_edit, psnr_where
+from vqdm.metrics.probes.inversion import Ddim
 from vqdm.models.loader import load_pipeline
 from vqdm.models.shipped import evaluators_directory
 from vqdm.prompts import load_prompts

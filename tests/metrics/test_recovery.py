@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from tiny_world import FEW, run
 
 from vqdm.errors import UserError
-from vqdm.metrics.recovery import Recovery, other_captions
+from vqdm.metrics.probes.recovery import Recovery, other_captions
 from vqdm.prompts import load_prompts
 from vqdm.tiny.captions import requested
 from vqdm.tiny.scenes import TINY, UNSEEN_PAIRS
@@ -71,7 +71,7 @@ class KnownXL:
 def test_gaps_are_those_of_a_model_whose_errors_are_known(monkeypatch):
     import contextlib
 
-    monkeypatch.setattr("vqdm.metrics.asked.visits", lambda pipeline: contextlib.nullcontext())
+    monkeypatch.setattr("vqdm.metrics.probes.asked.visits", lambda pipeline: contextlib.nullcontext())
     prompt = PROMPTS[0]
     found = Recovery(KnownXL(prompt.text), TINY).columns([[prompt.id, prompt.text]])
     colours = len(other_captions(prompt.text, "colour", TINY))

@@ -35,14 +35,14 @@ def make_asking(family: str, pipeline, world, weights: list[Path], *, guidance: 
     weights: as in `make_extractor`. guidance: that of the sampler of the images to score.
     """
     if family == "edits":
-        from vqdm.metrics.edits import Edits
+        from vqdm.metrics.probes.edits import Edits
 
         return Edits(pipeline, world, *weights, guidance=guidance)
     if family == "concepts":
-        from vqdm.metrics.concepts import Concepts
+        from vqdm.metrics.probes.concepts import Concepts
 
         return Concepts(pipeline, world, *weights, guidance=guidance)
-    from vqdm.metrics.recovery import Recovery
+    from vqdm.metrics.probes.recovery import Recovery
 
     return Recovery(pipeline, world)
 

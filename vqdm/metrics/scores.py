@@ -8,7 +8,7 @@ import torch
 
 from vqdm.metrics import tiny_world
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
-from vqdm.metrics.recovery import KINDS
+from vqdm.metrics.probes.recovery import KINDS
 from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
 from vqdm.tiny.attributes import seen_by
 from vqdm.tiny.worlds import world_of

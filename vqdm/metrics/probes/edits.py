@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqdm.metrics.asked import Asked
-from vqdm.metrics.inversion import Ddim
 from vqdm.metrics.paired import SMALLEST_ERROR, psnr
-from vqdm.metrics.recovery import other_captions
+from vqdm.metrics.probes.drawn import STEPS, Drawn, shares
+from vqdm.metrics.probes.recovery import other_captions
 from vqdm.seeds import numpy_generator
-from vqdm.tiny.attributes import as_seen, seen_by
+from vqdm.tiny.attributes import as_seen
 from vqdm.tiny.captions import requested
-from vqdm.tiny.evaluator import TinyWorld
 from vqdm.tiny.scenes import WORLD_SEED, draw_scene, render
 from vqdm.tiny.world import Scene, World
 
-STEPS = 20  # of DDIM, up and down
 START, REGION_START = 16, 14  # levels from which an edit goes down: strengths .8 and .7
 
 
@@ -58,48 +55,47 @@ class Edits:
     """
 
     def __init__(self, pipeline, world: World, evaluators: Path, *, guidance: float):
-        self.asked, self.world, self.guidance = Asked(pipeline, "edits"), world, guidance
-        self.ddim = Ddim(pipeline.scheduler, steps=STEPS, device=self.asked.device)
-        self.evaluator = TinyWorld(evaluators)
+        self.drawn = Drawn(pipeline, world, evaluators, family="edits", guidance=guidance)
 
     @torch.no_grad()
     def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
         """Columns of prompts, each an id such as test-000017 and its caption."""
-        edits = [draw_edit(name, caption, self.world) for name, caption in prompts]
-        before = render([edit.scene for edit in edits], world=self.world)
-        truth = render([edit.edited for edit in edits], world=self.world)
-        unguided = self.asked.noise_with([edit.caption for edit in edits])
-        guided = self.asked.noise_with([edit.asked for edit in edits], self.guidance)
-        kept = self.ddim.invert(self.asked.latents(before), unguided)
+        asked, ddim, world = self.drawn.asked, self.drawn.ddim, self.drawn.world
+        edits = [draw_edit(name, caption, world) for name, caption in prompts]
+        before = render([edit.scene for edit in edits], world=world)
+        truth = render([edit.edited for edit in edits], world=world)
+        unguided = asked.noise_with([edit.caption for edit in edits])
+        guided = asked.noise_with([edit.asked for edit in edits], self.drawn.guidance)
+        kept = ddim.invert(asked.latents(before), unguided)
         side = before.shape[1] // kept[0].shape[-1]
         changed = (before != truth).any(-1)
         cells = cells_of(changed, side)
-        mask = torch.from_numpy(cells)[:, None].to(self.asked.device)
-        by_inversion = self.ddim.sample(kept, guided, start=START)
-        by_region = self.ddim.sample(kept, guided, start=REGION_START, mask=mask)
+        mask = torch.from_numpy(cells)[:, None].to(asked.device)
+        by_inversion = ddim.sample(kept, guided, start=START)
+        by_region = ddim.sample(kept, guided, start=REGION_START, mask=mask)
         regions = {"in": changed, "out": ~cells.repeat(side, 1).repeat(side, 2)}
         scores = self._scores("edit", by_inversion, edits, truth, regions=regions)
         scores |= self._scores("region", by_region, edits, truth, regions=regions)
-        again = self.ddim.sample(kept, unguided, start=STEPS)
-        both = (torch.from_numpy(self.asked.pictures(latents)).permute(0, 3, 1, 2) for latents in (again, kept[0]))
+        again = ddim.sample(kept, unguided, start=STEPS)
+        both = (torch.from_numpy(asked.pictures(latents)).permute(0, 3, 1, 2) for latents in (again, kept[0]))
         return scores | {"reconstruction_psnr": psnr(*both)}
 
     def _scores(
         self, name: str, latents: Tensor, edits: list[Edit], truth: np.ndarray, *, regions: dict[str, np.ndarray]
     ) -> dict[str, Tensor]:
         """Scores of edited latents against the truth: what the attribute network sees, and PSNR in each region."""
-        pictures = self.asked.pictures(latents)
-        seen = seen_by(self.evaluator.columns(list(pictures))["labels"], world=self.world)
-        wanted = [as_seen(edit.edited, world=self.world) for edit in edits]
-        at = list(self.world.thing_kinds).index("colour")
+        pictures, world = self.drawn.asked.pictures(latents), self.drawn.world
+        seen = self.drawn.seen(pictures)
+        wanted = [as_seen(edit.edited, world=world) for edit in edits]
+        at = list(world.thing_kinds).index("colour")
         success = [
             len(one.things) > edit.slot and one.things[edit.slot][at] == edit.edited.things[edit.slot].colour
             for one, edit in zip(seen, edits, strict=True)
         ]
         exact = [one == other for one, other in zip(seen, wanted, strict=True)]
         return {
-            f"{name}_success": torch.tensor(success, dtype=torch.float64, device="cpu"),
-            f"{name}_exact": torch.tensor(exact, dtype=torch.float64, device="cpu"),
+            f"{name}_success": shares(success),
+            f"{name}_exact": shares(exact),
             **{f"{name}_psnr_{where}": psnr_where(mask, pictures, truth) for where, mask in regions.items()},
         }
 

@@ -8,7 +8,7 @@ model forgets what the word means, and, unlike the ratio of the errors, not with
 import torch
 from torch import Tensor
 
-from vqdm.metrics.asked import Asked
+from vqdm.metrics.probes.asked import Asked
 from vqdm.seeds import torch_generator
 from vqdm.tiny.scenes import WORLD_SEED, draw_scene, render
 from vqdm.tiny.world import World

@@ -13,17 +13,15 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqdm.metrics.asked import Asked
-from vqdm.metrics.inversion import Ddim
 from vqdm.metrics.paired import psnr
-from vqdm.metrics.recovery import with_article
-from vqdm.seeds import torch_generator
-from vqdm.tiny.attributes import fidelity, seen_by
-from vqdm.tiny.captions import caption_of, requested
-from vqdm.tiny.evaluator import TinyWorld
+from vqdm.metrics.probes.asked import Asked
+from vqdm.metrics.probes.drawn import Drawn
+from vqdm.metrics.probes.recovery import with_article
+from vqdm.tiny.captions import RequestedThing, caption_of, requested
 from vqdm.tiny.scenes import WORLD_SEED, draw_scene
 from vqdm.tiny.world import World
 
@@ -31,7 +29,6 @@ OLD, NEW = "red", "blue"
 CAPTIONS = 256  # of the training split, to edit by, and as many to preserve
 RIDGE = 1.0  # λ
 POWER = 0.95  # share of D's squared singular values that its factors keep
-STEPS = 20  # of DDIM
 
 
 class Concepts:
@@ -41,55 +38,47 @@ class Concepts:
     """
 
     def __init__(self, pipeline, world: World, evaluators: Path, *, guidance: float):
-        self.asked, self.world, self.guidance = Asked(pipeline, "concepts"), world, guidance
-        self.ddim = Ddim(pipeline.scheduler, steps=STEPS, device=self.asked.device)
-        self.evaluator = TinyWorld(evaluators)
-        self.adapters = make_adapters(self.asked, world)
+        self.drawn = Drawn(pipeline, world, evaluators, family="concepts", guidance=guidance)
+        self.adapters = make_adapters(self.drawn.asked, world)
 
     @torch.no_grad()
     def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
         """Columns of prompts, each an id such as test-000017 and its caption."""
-        with_old = [naming_old(caption, self.world) for _, caption in prompts]
+        drawn, (with_old, _) = self.drawn, self._captions(prompts)
+        renamed, names = [renamed_in(caption, NEW) for caption in with_old], [name for name, _ in prompts]
+        said = drawn.shows(drawn.pictures(renamed, names), self._renamed_things(renamed))
+        return self.edited(prompts, self.unedited(prompts)) | {"concept_said": said}
+
+    @torch.no_grad()
+    def unedited(self, prompts: list[list[str]]) -> np.ndarray:
+        """Pictures of the captions without red, by the model as it is."""
+        return self.drawn.pictures(self._captions(prompts)[1], [name for name, _ in prompts])
+
+    @torch.no_grad()
+    def edited(self, prompts: list[list[str]], unedited: np.ndarray) -> dict[str, Tensor]:
+        """Columns of the edited model; unedited: what its pictures of captions without red are compared with."""
+        drawn, names = self.drawn, [name for name, _ in prompts]
+        with_old, others = self._captions(prompts)
         renamed = [renamed_in(caption, NEW) for caption in with_old]
-        others = [without_old(caption, self.world) for _, caption in prompts]
-        names = [name for name, _ in prompts]
         with beside(self.adapters):
-            hit, rest = self._sample(with_old, names), self._sample(others, names)
-        before = self._sample(others, names)
-        wanted = [requested(caption, world=self.world) for caption in renamed]
-        named = [next(thing for thing in request.things if thing.colour == NEW) for request in wanted]
-        seen = seen_by(self.evaluator.columns(list(hit))["labels"], world=self.world)
-        hits = [
-            (thing.shape, NEW) in {one[:2] for one in found.things} for thing, found in zip(named, seen, strict=True)
-        ]
-        pair = (torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures in (rest, before))
+            hit, rest = drawn.pictures(with_old, names), drawn.pictures(others, names)
+        pair = (torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures in (rest, unedited))
         return {
-            "concept_hit": torch.tensor(hits, dtype=torch.float64, device="cpu"),
-            "concept_right": self._all_right(hit, renamed),
-            "concept_rest": self._all_right(rest, others),
+            "concept_hit": drawn.shows(hit, self._renamed_things(renamed)),
+            "concept_right": drawn.all_right(hit, renamed),
+            "concept_rest": drawn.all_right(rest, others),
             "concept_rest_psnr": psnr(*pair),
         }
 
-    def _sample(self, captions: list[str], names: list[str]):
-        """Pictures of captions, each from the noise of its prompt's name."""
-        unet = self.asked.pipeline.unet
-        size = (unet.config.in_channels, *[unet.config.sample_size] * 2)
-        generators = [torch_generator(WORLD_SEED, "concepts", name) for name in names]
-        noise = torch.stack([torch.randn(size, generator=one, device="cpu") for one in generators]).to(
-            self.asked.device, unet.dtype
-        )
-        predict = self.asked.noise_with(captions, self.guidance)
-        return self.asked.pictures(self.ddim.sample([noise] * (STEPS + 1), predict, start=STEPS))
+    def _captions(self, prompts: list[list[str]]) -> tuple[list[str], list[str]]:
+        """Each caption with its first thing in red, and without any red."""
+        makers = (naming_old, without_old)
+        return tuple([make(caption, self.drawn.world) for _, caption in prompts] for make in makers)
 
-    def _all_right(self, pictures, captions: list[str]) -> Tensor:
-        """1 for each picture in which every attribute of its caption is seen, else 0."""
-        seen = seen_by(self.evaluator.columns(list(pictures))["labels"], world=self.world)
-        tallies = [
-            fidelity(requested(caption, world=self.world), found, world=self.world)
-            for caption, found in zip(captions, seen, strict=True)
-        ]
-        right = [all(found == asked for found, asked in tally.values()) for tally in tallies]
-        return torch.tensor(right, dtype=torch.float64, device="cpu")
+    def _renamed_things(self, renamed: list[str]) -> list[RequestedThing]:
+        """The thing of each caption that was red and is asked for in blue."""
+        wanted = [requested(caption, world=self.drawn.world) for caption in renamed]
+        return [next(thing for thing in request.things if thing.colour == NEW) for request in wanted]
 
 
 def without_old(caption: str, world: World) -> str:
@@ -133,7 +122,9 @@ def factors(change: Tensor, *, power: float = POWER) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def make_adapters(asked: Asked, world: World) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+def make_adapters(
+    asked: Asked, world: World, *, penalty: float = RIDGE, power: float = POWER
+) -> list[tuple[nn.Linear, Tensor, Tensor]]:
     """A LoRA of each layer that reads text: (layer, A [r, in], B [out, r]), to be added to its output as B A x."""
     drawn = [
         caption_of(
@@ -144,7 +135,8 @@ def make_adapters(asked: Asked, world: World) -> list[tuple[nn.Linear, Tensor, T
     old = [naming_old(caption, world) for caption in drawn[:CAPTIONS]]
     kept = [without_old(caption, world) for caption in drawn[CAPTIONS:]]
     states = [asked.states(captions) for captions in (old, [renamed_in(text, NEW) for text in old], kept)]
-    of_tokens, of_pooled = (factors(ridge(*rows, penalty=RIDGE)) for rows in zip(*states, strict=True))
+    changes = (ridge(*rows, penalty=penalty) for rows in zip(*states, strict=True))
+    of_tokens, of_pooled = (factors(change, power=power) for change in changes)
     unet, found = asked.pipeline.unet, []
     for name, layer in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
