@@ -4,7 +4,8 @@ python scripts/lab/concept_ridge.py [--prompts 48]
 
 tiny in full precision, captions of its world's validation split. Printed for each pair: the rank of the text states'
 change, the shares of captions with red whose thing is blue after the edit (hit) and of captions without red in which
-everything is right (rest), and dB of the latter's images to those before the edit.
+everything is right (rest), and dB of the latter's images to those before the edit. One
+caption of 48 is .021: among these penalties and powers nothing is told apart.
 """
 
 import argparse

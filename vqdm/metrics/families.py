@@ -70,7 +70,7 @@ DETAILS = {
     "region_psnr_out": "dB to the rendered truth over the latent cells in which no pixel changes",
     "reconstruction_psnr": "dB of a picture after DDIM up and down without guidance, to the decoded latent it began as",
     "concept_hit": "share of captions with a red thing whose shape the edited model shows in blue",
-    "concept_said": "share of them in which the unedited model shows it in blue when the caption says blue: the ceiling",
+    "concept_said": "share of them in which the unedited model shows it in blue when asked for blue: the ceiling",
     "concept_right": "share of them in which everything is as the caption with blue says",
     "concept_rest": "share of captions without red in which the edited model gets everything right",
     "concept_rest_psnr": "dB between the images of captions without red before and after the edit",
