@@ -56,7 +56,7 @@ class KnownXL:
         )
         self.components = {}
         self.unet = functools.partial(self._predict)  # which can have a device
-        self.unet.device = "cpu"
+        self.unet.device, self.unet.dtype = "cpu", torch.float32
 
     def encode_prompt(self, *, prompt: list[str], **_):
         self.told = len(prompt)

@@ -122,7 +122,7 @@ def test_a_family_yields_the_metrics_that_it_names(family):
         own = {name.removesuffix("_to_fp"): normal(n, seed=5) for name in FAMILIES[family].metrics}
     if family == "recovery":
         own = dict.fromkeys(("gap_colour", "gap_shape", "right_colour", "right_shape", "error"), normal(n, seed=5))
-    if family in ("edits", "concepts"):
+    elif FAMILIES[family].of_model:
         own = dict.fromkeys(FAMILIES[family].metrics, normal(n, seed=5))
     found = scored(family, own, own, reference=reference_of(normal(20, 6, seed=6)))
     assert sorted([*found.images, *found.sets]) == sorted(FAMILIES[family].metrics)

@@ -81,6 +81,8 @@ def check(config: Config) -> None:
         if prompts.source == "file" and prompts.path is None:
             raise UserError(f"{key}.path is missing: {key}.source=file needs the path of a caption file")
     _check_evaluate(config.evaluate)
+    if (config.probes.path is not None) != ("pictures" in config.evaluate.metrics):
+        raise UserError("evaluate.metrics=[pictures] and probes.path=FILE go together: give both, or neither")
     if config.row is not None and config.table is None:
         raise UserError(f"row={config.row} is of a table: give table=NAME of experiments/ too")
     sources = [k for k in ("builtin", "path", "hub_id") if getattr(config.model, k) is not None]

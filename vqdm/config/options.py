@@ -17,8 +17,8 @@ TINY_WORLDS = ("tiny", "small")
 PROMPT_SOURCES = (*TINY_WORLDS, "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
 METRIC_FAMILIES = (  # vqdm/metrics/families.py says what each gives and needs
-    "tiny", "recovery", "edits", "concepts", "paired", "lpips", "fid_paper", "fid_standard", "cmmd", "clip_h14",
-    "clip_l14", "pickscore", "hpsv2",
+    "tiny", "recovery", "edits", "concepts", "places", "pictures", "paired", "lpips", "fid_paper", "fid_standard",
+    "cmmd", "clip_h14", "clip_l14", "pickscore", "hpsv2",
 )  # fmt: skip
 PLAN_CARDS = ("a100", "4090", "h100", "h200")  # vqdm/stages/plan/rates.py has their data sheets
 PAPER_PATTERN = (
@@ -208,6 +208,14 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass
+class ProbesConfig:
+    """Pictures of one's own, of which family pictures asks the model."""
+
+    # a JSONL of images, captions and masks (docs/probes.md), whose captions then are evaluate.prompts; null: none
+    path: str | None = None
+
+
+@dataclasses.dataclass
 class TrackerConfig:
     kind: str = "wandb"  # wandb | none
     mode: str = "auto"  # auto: online when a key is set, else offline | offline | online
@@ -273,5 +281,10 @@ class Config:
     activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    probes: ProbesConfig = dataclasses.field(default_factory=ProbesConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     tiny_train: TinyTrainConfig = dataclasses.field(default_factory=TinyTrainConfig)
+
+    def __post_init__(self):
+        if self.probes.path is not None:
+            self.evaluate.prompts = PromptsConfig(path=self.probes.path, column="caption", n=None)

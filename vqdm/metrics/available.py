@@ -6,6 +6,7 @@ from pathlib import Path
 from vqdm.config.options import EvaluateConfig
 from vqdm.errors import UserError
 from vqdm.metrics.families import FAMILIES
+from vqdm.metrics.probes.records import Record, read_records, records_identity
 from vqdm.metrics.reference import Reference, find_reference
 from vqdm.metrics.sources import find, identity, missing
 from vqdm.models.shipped import evaluators_directory
@@ -29,8 +30,12 @@ class Scoring:
         return [f"{', '.join(names)}: {why}" for why, names in metrics.items()]
 
 
-def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Scoring:
-    """Find what can be scored. originals: True if there are full-precision images too. cache: of the files' hashes."""
+def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path, pictures: str | None = None) -> Scoring:
+    """Find what can be scored.
+
+    originals: True if there are full-precision images too. cache: of the files' hashes. pictures: the file of family
+    pictures (probes.path); UserError for its first bad record.
+    """
     reference = find_reference(_reference(config), cache=cache)
     scoring = Scoring({}, {}, reference, {})
     for name in dict.fromkeys(config.metrics):
@@ -38,6 +43,11 @@ def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Sco
         if family.pairs and not originals:
             continue
         asked = [metric for metric in family.metrics if originals or metric not in family.against_originals]
+        if family.of_file:
+            records = read_records(Path(pictures))
+            scoring.weights[name], scoring.weights_sha256[name] = [Path(pictures)], (records_identity(records, cache),)
+            scoring.not_run.update(_without_truth(records, asked))
+            continue
         try:
             paths, hashes = _weights(config, name, cache)
         except UserError as error:
@@ -48,6 +58,13 @@ def find_scoring(config: EvaluateConfig, *, originals: bool, cache: Path) -> Sco
         scoring.not_run.update(_without_reference(reference, name, hashes))
         scoring.weights[name], scoring.weights_sha256[name] = paths, tuple(hashes)
     return scoring
+
+
+def _without_truth(records: list[Record], metrics: list[str]) -> dict[str, str]:
+    """{metric: why not} for metrics of pictures that need the truth of every edit."""
+    if records[0].truth is not None:
+        return {}
+    return {name: "needs a truth in every record of probes.path" for name in metrics if name.endswith("_in")}
 
 
 def _reference(config: EvaluateConfig) -> str | None:

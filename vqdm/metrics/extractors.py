@@ -32,7 +32,7 @@ def make_extractor(family: str, weights: list[Path], *, device: str):
 def make_asking(family: str, pipeline, world, weights: list[Path], *, guidance: float):
     """Make an object with `columns(prompts)`, each an id and its caption, that asks a pipeline of a tiny world.
 
-    weights: as in `make_extractor`. guidance: that of the sampler of the images to score.
+    weights: as in `make_extractor`; for pictures, their file. guidance: that of the sampler of the images.
     """
     if family == "edits":
         from vqdm.metrics.probes.edits import Edits
@@ -42,6 +42,14 @@ def make_asking(family: str, pipeline, world, weights: list[Path], *, guidance: 
         from vqdm.metrics.probes.concepts import Concepts
 
         return Concepts(pipeline, world, *weights, guidance=guidance)
+    if family == "places":
+        from vqdm.metrics.probes.places import Places
+
+        return Places(pipeline, world, *weights, guidance=guidance)
+    if family == "pictures":
+        from vqdm.metrics.probes.pictures import Pictures
+
+        return Pictures(pipeline, *weights, guidance=guidance)
     from vqdm.metrics.probes.recovery import Recovery
 
     return Recovery(pipeline, world)

@@ -29,6 +29,7 @@ class Family:
     weights: tuple[Weights, ...] = ()
     pairs: bool = False  # looks at each image beside the full-precision one
     of_model: bool = False  # asks the model that made the images, not the images
+    of_file: bool = False  # asks it about the pictures of probes.path, whose captions are any
     evaluators: bool = False  # looks through the tiny world's own networks (evaluate.evaluators)
     against_reference: tuple[str, ...] = ()  # metrics that need evaluate.reference
     against_originals: tuple[str, ...] = ()  # metrics that need the full-precision images
@@ -74,6 +75,32 @@ DETAILS = {
     "concept_right": "share of them in which everything is as the caption with blue says",
     "concept_rest": "share of captions without red in which the edited model gets everything right",
     "concept_rest_psnr": "dB between the images of captions without red before and after the edit",
+    "place_said": "share of captions whose thing the model shows in the colour that is said",
+    "place_none": "share that shows it when another colour is said: the floor",
+    **{
+        f"place_{group}": f"share that shows it when another colour is said, but not to {layers}"
+        for group, layers in (
+            ("keys", "the keys and values of cross-attention"),
+            ("keys_down", "those of the down blocks"),
+            ("keys_mid", "those of the mid block"),
+            ("keys_up", "those of the up blocks"),
+            ("pooled", "the layer of the pooled text"),
+            ("self", "self-attention"),
+            ("feed", "the feed-forward layers"),
+            ("blocks", "the residual blocks"),
+            ("words", "the text encoders' token embeddings"),
+            ("text_first", "the text encoders' first self-attention"),
+            ("text_attention", "any self-attention of theirs"),
+            ("text_mlp", "their MLPs"),
+        )
+    },
+    "picture_gap": "error of the predicted noise with the edited caption minus that with the picture's own",
+    "picture_error": "mean squared error of the predicted noise with the picture's own caption",
+    "picture_reconstruction_psnr": "dB after DDIM up and down without guidance, to the decoded latent it began as",
+    "picture_edit_psnr_in": "dB to the given truth inside the mask, of inversion's edits (strength .8)",
+    "picture_edit_psnr_out": "dB to the picture, or the given truth, outside the mask's latent cells",
+    "picture_region_psnr_in": "dB to the given truth inside the mask, of edits inside it (strength .7)",
+    "picture_region_psnr_out": "dB to the picture, or the given truth, outside the mask's latent cells",
     "fid_paper_to_fp": "to the full-precision images of the same captions and noise",
     "kid_standard": "unbiased MMD², cubic kernel, mean over 100 subsets of at most 1,000",
     "inception_score": "mean over 10 parts",
@@ -136,6 +163,16 @@ FAMILIES = {
         2, ("concept_hit", "concept_said", "concept_right", "concept_rest", "concept_rest_psnr"),
         {"images": "20 DDIM steps with the sampler's guidance; red made blue by a ridge edit of all that reads text"},
         of_model=True, evaluators=True,
+    ),
+    "places": Family(
+        1, tuple(name for name in DETAILS if name.startswith("place_")),
+        {"images": "20 DDIM steps with the sampler's guidance; one group's outputs are those of the right caption"},
+        of_model=True, evaluators=True,
+    ),
+    "pictures": Family(
+        1, tuple(name for name in DETAILS if name.startswith("picture_")),
+        {"images": "those of probes.path, their middle squares at the model's size; 20 DDIM steps, as in edits"},
+        of_model=True, of_file=True,
     ),
     "paired": Family(
         2, ("psnr_to_fp", "ssim_to_fp"), {"images": "uint8 RGB, each beside the full-precision one of the same noise"},

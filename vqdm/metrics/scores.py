@@ -8,6 +8,7 @@ import torch
 
 from vqdm.metrics import tiny_world
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
+from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.probes.recovery import KINDS
 from vqdm.metrics.resampling import Resamples, SetStatistic, of_rows, of_weights, with_error
 from vqdm.tiny.attributes import seen_by
@@ -106,7 +107,7 @@ def _image_scores(
         gaps = {f"recovery_{name}": column.numpy() for name, column in own.items() if not name.startswith("right_")}
         shares = {f"recovery_{kind}": own[f"right_{kind}"].numpy() for kind in KINDS}
         return gaps | shares
-    if family in ("edits", "concepts"):
+    if FAMILIES[family].of_model:
         return {name: column.numpy() for name, column in own.items()}
     if family in ("paired", "lpips"):
         return {f"{name}_to_fp": column.numpy() for name, column in own.items()}

@@ -13,7 +13,7 @@ from vqdm.prompts.tables import Row, read_jsonl, read_table, read_text
 from vqdm.prompts.text_files import decode, fault, is_text, listed, read_bytes
 
 MAX_CHARACTERS = 10_000  # in one prompt; a longer one means a broken file, and text encoders see some 300 characters
-_PLAIN_ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+PLAIN_ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 READERS: dict[str, Callable[..., tuple[list[Row], str]]] = {
     ".json": read_coco,
@@ -53,7 +53,7 @@ def read_file(path: Path, *, column: str | None, split: str) -> PromptFile:
         raise fault(path.name, f"holds no prompt ({len(rows)} empty rows)", "give a file with one prompt or more")
     ids = _ids(rows, kept)
     empty = f", {len(rows) - len(kept)} empty rows skipped" if len(kept) < len(rows) else ""
-    prompts = [Prompt(name, texts[k], _image(rows[k].image)) for name, k in zip(ids, kept, strict=True)]
+    prompts = [Prompt(name, texts[k], name_inside(rows[k].image)) for name, k in zip(ids, kept, strict=True)]
     sha256 = hashlib.sha256(data).hexdigest()
     return PromptFile(prompts, f"{path.name} (sha256 {sha256[:16]}), {rule}{empty}", sha256)
 
@@ -61,7 +61,7 @@ def read_file(path: Path, *, column: str | None, split: str) -> PromptFile:
 def _ids(rows: Sequence[Row], kept: Sequence[int]) -> list[str]:
     """The file's own ids when they are unique and plain (they may name files later), else row numbers."""
     given = ["" if rows[k].id is None else str(rows[k].id) for k in kept]
-    if len(set(given)) == len(given) and all(_PLAIN_ID.fullmatch(i) for i in given):
+    if len(set(given)) == len(given) and all(PLAIN_ID.fullmatch(i) for i in given):
         return given
     return [str(k) for k in kept]
 
@@ -76,7 +76,7 @@ def _clean(row: Row) -> str:
     return " ".join(row.text.split())
 
 
-def _image(name: Any) -> str | None:
+def name_inside(name: Any) -> str | None:
     """The image's file name, perhaps below folders; None if it could lead out of the folder it is looked up in."""
     if not is_text(name) or not name.strip() or "\\" in name or ":" in name:
         return None

@@ -349,14 +349,14 @@ def build_graph(config: Config, *, cache: Path) -> Graph:
     compared = changed or original_sampler(config) != image_sampler(config)
     prompts = read_prompts(config.evaluate.prompts)
     for name in config.evaluate.metrics:
-        if FAMILIES[name].evaluators or FAMILIES[name].of_model:
+        if (FAMILIES[name].evaluators or FAMILIES[name].of_model) and not FAMILIES[name].of_file:
             _needs_captions_of(config.model.world, prompts, name)
     source = prompts.source_id
     images = _images(config, image_sampler(config), model, source, quantization=quantization)
     own = model.upstream["model"] if compares_with_teacher(config) else model
     originals = _images(config, original_sampler(config), own, source, quantization=None)
     teacher_images = originals if compared else None
-    scoring = find_scoring(config.evaluate, originals=compared, cache=cache)
+    scoring = find_scoring(config.evaluate, originals=compared, cache=cache, pictures=config.probes.path)
     features, teacher_features = _looks(config, scoring, images, teacher_images)
     upstream = {"images": images} | {f"features/{name}": stage for name, stage in features.items()}
     upstream |= {f"originals/{name}": stage for name, stage in teacher_features.items()}

@@ -1,6 +1,7 @@
 """Questions to a model: latents of pictures, states of captions, and the noise it predicts in one with the other."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -24,14 +25,16 @@ class Asked:
     def latents(self, pictures: np.ndarray) -> Tensor:
         """The latents [n, channels, height, width] that pictures uint8 [n, height, width, 3] are encoded to."""
         vae = self.pipeline.vae
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1
-        with visits(self.pipeline):
-            return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.device) / 127.5 - 1
+        with visits(self.pipeline), _without_overflow(vae):
+            pixels = pixels.to(vae.dtype)
+            latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        return latents.to(self.pipeline.unet.dtype)
 
     def pictures(self, latents: Tensor) -> np.ndarray:
         """The pictures uint8 [n, height, width, 3] that latents are decoded to."""
         vae = self.pipeline.vae
-        with visits(self.pipeline):
+        with visits(self.pipeline), _without_overflow(vae):
             pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
@@ -68,3 +71,16 @@ class Asked:
             return without + guidance * (with_caption - without)
 
         return noise
+
+
+@contextlib.contextmanager
+def _without_overflow(vae) -> Iterator[None]:
+    """Context in which a VAE that float16 is too small for, SDXL's, is float32, as in diffusers' own pipelines."""
+    narrow = vae.dtype == torch.float16 and vae.config.force_upcast
+    if narrow:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if narrow:
+            vae.to(torch.float16)

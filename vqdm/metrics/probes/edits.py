@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vqdm.metrics.paired import SMALLEST_ERROR, psnr
+from vqdm.metrics.probes.asked import Asked
 from vqdm.metrics.probes.drawn import STEPS, Drawn, shares
+from vqdm.metrics.probes.inversion import Ddim
 from vqdm.metrics.probes.recovery import other_captions
 from vqdm.seeds import numpy_generator
 from vqdm.tiny.attributes import as_seen
@@ -60,44 +62,78 @@ class Edits:
     @torch.no_grad()
     def columns(self, prompts: list[list[str]]) -> dict[str, Tensor]:
         """Columns of prompts, each an id such as test-000017 and its caption."""
-        asked, ddim, world = self.drawn.asked, self.drawn.ddim, self.drawn.world
+        drawn, world = self.drawn, self.drawn.world
         edits = [draw_edit(name, caption, world) for name, caption in prompts]
         before = render([edit.scene for edit in edits], world=world)
         truth = render([edit.edited for edit in edits], world=world)
-        unguided = asked.noise_with([edit.caption for edit in edits])
-        guided = asked.noise_with([edit.asked for edit in edits], self.drawn.guidance)
-        kept = ddim.invert(asked.latents(before), unguided)
-        side = before.shape[1] // kept[0].shape[-1]
+        captions = [edit.caption for edit in edits], [edit.asked for edit in edits]
         changed = (before != truth).any(-1)
-        cells = cells_of(changed, side)
-        mask = torch.from_numpy(cells)[:, None].to(asked.device)
-        by_inversion = ddim.sample(kept, guided, start=START)
-        by_region = ddim.sample(kept, guided, start=REGION_START, mask=mask)
-        regions = {"in": changed, "out": ~cells.repeat(side, 1).repeat(side, 2)}
-        scores = self._scores("edit", by_inversion, edits, truth, regions=regions)
-        scores |= self._scores("region", by_region, edits, truth, regions=regions)
-        again = ddim.sample(kept, unguided, start=STEPS)
-        both = (torch.from_numpy(asked.pictures(latents)).permute(0, 3, 1, 2) for latents in (again, kept[0]))
-        return scores | {"reconstruction_psnr": psnr(*both)}
+        found = edit_pictures(drawn.asked, drawn.ddim, before, captions, changed=changed, guidance=drawn.guidance)
+        scores = {
+            score: column
+            for name, pictures in found.edited.items()
+            for score, column in self._scores(name, pictures, edits, truth, regions=found.regions).items()
+        }
+        return scores | {"reconstruction_psnr": found.reconstruction}
 
     def _scores(
-        self, name: str, latents: Tensor, edits: list[Edit], truth: np.ndarray, *, regions: dict[str, np.ndarray]
+        self, name: str, pictures: np.ndarray, edits: list[Edit], truth: np.ndarray, *, regions: dict[str, np.ndarray]
     ) -> dict[str, Tensor]:
-        """Scores of edited latents against the truth: what the attribute network sees, and PSNR in each region."""
-        pictures, world = self.drawn.asked.pictures(latents), self.drawn.world
-        seen = self.drawn.seen(pictures)
+        """Scores of edited pictures against the truth: what the attribute network sees, and PSNR in each region."""
+        seen, world = self.drawn.seen(pictures), self.drawn.world
         wanted = [as_seen(edit.edited, world=world) for edit in edits]
         at = list(world.thing_kinds).index("colour")
         success = [
             len(one.things) > edit.slot and one.things[edit.slot][at] == edit.edited.things[edit.slot].colour
             for one, edit in zip(seen, edits, strict=True)
         ]
-        exact = [one == other for one, other in zip(seen, wanted, strict=True)]
         return {
             f"{name}_success": shares(success),
-            f"{name}_exact": shares(exact),
+            f"{name}_exact": shares(one == other for one, other in zip(seen, wanted, strict=True)),
             **{f"{name}_psnr_{where}": psnr_where(mask, pictures, truth) for where, mask in regions.items()},
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class EditedPictures:
+    """Pictures [n, h, w, 3] after both ways of editing, and where they were to change.
+
+    edited: by inversion ("edit") and by region ("region"). regions: masks [n, h, w] of the pixels that had to change
+    ("in") and of those in latent cells where none had to ("out"). reconstruction: dB [n] of the unedited picture after
+    DDIM up and down without guidance, to its decoded latent.
+    """
+
+    edited: dict[str, np.ndarray]
+    regions: dict[str, np.ndarray]
+    reconstruction: Tensor
+
+
+def edit_pictures(
+    asked: Asked,
+    ddim: Ddim,
+    before: np.ndarray,
+    captions: tuple[list[str], list[str]],
+    *,
+    changed: np.ndarray,
+    guidance: float,
+) -> EditedPictures:
+    """Edit pictures uint8 [n, h, w, 3] from their captions to others, in the pixels [n, h, w] that have to change."""
+    unguided, guided = asked.noise_with(captions[0]), asked.noise_with(captions[1], guidance)
+    kept = ddim.invert(asked.latents(before), unguided)
+    side = before.shape[1] // kept[0].shape[-1]
+    cells = cells_of(changed, side)
+    mask = torch.from_numpy(cells)[:, None].to(asked.device)
+    edited = {
+        "edit": ddim.sample(kept, guided, start=START),
+        "region": ddim.sample(kept, guided, start=REGION_START, mask=mask),
+    }
+    again = ddim.sample(kept, unguided, start=STEPS)
+    both = (torch.from_numpy(asked.pictures(latents)).permute(0, 3, 1, 2) for latents in (again, kept[0]))
+    return EditedPictures(
+        edited={name: asked.pictures(latents) for name, latents in edited.items()},
+        regions={"in": changed, "out": ~cells.repeat(side, 1).repeat(side, 2)},
+        reconstruction=psnr(*both),
+    )
 
 
 def cells_of(changed: np.ndarray, side: int) -> np.ndarray:

@@ -36,10 +36,10 @@ class Recovery:
         split, _, index = name.rpartition("-")
         scene = draw_scene(WORLD_SEED, split, int(index), world=self.world)
         latent = self.asked.latents(render([scene], world=self.world))
-        noise = torch_generator(WORLD_SEED, "recovery", name)
-        noise = torch.randn(latent.shape, generator=noise, device="cpu").to(latent)
         others = {kind: other_captions(caption, kind, self.world) for kind in KINDS}
-        errors = self._errors(latent, noise, [caption, *(text for texts in others.values() for text in texts)])
+        noise = torch_generator(WORLD_SEED, "recovery", name)
+        captions = [caption, *(text for texts in others.values() for text in texts)]
+        errors = prediction_errors(self.asked, latent, captions, noise=noise)
         right, wrong = errors[0], errors[1:]
         found = {"error": right}
         for kind, texts in others.items():
@@ -47,15 +47,17 @@ class Recovery:
             found |= {f"gap_{kind}": min(own) - right, f"right_{kind}": float(right < min(own))}
         return found
 
-    def _errors(self, latent: Tensor, noise: Tensor, captions: list[str]) -> list[float]:
-        """Mean squared error of the noise predicted with each caption, over the noise levels."""
-        predict, alphas = self.asked.noise_with(captions), self.asked.pipeline.scheduler.alphas_cumprod
-        total = torch.zeros(len(captions), device=latent.device)
-        for timestep in TIMESTEPS:
-            kept = alphas[timestep].to(latent)
-            noisy = (kept.sqrt() * latent + (1 - kept).sqrt() * noise).repeat(len(captions), 1, 1, 1)
-            total += (predict(noisy, timestep) - noise).float().square().mean((1, 2, 3))
-        return (total / len(TIMESTEPS)).tolist()
+
+def prediction_errors(asked: Asked, latent: Tensor, captions: list[str], *, noise: torch.Generator) -> list[float]:
+    """Mean squared error of the noise predicted with each caption in one latent [1, …], over the noise levels."""
+    drawn = torch.randn(latent.shape, generator=noise, device="cpu").to(latent)
+    predict, alphas = asked.noise_with(captions), asked.pipeline.scheduler.alphas_cumprod
+    total = torch.zeros(len(captions), device=latent.device)
+    for timestep in TIMESTEPS:
+        kept = alphas[timestep].to(latent)
+        noisy = (kept.sqrt() * latent + (1 - kept).sqrt() * drawn).repeat(len(captions), 1, 1, 1)
+        total += (predict(noisy, timestep) - drawn).float().square().mean((1, 2, 3))
+    return (total / len(TIMESTEPS)).tolist()
 
 
 def other_captions(caption: str, kind: str, world: World) -> list[str]:
