@@ -121,7 +121,7 @@ def square(path: Path, size: int, *, where: str, mode: str = "RGB") -> np.ndarra
             shown = ImageOps.exif_transpose(image).convert(mode)
     except (OSError, SyntaxError, ValueError) as error:
         raise fault(where, f"{path.name} cannot be read as PNG or JPEG ({error})", "save it anew") from error
-    return np.asarray(ImageOps.fit(shown, (size, size), method))
+    return np.array(ImageOps.fit(shown, (size, size), method))
 
 
 def records_identity(records: list[Record], cache: Path) -> str:
