@@ -144,6 +144,19 @@ def test_what_comes_before_the_first_item_is_no_items_time(clock, said):
         assert bar.left() == pytest.approx(8)
 
 
+def test_the_first_items_warm_up_and_leave_the_rate_once_others_are_done(clock, said):
+    """The first of ten takes 10 s, the others 1 s each: after the second, 8 s are left, and not 44."""
+    with progress.bar("quantize", 10, unit="layer") as bar:
+        bar.begin("a")
+        clock.now = 10
+        bar.add(item="a")
+        assert bar.left() == 90
+        bar.begin("b")
+        clock.now = 11
+        bar.add(item="b")
+        assert bar.left() == 8
+
+
 def test_the_time_of_a_bar_inside_is_its_own(clock, said):
     """Compiling at the first layer does not make the others slow."""
     with progress.bar("quantize", 10, unit="layer") as bar:

@@ -48,6 +48,7 @@ class Bar:
         self._inner = 0.0  # seconds of bars inside this one
         self._took, self._running = 0.0, {}  # seconds of items that said when they began; and when those at work did
         self._worked, self._since = 0.0, 0.0  # seconds in which any of these was at work; and since when one is
+        self._first, self._first_took, self._first_done = set(), 0.0, 0.0  # those begun before any was done
 
     def begin(self, item: str) -> None:
         """Note when an item begins, where several are made side by side: those at work count for the time left."""
@@ -55,12 +56,17 @@ class Bar:
             now = time.monotonic()
             self._since = self._since if self._running else now
             self._running[item] = now
+            if not self._took:
+                self._first.add(item)
 
     def add(self, amount: float = 1, *, items: int = 1, note: str = "", item: str | None = None) -> None:
         """Count what is done: an item, which may have been begun."""
         with _lock:
             if item in self._running:
-                self._took += time.monotonic() - self._running.pop(item)
+                took = time.monotonic() - self._running.pop(item)
+                self._took += took
+                if item in self._first:
+                    self._first_took, self._first_done = self._first_took + took, self._first_done + amount
                 self._worked += 0 if self._running else time.monotonic() - self._since
             self.done, self.items, self._partly = self.done - self._partly + amount, self.items + items, 0.0
             self._look(note)
@@ -104,7 +110,10 @@ class Bar:
             at_work = sum(now - began for began in self._running.values())
             worked = self._worked + (now - self._since if self._running else 0)
             side_by_side = (self._took + at_work) / max(worked, 1e-9)
-            return max(0.0, self._took / self._own() * (self.total - self.done) - at_work) / side_by_side
+            took, done = self._took - self._first_took, self._own() - self._first_done
+            if done <= 0:  # else without the first ones, which also warm up
+                took, done = self._took, self._own()
+            return max(0.0, took / done * (self.total - self.done) - at_work) / side_by_side
         whole = self.seconds(self._last) / self.part()
         return max(0.0, whole - self.seconds())
 

@@ -386,8 +386,10 @@ def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int,
 
     shape: of what the layer reads in a batch of BATCH; samples: of the call's batch; limit: tokens_per_call.
     """
-    inputs, total = (torch.empty(size, device="meta") for size in (shape, (spec.shape[1], spec.shape[1])))
-    if limit is None or limit >= token_count(inputs, spec.conv) * samples / BATCH:
-        return measure(lambda: add_second_moment(total, inputs, spec.conv)).times(samples / BATCH)
+    parts = BATCH if shape[0] % BATCH == 0 else 1  # one sample stands for the batch, in half the time
+    sample, square = (shape[0] // parts, *shape[1:]), (spec.shape[1], spec.shape[1])
+    inputs, total = (torch.empty(size, device="meta") for size in (sample, square))
+    if limit is None or limit >= token_count(inputs, spec.conv) * parts * samples / BATCH:
+        return measure(lambda: add_second_moment(total, inputs, spec.conv)).times(parts * samples / BATCH)
     chosen = torch.empty(limit, dtype=torch.int64, device="meta")
     return measure(lambda: add_second_moment(total, inputs, spec.conv, chosen=chosen))
