@@ -90,7 +90,7 @@ def test_rows_of_one_name_are_told_apart():
         {"method": "RTN", "model": "other", "experiment": "b", "fingerprint": "3" * 64},
         {"method": "VQ", "model": "tiny", "experiment": "c", "fingerprint": "4" * 64},
     ]
-    found = told_apart([*runs, runs[0]])
+    found = told_apart([*runs, runs[0] | {"method": "quantize=rtn"}])  # a sweep's job that is the same run
     assert [run["method"] for run in found] == ["RTN, tiny", "RTN, other, a", "RTN, other, b", "VQ"]
     assert len({run["experiment"] for run in found}) == 4, "their figures have names of their own"
 

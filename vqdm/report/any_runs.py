@@ -104,8 +104,13 @@ def table_of(records: list[dict], results: Path, *, name: str, title: str, comma
 
 
 def told_apart(records: list[dict]) -> list[dict]:
-    """The records, each once, with names that tell them apart: methods also by model, experiment or fingerprint."""
-    records = list({record["fingerprint"]: record for record in records}.values())
+    """The records, each once by its first name, with names that tell them apart: methods also by model, experiment or
+    fingerprint.
+    """
+    once: dict[str, dict] = {}
+    for record in records:
+        once.setdefault(record["fingerprint"], record)
+    records = list(once.values())
     for key in ("model", "experiment", "fingerprint"):
         values: dict[str, set[str]] = {}
         for record in records:

@@ -161,22 +161,23 @@ class Whole:
         return f"{job + ', ' if job else ''}{where}{self.rows[self.at]}{about}"
 
     def left(self, bars: list[Bar]) -> float | None:
-        """Seconds left, by records at this command's pace, else by what stages of a kind took, else of other kinds.
+        """Seconds left, by records at this command's pace, or else by what stages of a kind took in this command.
 
-        None before any was a tenth done, unless all long ones were recorded.
+        None as long as nothing tells of a kind of stage that takes long.
         """
         expected = {kind: sum(took) / len(took) for kind, took in self.seen.items()}
         now = None if self.kind is None else self._expected_now(bars)
         if now is not None:
             expected[self.kind] = now
         known = {name: seconds * self._pace(self.stages[name], now) for name, seconds in self._recorded().items()}
-        unknown = {kind for name, kind in self.stages.items() if name not in known and kind not in SHORT}
-        if not expected and (unknown or not known):
+        untold = {kind for name, kind in self.stages.items() if name not in known} - expected.keys() - SHORT.keys()
+        if untold or not (expected or known):
             return None
         scaled = {self.stages[name]: seconds for name, seconds in known.items()} | expected
         usual = sum(seconds / SHORT.get(kind, 1) for kind, seconds in scaled.items()) / len(scaled)
         for name, kind in self.stages.items():
-            known.setdefault(name, expected.get(kind, usual * SHORT.get(kind, 1)))
+            if name not in known:
+                known[name] = expected[kind] if kind in expected else usual * SHORT[kind]
         if now is not None:
             known[self.at_work] = now
         done = 0 if self.kind is None else min(time.monotonic() - self.since, known[self.at_work])
