@@ -67,7 +67,9 @@ def quantize_by_peer(denoiser: nn.Module, directory: Path, *, full: Path, config
             _write_gguf(denoiser, directory, config.weights)
             return
         denoiser.save_pretrained(full)
-        made = type(denoiser).from_pretrained(full, torch_dtype=dtype, quantization_config=_options(config))
+        made = type(denoiser).from_pretrained(
+            full, torch_dtype=dtype, quantization_config=OPTIONS[config.library](config)
+        )
         made.save_pretrained(directory)
 
 
@@ -82,27 +84,48 @@ def load_by_peer(directory: Path, *, dtype: torch.dtype, config: PeerConfig) -> 
         return kind.from_pretrained(directory, torch_dtype=dtype, local_files_only=True).requires_grad_(False)
 
 
-def _options(config: PeerConfig):
-    """The object that tells diffusers how to quantize; convolutions too, where the library can."""
+def _sdnq(config: PeerConfig):
     import diffusers
 
-    if config.library == "sdnq":
-        switches = {f"use_{name}": getattr(config, name) for name in ("svd", "hadamard", "codebook")}
-        return diffusers.SDNQConfig(weights_dtype=config.weights, quant_conv=True, **switches)
-    if config.library == "bitsandbytes":
-        if config.weights == "int8":
-            return diffusers.BitsAndBytesConfig(load_in_8bit=True)
-        return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=config.weights)
-    if config.library == "torchao":
-        from torchao import quantization
+    switches = {f"use_{name}": getattr(config, name) for name in ("svd", "hadamard", "codebook")}
+    return diffusers.SDNQConfig(weights_dtype=config.weights, quant_conv=True, **switches)  # convolutions too
 
-        four = config.weights == "int4"
-        return diffusers.TorchAoConfig(
-            quantization.Int4WeightOnlyConfig() if four else quantization.Int8WeightOnlyConfig()
-        )
-    if config.library == "quanto":
-        return diffusers.QuantoConfig(weights_dtype=config.weights)
+
+def _bitsandbytes(config: PeerConfig):
+    import diffusers
+
+    if config.weights == "int8":
+        return diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=config.weights)
+
+
+def _torchao(config: PeerConfig):
+    import diffusers
+    from torchao import quantization
+
+    kinds = {"int4": quantization.Int4WeightOnlyConfig, "int8": quantization.Int8WeightOnlyConfig}
+    return diffusers.TorchAoConfig(kinds[config.weights]())
+
+
+def _quanto(config: PeerConfig):
+    import diffusers
+
+    return diffusers.QuantoConfig(weights_dtype=config.weights)
+
+
+def _autoround(config: PeerConfig):
+    import diffusers
+
     return diffusers.AutoRoundConfig(bits=int(config.weights.removeprefix("int")))
+
+
+OPTIONS = {  # what tells diffusers how a library is to quantize; gguf is none of them, as its file is written here
+    "sdnq": _sdnq,
+    "bitsandbytes": _bitsandbytes,
+    "torchao": _torchao,
+    "quanto": _quanto,
+    "autoround": _autoround,
+}
 
 
 def _write_gguf(denoiser: nn.Module, directory: Path, name: str) -> None:
