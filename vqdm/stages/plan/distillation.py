@@ -27,8 +27,8 @@ from vqdm.stages.plan.rates import ASSUMED, Rates, card_rates
 from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
-# a CPU's heap, which decoded weights leave in pieces, for each of them: measured once, on SDXL by rtn4. A step took 7.4
-# GiB, and 4.3 where glibc maps every block of 1 MiB by itself (MALLOC_MMAP_THRESHOLD_=1048576)
+# free pieces of glibc's heap for each weight that is decoded, where nothing of torch lies: fitted to one step of SDXL
+# by rtn4, not foretold; 1.7 in later steps of a smaller U-Net (scripts/lab/heap_of_training.py, docs/sdxl.md)
 HEAP_BYTES = 1.3
 FILE_COPIES = 2  # of a denoiser's codes, while it is written
 MOMENTS = 2  # of Adam, in fp32 as all that trains
