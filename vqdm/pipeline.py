@@ -199,7 +199,9 @@ def _ready(config: Config, store: Store) -> Graph | Quantization:
     if config.finetune.steps:
         _check_finetune(config, configs_directory(config.model))
     if is_on(config):
-        _check_acceleration(config)
+        from vqdm.stages.accelerate import check_acceleration
+
+        check_acceleration(config)
     quantize = next((stage for stage in stages.stages() if stage.name == "quantize"), None)
     if quantize is not None and store.status(quantize) != "done":
         _check_layers(config)
@@ -238,19 +240,6 @@ def _check_finetune(config: Config, directory: Path) -> None:
             pass
 
 
-def _check_acceleration(config: Config) -> None:
-    """Raise UserError for a denoiser that has no operators to take out, or no branch to keep the features of."""
-    from vqdm.acceleration.branch_cache import source_of
-    from vqdm.acceleration.operators import operators
-    from vqdm.models.loader import denoiser_on_meta
-
-    denoiser = denoiser_on_meta(config.model)
-    if config.prune.kind != "none":
-        operators(denoiser)
-    if config.cache.kind != "none":
-        source_of(denoiser, config.cache.depth)
-
-
 def _check_layers(config: Config) -> None:
     """Check from the shapes that the scheme fits every layer, and log the bits to come."""
     from vqdm.codecs.allocation import planned_bits
@@ -266,9 +255,11 @@ def _run(config: Config, store: Store, stages: Graph | Quantization) -> dict:
     """Run all stages under one tracker run; returns the run's record."""
     from vqdm.runs.device import resolve_device
     from vqdm.runs.tracker import start_tracker
+    from vqdm.stages.accelerate import check_products
 
     began = time.monotonic()
     device = resolve_device(config.device, threads=config.threads)
+    check_products(config, device.name)
     record, last = _record(config, store, stages), stages.stages()[-1]
     processes.check_agreement(last.fingerprint)
     if not is_writable(store.root):

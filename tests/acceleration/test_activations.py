@@ -1,5 +1,6 @@
 """Quantized inputs against written-out formulas; no image depends on its neighbours; saved models read the same."""
 
+import contextlib
 import copy
 import json
 
@@ -21,7 +22,7 @@ from vqdm.acceleration.activations import (
     layers_with_inputs,
     settings_in,
 )
-from vqdm.acceleration.products import IntegerProduct, add_products
+from vqdm.acceleration.products import Float8Product, IntegerProduct, add_products, check_device, float8_product
 from vqdm.config.options import PAPER_PATTERN
 from vqdm.errors import UserError
 from vqdm.hub.config import VQDMConfig
@@ -135,7 +136,7 @@ def input_channels(layer):
 def test_the_integer_product_is_the_simulated_one():
     unet = quantized_unet("rtn")
     simulated = copy.deepcopy(unet)
-    chosen = add_products(unet, names_in(unet))
+    chosen = add_products(unet, names_in(unet), "int8")
     add_quantizers(simulated, chosen, DYNAMIC)
     layer = unet.get_submodule(chosen[0])
     assert isinstance(layer.product, IntegerProduct) and layer.product.codes().dtype == torch.int8
@@ -145,9 +146,56 @@ def test_the_integer_product_is_the_simulated_one():
     assert all(isinstance(unet.get_submodule(name), nn.Linear) for name in chosen)
 
 
-def test_codes_that_no_integer_product_fits_are_refused():
-    with pytest.raises(UserError, match="scalar codes of up to 7 bits"):
-        add_products(quantized_unet("trellis"), names_in(small_unet()))
+def test_the_product_of_8_bit_floats_is_that_of_the_rounded_numbers():
+    unet = quantized_unet("rtn")
+    chosen = add_products(unet, names_in(unet), "fp8")
+    layer = unet.get_submodule(chosen[0])
+    assert isinstance(layer.product, Float8Product) and layer.product.codes().dtype == torch.float8_e4m3fn
+    inputs = drawn(2, 7, layer.in_features)
+    inputs[0, 0] = 0
+    steps = inputs.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 448
+    expected = nn.functional.linear(e4m3(inputs / steps) * steps, layer.decoded(torch.float32), layer.bias)
+    assert torch.allclose(layer(inputs), expected, atol=1e-5 * expected.abs().max())
+    exact = nn.functional.linear(inputs, layer.decoded(torch.float32), layer.bias)
+    assert 0 < (layer(inputs) - exact).norm() < 0.05 * exact.norm()
+
+
+def e4m3(values):
+    """Sign, 3 bits of mantissa, exponents from -6 on: to the nearest, ties to the even one."""
+    step = 2.0 ** (values.abs().log2().floor().clamp(min=-6) - 3)
+    return (values / step).round() * step
+
+
+def test_a_gpus_kernel_takes_the_operands(monkeypatch):
+    """What CUDA's kernel asks of shapes and strides; what it computes is the same sum as on the CPU."""
+    product = torch._scaled_mm
+
+    def checked(tokens, codes, **options):
+        assert tokens.shape[1] % 16 == codes.shape[1] % 16 == 0
+        assert tokens.stride() == (tokens.shape[1], 1) and codes.stride() == (1, codes.shape[0])
+        assert options["scale_a"].numel() == options["scale_b"].numel() == 1
+        return product(tokens, codes, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", checked)
+    tokens, codes = (drawn(n, 36, seed=n).to(torch.float8_e4m3fn) for n in (7, 20))
+    found = float8_product(tokens, codes)
+    assert found.dtype == torch.float32 and torch.allclose(found, tokens.float() @ codes.float().T, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "capability", "fine"), [
+    ("cpu", None, True), ("cuda", (8, 9), True), ("cuda", (9, 0), True), ("cuda", (8, 6), False), ("xpu", None, False),
+])  # fmt: skip
+def test_devices_without_8_bit_floats_are_refused(device, capability, fine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with contextlib.nullcontext() if fine else pytest.raises(UserError, match="compute capability"):
+        check_device("fp8", device)
+    check_device("int8", device)
+
+
+@pytest.mark.parametrize(("product", "bits"), [("int8", 7), ("fp8", 4)])
+def test_codes_that_no_product_fits_are_refused(product, bits):
+    with pytest.raises(UserError, match=f"scalar codes of up to {bits} bits"):
+        add_products(quantized_unet("trellis"), names_in(small_unet()), product)
 
 
 def test_the_layers_are_those_that_are_quantized():

@@ -1,6 +1,7 @@
 """A compressed pipeline carries all of it; one line switches its cache on, and the images are those of the stage."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from vqdm.errors import UserError
 from vqdm.hub.config import VQDMConfig
 from vqdm.hub.quantizer import attach
 from vqdm.models.loader import sample
+from vqdm.runs.store import write_item
 from vqdm.seeds import torch_generator
+from vqdm.stages import activations, cache, prune
 from vqdm.stages.generate import load_images
 
 CACHED = (*FEW, "quantize=rtn4", "cache=cachequant2", "model.sampler.steps=8", "cache.prompts=4")
 CACHED += ("prune=ld10", "prune.score=prediction", "prune.share=0.02", r"prune.keep='resnets|mid_block'")
-CACHED += ("activations=dgq6", "activations.prompts=2", "activations.groups=3")
+CACHED += ("activations=dgq6", "activations.prompts=4", "activations.groups=3")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,35 @@ def test_one_feature_batch_that_is_lost_is_made_again_alike(made):
     done = run("+experiment=tiny_codec", "name=cached", *CACHED, f"results_dir={made / 'results'}")
     assert done.returncode == 0, done.stderr
     assert (directory / "schedule.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_is_stopped_between_items_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch):
+    """Stops among 39 operators' scores, then after the first of two batches: of the schedule, ranges, corrections."""
+    shutil.copytree(made / "results" / "stages" / "calibrate", tmp_path / "stages" / "calibrate")
+    left = 0
+
+    def write(*item):
+        nonlocal left
+        if not left:
+            raise RuntimeError("stopped")
+        left -= 1
+        write_item(*item)
+
+    command = ("+experiment=tiny_codec", "name=cached", *CACHED, f"results_dir={tmp_path}")
+    with monkeypatch.context() as patched:
+        for module in (prune, cache, activations):
+            patched.setattr(module, "write_item", write)
+        for allowed, unfinished in ((5, "scores"), (35, "schedule"), (2, "activations"), (2, "correct")):
+            left = allowed
+            done = run(*command)
+            assert done.returncode == 1 and "RuntimeError: stopped" in done.stderr
+            assert not list(tmp_path.glob(f"stages/{unfinished}/*/manifest.json"))
+    assert run(*command).returncode == 0
+    for name in ("scores", "prune", "schedule", "activations", "correct", "generate"):
+        for whole in (made / "results" / "stages" / name).glob("*/**/*.*"):
+            if whole.suffix in (".json", ".safetensors", ".png") and whole.name not in ("manifest.json", "errors.json"):
+                assert (tmp_path / whole.relative_to(made / "results")).read_bytes() == whole.read_bytes(), whole
 
 
 @pytest.fixture

@@ -43,6 +43,11 @@ class ActivationsConfig:
     block: int = number(16, least=1, most=65_536)  # channels
     groups: int = number(8, least=1, most=256)  # of channels, by k-means of their ranges
     column_scales: bool = False  # quantize after the codes' own scales of their inputs (trellis)
-    product: str = choice("simulated", "int8")  # int8: real, for Linear layers of scalar codes; the others simulated
+    # int8, fp8: real, for Linear layers of scalar codes; the others simulated
+    product: str = choice("simulated", "int8", "fp8")
+    # of attention's scores, in steps of each image's largest one; None: they stay, and attention stays fused
+    scores_bits: int | None = number(None, least=2, most=8)
+    scores: str = choice("uniform", "log")  # even steps, or halves of the largest (DGQ)
+    bos: bool = True  # the text's first token is left alone, in cross-attention (DGQ)
     prompts: int = number(32, least=1, most=MOST)  # of the calibration's, for static
     keep: str | None = None  # regular expression for layers that read 16 bits

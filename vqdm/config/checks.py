@@ -129,10 +129,15 @@ def _check_acceleration(config: Config) -> None:
             f"{' or '.join(SCALES[own.kind])}"
         )
     per_token = own.kind == "dynamic" and own.per == "token" and own.bits == 8
-    if own.product == "int8" and (not per_token or own.column_scales):
-        raise UserError("activations.product=int8 is for 8 dynamic bits per token, without column scales")
-    if own.product == "int8" and config.task == "compress":
-        raise UserError("activations.product=int8 is not saved with a pipeline: give activations.product=simulated")
+    real = own.kind != "none" and own.product != "simulated"
+    if real and (not per_token or own.column_scales):
+        raise UserError(f"activations.product={own.product} is for 8 dynamic bits per token, without column scales")
+    if real and config.task == "compress":
+        raise UserError(
+            f"activations.product={own.product} is not saved with a pipeline: give activations.product=simulated"
+        )
+    if own.kind != "none" and own.scores_bits is not None and config.task == "compress":
+        raise UserError("activations.scores_bits is not saved with a pipeline: leave it out")
     if config.cache.kind == "none":
         return
     steps = config.model.sampler.steps if config.evaluate.steps is None else config.evaluate.steps

@@ -10,6 +10,48 @@ from vqdm.stages.make import Models
 from vqdm.stages.samplers import image_sampler
 
 
+def check_acceleration(config: Config) -> None:
+    """Raise UserError for a denoiser without operators to take out, features to keep, or codes to compute with."""
+    from vqdm.acceleration.branch_cache import source_of
+    from vqdm.acceleration.operators import operators
+    from vqdm.acceleration.scores import attentions
+    from vqdm.models.loader import denoiser_on_meta
+
+    denoiser, activations = denoiser_on_meta(config.model), config.activations
+    if config.prune.kind != "none":
+        operators(denoiser)
+    if config.cache.kind != "none":
+        source_of(denoiser, config.cache.depth)
+    if activations.kind != "none" and activations.scores_bits is not None:
+        attentions(denoiser)
+    if _computes_with_codes(config):
+        _check_codes(config, denoiser)
+
+
+def _check_codes(config: Config, denoiser) -> None:
+    """Raise UserError if no layer will have codes that the product of the activations takes."""
+    from vqdm.acceleration.products import add_products
+    from vqdm.codecs.allocation import assign_schemes
+    from vqdm.weights.layers import quantized_layers, swap_empty
+
+    if config.quantize.kind not in ("none", "peer"):
+        pattern, size = config.model.layers, config.model.min_size
+        swap_empty(denoiser, assign_schemes(denoiser, config.quantize, pattern=pattern, min_size=size).quantized)
+    add_products(denoiser, list(quantized_layers(denoiser)), config.activations.product)
+
+
+def _computes_with_codes(config: Config) -> bool:
+    return config.activations.kind != "none" and config.activations.product != "simulated"
+
+
+def check_products(config: Config, device: str) -> None:
+    """Raise UserError for a device without the products that activations ask for."""
+    if _computes_with_codes(config):
+        from vqdm.acceleration.products import check_device
+
+        check_device(config.activations.product, device)
+
+
 def ensure_acceleration(
     config: Config, store: Store, stages: Quantization, models: Models, *, compressed: Path | None, environment: dict
 ) -> None:

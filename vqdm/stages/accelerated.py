@@ -25,6 +25,7 @@ def _activations(config: Config) -> dict:
     options = ["kind", "bits", "per", "column_scales", "keep"]
     options += ["block"] if own.per == "block" else ["groups"] if own.per == "groups" else []
     options += [] if own.product == "simulated" else ["product"]
+    options += [] if own.scores_bits is None else ["scores_bits", "scores", "bos"]
     layers = {"layers": config.model.layers, "min_size": config.model.min_size}
     return {"activations": _picked(own, *options) | layers}
 

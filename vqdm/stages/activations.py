@@ -16,6 +16,7 @@ from vqdm.acceleration.activations import (
     layers_with_inputs,
 )
 from vqdm.acceleration.products import add_products
+from vqdm.acceleration.scores import quantize_scores
 from vqdm.calibration.calls import sample_batches
 from vqdm.config.acceleration import ActivationsConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig, layer_pattern
@@ -72,15 +73,18 @@ def _stored(quantizer: StaticQuantizer) -> dict[str, Tensor]:
     return {name: (b.half() if b.is_floating_point() else b).cpu() for name, b in quantizer.state_dict().items()}
 
 
-def _add(denoiser: nn.Module, config: ActivationsConfig, model: ModelConfig) -> list[str]:
-    """Put quantizers before the layers of the configuration; returns the layers' names."""
+def _add(denoiser: nn.Module, config: ActivationsConfig, model: ModelConfig) -> None:
+    """Put quantizers before the layers of the configuration, or products of 8 bits into them, and into attention."""
+    if config.scores_bits is not None:
+        quantize_scores(denoiser, bits=config.scores_bits, grid=config.scores, bos=config.bos)
     pattern = layer_pattern(type(denoiser).__name__, model.layers)
     names = layers_with_inputs(denoiser, pattern=pattern, min_size=model.min_size, keep=config.keep)
-    if config.product == "int8":  # these round their inputs themselves
-        whole = add_products(denoiser, names)
-        names = [name for name in names if name not in whole]
+    if config.product != "simulated":  # these round their inputs themselves
+        real = add_products(denoiser, names, config.product)
+        names = [name for name in names if name not in real]
+        if not names:
+            return
     add_quantizers(denoiser, names, settings_of(config))
-    return names
 
 
 def settings_of(config: ActivationsConfig) -> dict:

@@ -1,7 +1,8 @@
 """Work of sampling one image, from shapes alone: multiply-adds of full and cached calls, and bit operations.
 
 A bit operation is a multiply-add times the bits of both its factors (as DGQ and others count); attention's products
-count as 16 × 16. It says nothing of time: where activations are only rounded, everything is computed in floats.
+count as 16 × 16, those with quantized scores as 16 × their bits. It says nothing of time: where activations are only
+rounded, everything is computed in floats.
 """
 
 from dataclasses import asdict, dataclass
@@ -37,10 +38,10 @@ class CallWork:
     def macs(self) -> float:
         return sum(self.layers.values()) + self.attention
 
-    def bit_operations(self, weights: dict[str, float], inputs: dict[str, float]) -> float:
-        """weights, inputs: bits by layer, of those that are quantized."""
+    def bit_operations(self, weights: dict[str, float], inputs: dict[str, float], *, scores: int) -> float:
+        """weights, inputs: bits by layer, of those that are quantized. scores: of attention's, in half its products."""
         own = (macs * weights.get(n, FLOATS) * inputs.get(n, FLOATS) for n, macs in self.layers.items())
-        return sum(own) + self.attention * FLOATS**2
+        return sum(own) + self.attention * FLOATS * (FLOATS + scores) / 2
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,15 @@ def work_of(config: Config, *, weights: dict[str, float], removed: list[str]) ->
     full_calls = ceil(calls / config.cache.interval) if cache_is_on else calls
     inputs = dict.fromkeys(_rounded_layers(config, denoiser), config.activations.bits)
     macs = full_calls * full.macs + (calls - full_calls) * cached.macs
-    bits = full_calls * full.bit_operations(weights, inputs) + (calls - full_calls) * cached.bit_operations(
-        weights, inputs
-    )
+    own = config.activations
+    scores = FLOATS if own.kind == "none" or own.scores_bits is None else own.scores_bits
+    full_bits, cached_bits = (call.bit_operations(weights, inputs, scores=scores) for call in (full, cached))
+    bits = full_calls * full_bits + (calls - full_calls) * cached_bits
     steps = original_sampler(config).steps
     return Work(
         macs=macs,
         relative_macs=macs / (steps * whole.macs),
-        relative_bit_operations=bits / (steps * whole.bit_operations({}, {})),
+        relative_bit_operations=bits / (steps * whole.bit_operations({}, {}, scores=FLOATS)),
         calls=calls,
         full_calls=full_calls,
         cached_call=cached.macs / full.macs,
@@ -151,11 +153,14 @@ def work_lines(config: Config, work: Work, *, removed: list[str], operators: int
         gone = "which operators go is scored first" if unknown else f"{len(removed)} of {operators} operators are gone"
         lines.append(f"prune: {gone}; at least {config.prune.share:.0%} of the weights")
     if config.activations.kind != "none":
-        real = config.activations.product == "int8"
-        how = "int8 products in Linear layers, the others simulated" if real else "simulated, no faster"
+        own = config.activations.product
+        real = f"{own} products in Linear layers, the others simulated"
+        how = "simulated, no faster" if own == "simulated" else real
+        bits = config.activations.scores_bits
+        scores = "stay in 16 bits" if bits is None else f"read scores of {bits} bits"
         lines.append(
             f"activations: {work.input_bits} bits into layers with {work.quantized_inputs:.1%} of the multiply-adds, "
-            f"attention's products ({work.attention:.1%}) stay in 16 bits; {how}"
+            f"attention's products ({work.attention:.1%}) {scores}; {how}"
         )
     if config.cache.kind != "none":
         lines.append(
