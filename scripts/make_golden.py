@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vqdm  # noqa: F401  (before diffusers: the torchvision cure)
+from vqdm.acceleration.activations import add_quantizers, input_quantizers
 from vqdm.acceleration.operators import remove
 from vqdm.acceleration.stored_cache import Schedule, StoredCache, store_cache
 from vqdm.codecs import additive, gptq, low_rank, rtn, trellis
@@ -30,13 +31,24 @@ from vqdm.models.specs import LayerSpec, layer_specs, weight_to_matrix
 from vqdm.runs.files import write_json
 from vqdm.seeds import torch_generator
 from vqdm.weights.base import QuantizedWeight, SharedPart
-from vqdm.weights.layers import swap
+from vqdm.weights.layers import quantized_layers, swap
 from vqdm.weights.trellis import TrellisTable
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # tests/golden/trellis holds wide columns, which the encoder no longer gives to layers of so few outputs
-KINDS = ("rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis_byte", "beside", "low_rank")
+KINDS = (
+    "rtn",
+    "gptq",
+    "adaround",
+    "adaround_split",
+    "additive",
+    "shared",
+    "trellis_byte",
+    "beside",
+    "low_rank",
+    "rounded",
+)
 CODEBOOKS = {"num_codebooks": 2, "codebook_bits": 3, "group_size": 8}
 UNET = {
     "sample_size": 8,
@@ -72,7 +84,7 @@ def encoded(kind: str, matrix: Tensor, spec: LayerSpec, shared: SharedPart | Non
     generator = torch_generator(0, f"golden {kind}", spec.name)
     inputs = torch.randn(2 * matrix.shape[1], matrix.shape[1], generator=generator)
     hessian = inputs.T @ inputs
-    if kind in ("rtn", "beside"):
+    if kind in ("rtn", "beside", "rounded"):
         return rtn.encode(matrix, bits=3)
     if kind == "gptq":
         return gptq.encode(matrix, hessian, bits=3, group_size=16)
@@ -113,10 +125,21 @@ def golden_unet(kind: str) -> nn.Module:
         shared = TrellisTable.from_values(load_table())
     for spec in specs:
         swap(unet, spec, encoded(kind, matrices[spec.name], spec, shared))
-    if kind == "beside":
+    if kind in ("beside", "rounded"):
         remove(unet, ["down_blocks.0.attentions.0.transformer_blocks.0.attn2"])
         store_cache(unet, golden_cache())
+    if kind == "rounded":
+        round_inputs(unet)
     return unet
+
+
+def round_inputs(unet: nn.Module) -> None:
+    """Static grids of 6 bits before every quantized layer, for three groups of channels, from drawn ranges."""
+    settings = {"kind": "static", "bits": 6, "per": "groups", "block": 16, "groups": 3, "column_scales": False}
+    add_quantizers(unet, list(quantized_layers(unet)), settings)
+    for name, quantizer in input_quantizers(unet).items():
+        least, most = torch.randn(2, quantizer.channels, generator=torch_generator(0, "golden ranges", name)).abs()
+        quantizer.fit(-least, most)
 
 
 def golden_cache() -> StoredCache:

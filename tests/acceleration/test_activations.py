@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from quantized import quantized_unet
+from test_structure import compose
 from torch import nn
 from unets import output, small_unet
 
@@ -28,6 +29,7 @@ from vqdm.errors import UserError
 from vqdm.hub.config import VQDMConfig
 from vqdm.hub.pipelines import load_denoiser, save_denoiser
 from vqdm.models.specs import layer_specs
+from vqdm.stages.accelerate import check_acceleration
 from vqdm.weights.layers import quantized_layers
 
 DYNAMIC = {"kind": "dynamic", "bits": 8, "per": "token", "block": 16, "groups": 8, "column_scales": False}
@@ -196,6 +198,14 @@ def test_devices_without_8_bit_floats_are_refused(device, capability, fine, monk
 def test_codes_that_no_product_fits_are_refused(product, bits):
     with pytest.raises(UserError, match=f"scalar codes of up to {bits} bits"):
         add_products(quantized_unet("trellis"), names_in(small_unet()), product)
+
+
+def test_codes_without_a_product_are_refused_before_any_work():
+    asked = ("activations=a8", "activations.product=fp8")
+    check_acceleration(compose("+experiment=tiny_codec", "quantize=gptq4", *asked))
+    for other in ("quantize=trellis3", "quantize=none", "quantize=gptq4 quantize.group_size=16"):
+        with pytest.raises(UserError, match="no layer has them"):
+            check_acceleration(compose("+experiment=tiny_codec", *other.split(), *asked))
 
 
 def test_the_layers_are_those_that_are_quantized():

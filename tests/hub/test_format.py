@@ -10,8 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from format_reader import FormatError, fingerprint, read
 from quantized import KINDS, checkpoint_bytes, quantized_unet
+from safetensors.torch import load_file
 from torch import nn
 
+from vqdm.acceleration.activations import input_quantizers
+from vqdm.acceleration.operators import removed_operators
+from vqdm.acceleration.stored_cache import CACHE_NAME
 from vqdm.models.specs import spec_of
 from vqdm.seeds import torch_generator
 from vqdm.weights.additive import AdditiveScheme
@@ -132,8 +136,8 @@ def test_a_saved_unet_of_every_kind(kind, tmp_path):
 
 def test_there_is_a_golden_checkpoint_of_every_codec():
     kinds = {"rtn", "gptq", "adaround", "adaround_split", "additive", "shared", "trellis", "trellis_byte"}
-    assert set(GOLDEN_KINDS) >= kinds | {"beside", "low_rank"}
-    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 440_000
+    assert set(GOLDEN_KINDS) >= kinds | {"beside", "low_rank", "rounded"}
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 480_000
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)
@@ -144,6 +148,21 @@ def test_golden_checkpoints_decode_to_the_recorded_bits(kind):
     loaded = UNet2DConditionModel.from_pretrained(GOLDEN / kind)
     assert not differing(loaded, weights)
     assert loaded.conv_in.weight.abs().sum() > 0
+
+
+def test_a_golden_checkpoint_has_what_is_beside_the_codes():
+    """Operators that are gone, grids of the layers' inputs and a cache, as they were saved."""
+    loaded, saved = UNet2DConditionModel.from_pretrained(GOLDEN / "rounded"), load_file(GOLDEN / "rounded" / WEIGHTS)
+    assert removed_operators(loaded) == ["down_blocks.0.attentions.0.transformer_blocks.0.attn2"]
+    assert loaded._modules[CACHE_NAME].schedule.full == (0, 2, 5)
+    quantizers = input_quantizers(loaded)
+    assert set(quantizers) == set(quantized_layers(loaded)) and len(quantizers) > 5
+    for name, quantizer in quantizers.items():
+        read_grid = {part: saved[f"{name}.inputs.{part}"] for part in ("scale", "zero", "group")}
+        assert all(torch.equal(quantizer.get_buffer(part).to(grid), grid) for part, grid in read_grid.items())
+        values = quantizer.scale[quantizer.group.long()] * 63 + quantizer.zero[quantizer.group.long()]  # the highest
+        shaped = values[None, :, None, None] if quantizer.conv else values[None]
+        assert torch.allclose(quantizer(2 * shaped.abs() + 9), shaped)
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)
