@@ -64,50 +64,27 @@ def prune(config: Config, calibrate: Stage, model: str) -> dict[str, Stage]:
     return {"scores": scores, "prune": Stage("prune", VERSIONS["prune"], label, chosen, upstream | {"scores": scores})}
 
 
-def schedule(
+def looking(
     config: Config, prompts: PromptList | None, label: str, *, sampler: SamplerConfig, upstream: dict
-) -> Stage | None:
-    """The stage that measures what reusing features costs; None for schedules that need no data."""
-    if config.cache.kind == "none" or config.cache.schedule != "dynamic":
-        return None
-    options = _sampled(config, prompts, sampler, config.cache.prompts) | _picked(config.cache, "interval", "depth")
-    return Stage("schedule", VERSIONS["schedule"], label, options, upstream)
+) -> dict[str, Stage]:
+    """The stages that look at a denoiser while it samples, each after those before it; empty without.
 
+    schedule: what reusing features costs. activations: static ranges, with the cache running. correct: the cache's
+    corrections, which see everything else.
+    """
+    cache, found = config.cache, {}
 
-def activations(
-    config: Config,
-    prompts: PromptList | None,
-    label: str,
-    *,
-    sampler: SamplerConfig,
-    upstream: dict,
-    schedule: Stage | None,
-) -> Stage | None:
-    """The stage that finds static ranges, with the cache running; None without."""
-    if config.activations.kind != "static":
-        return None
-    options = _sampled(config, prompts, sampler, config.activations.prompts) | settings(config)
-    upstream = upstream if schedule is None else upstream | {"schedule": schedule}
-    return Stage("activations", VERSIONS["activations"], label, options, upstream)
+    def add(name: str, count: int, chosen: dict) -> None:
+        options = _sampled(config, prompts, sampler, count) | chosen
+        found[name] = Stage(name, VERSIONS[name], label, options, upstream | found)
 
-
-def correct(
-    config: Config,
-    prompts: PromptList | None,
-    label: str,
-    *,
-    sampler: SamplerConfig,
-    upstream: dict,
-    schedule: Stage | None,
-    activations: Stage | None,
-) -> Stage | None:
-    """The stage that fits the cache's corrections; None without."""
-    if config.cache.kind == "none" or config.cache.correction == "none":
-        return None
-    options = _sampled(config, prompts, sampler, config.cache.prompts) | settings(config)
-    others = {"schedule": schedule, "activations": activations}
-    upstream = upstream | {name: stage for name, stage in others.items() if stage is not None}
-    return Stage("correct", VERSIONS["correct"], label, options, upstream)
+    if cache.kind != "none" and cache.schedule == "dynamic":
+        add("schedule", cache.prompts, _picked(cache, "interval", "depth"))
+    if config.activations.kind == "static":
+        add("activations", config.activations.prompts, settings(config))
+    if cache.kind != "none" and cache.correction != "none":
+        add("correct", cache.prompts, settings(config))
+    return found
 
 
 def _sampled(config: Config, prompts: PromptList, sampler: SamplerConfig, count: int) -> dict:

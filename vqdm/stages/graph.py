@@ -329,16 +329,9 @@ def build_quantization(config: Config, *, cache: Path) -> Quantization:
 def _cached(config: Config, found: Quantization, model: Stage | str) -> Quantization:
     """Add the stages of a cache and of activations that look at the denoiser while it samples."""
     upstream = {"model": model} if found.denoiser is None else {"model": model, found.denoiser.name: found.denoiser}
-    label, sampler = (
-        f"{name_of(config, model)}-fp" if found.denoiser is None else found.denoiser.label,
-        image_sampler(config),
-    )
-    schedule = accelerated.schedule(config, found.prompts, label, sampler=sampler, upstream=upstream)
-    found = dataclasses.replace(found, schedule=schedule)
-    common = {"sampler": sampler, "upstream": upstream, "schedule": schedule}
-    ranges = accelerated.activations(config, found.prompts, label, **common)
-    correct = accelerated.correct(config, found.prompts, label, **common, activations=ranges)
-    return dataclasses.replace(found, activations=ranges, correct=correct)
+    label = f"{name_of(config, model)}-fp" if found.denoiser is None else found.denoiser.label
+    looking = accelerated.looking(config, found.prompts, label, sampler=image_sampler(config), upstream=upstream)
+    return dataclasses.replace(found, **looking)
 
 
 def build_graph(config: Config, *, cache: Path) -> Graph:
