@@ -28,7 +28,7 @@ def loss_curves(history: dict | None = None, blocks: list[dict] | None = None):
 def _draw_history(axes, history: dict) -> list:
     """Draw losses by step: a step's loss belongs to the weights before it, so the first stands at 0."""
     steps = [found["step"] for found in history["validations"]]
-    losses = [found["loss"] for found in history["validations"]]
+    losses = [found.get("loss", found.get("distance")) for found in history["validations"]]  # distance: of matching
     best = min(range(len(losses)), key=lambda i: (losses[i], steps[i]))
     axes.plot(range(len(history["losses"])), history["losses"], color=_TRAINING, linewidth=0.8, label="training")
     look = {"color": _VALIDATION, "marker": "o", "markersize": 3}
