@@ -304,7 +304,7 @@ PRESETS = ("rtn3", "rtn4", "gptq3", "gptq4", "vq2", "vq3", "vq4", "trellis2", "t
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_schemes_name_means_what_the_preset_means(name):
-    from test_structure import compose
+    from composed import compose
 
     assert parse_scheme(name) == compose(f"quantize={name}").quantize
 

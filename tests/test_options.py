@@ -4,20 +4,13 @@ import dataclasses
 import math
 import typing
 
-import hydra
 import pytest
+from composed import compose
 
 from vqdm.config.codecs import OPTIONS, TrellisConfig
-from vqdm.config.compose import register_schemas, to_config
 from vqdm.config.options import Config
 from vqdm.config.ranges import check_fields, number
 from vqdm.errors import UserError
-
-
-def compose(*overrides):
-    register_schemas()
-    with hydra.initialize(version_base="1.3", config_path="../conf"):
-        return to_config(hydra.compose("config", list(overrides)))
 
 
 def _numeric_fields(kind, prefix=""):

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
+from composed import compose
 
-from vqdm.config.compose import register_schemas, to_config
 from vqdm.errors import UserError
 from vqdm.metrics.families import FAMILIES
 from vqdm.report.experiments import read_table
@@ -156,12 +155,6 @@ def test_nothing_uses_torchs_global_random_state():
     assert users == {"vqdm.seeds"}
 
 
-def compose(*overrides: str):
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        return to_config(hydra.compose("config", list(overrides)))
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes(name):
     config = compose(f"+experiment={name}", *NEEDED.get(name, []))
@@ -176,7 +169,7 @@ def _compose_rows(rows) -> list:
 def test_every_table_names_experiments(name):
     table = read_table(ROOT / "experiments" / f"{name}.yaml")
     assert {row.experiment for row in table.rows} <= set(EXPERIMENTS)
-    assert {config.model.name for config in _compose_rows([table.rows[0], table.rows[-1]])} == {table.model}
+    assert compose(*table.rows[-1].overrides_of_runs()[0]).model.name == table.model
 
 
 @pytest.mark.slow
@@ -194,8 +187,8 @@ def test_every_row_of_a_table_composes_and_has_its_columns(name):
 
 
 @pytest.mark.parametrize(
-    "kind", ["model", "few_step", "calibration", "quantize", "finetune", "cache", "evaluate", "tracker", "tiny_train"]
-)
+    "kind", ["model", "few_step", "calibration", "finetune", "cache", "evaluate", "tracker", "tiny_train"]
+)  # and quantize in config/test_codec_options.py
 def test_every_option_of_a_group_composes(kind):
     names = sorted(path.stem for path in (ROOT / "conf" / kind).glob("*.yaml"))
     for name in names:

@@ -1,7 +1,7 @@
 """With caching, activations and pruning off, whatever their options say, no fingerprint is another."""
 
 import pytest
-from test_structure import compose
+from composed import compose
 
 from vqdm.stages.graph import build_graph
 

@@ -6,36 +6,29 @@ from pathlib import Path
 
 import hydra
 import pytest
+from composed import CONF, compose, composed_by_hydra
 from hydra.errors import HydraException
 
 from vqdm.config.codecs import OPTIONS, AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig, parse_scheme
-from vqdm.config.compose import one_line, register_schemas, to_config
+from vqdm.config.compose import one_line, to_config
 from vqdm.errors import UserError
 from vqdm.stages.graph import build_quantization
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PRESETS = sorted(path.stem for path in (ROOT / "conf" / "quantize").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (CONF / "quantize").glob("*.yaml"))
 # The first 16 digits by stage, recorded before the codecs' options were taken apart: results made then are found again.
 # A number raised in VERSIONS, a codec's version, a preset's options (qdiffusion4 splits shortcuts since) or a new tiny
 # model changes them; nothing else may.
 RECORDED = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def compose():
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        yield lambda *overrides: to_config(hydra.compose("config", list(overrides)))
-
-
 @pytest.mark.parametrize("case", RECORDED)
-def test_fingerprints_are_those_recorded(case, compose, tmp_path):
+def test_fingerprints_are_those_recorded(case, tmp_path):
     stages = build_quantization(compose("+experiment=tiny_codec", *case.split()), cache=tmp_path / "hashes").named()
     found = {name: stage.fingerprint[:16] for name, stage in stages.items()}
     assert found | {"label": stages["quantize"].label} == RECORDED[case]
 
 
-def test_what_changes_for_narrow_layers_only_has_another_fingerprint_with_them_only(compose, tmp_path):
+def test_what_changes_for_narrow_layers_only_has_another_fingerprint_with_them_only(tmp_path):
     made = [
         build_quantization(compose("+experiment=tiny_codec", "quantize=trellis3", f"model.min_size={size}"),
                            cache=tmp_path / "hashes").quantize.config
@@ -44,14 +37,24 @@ def test_what_changes_for_narrow_layers_only_has_another_fingerprint_with_them_o
     assert ["scalar_bits" in config for config in made] == [False, False, True]
 
 
+def test_configurations_of_tests_are_those_of_hydra():
+    overrides = ("quantize.bits=2", "+experiment=tiny_codec", "quantize=rtn4", "evaluate.metrics=[tiny]", "threads=1")
+    assert compose(*overrides) == to_config(composed_by_hydra(*overrides))
+    with pytest.raises(HydraException) as ours:
+        compose(*overrides, "quantize.bit=3")
+    with pytest.raises(HydraException) as theirs:
+        composed_by_hydra(*overrides, "quantize.bit=3")
+    assert one_line(ours.value) == one_line(theirs.value)
+
+
 def test_every_preset_is_recorded():
     of_codecs = set(PRESETS) - {"none", "peer"}  # a peer's fingerprint has the versions of what is installed
     assert {f"quantize={name}" for name in of_codecs} <= set(RECORDED)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_has_the_options_of_its_codec_only(preset, compose):
-    config = compose(f"quantize={preset}").quantize
+def test_a_preset_has_the_options_of_its_codec_only(preset):
+    config = compose("+experiment=tiny_codec", f"quantize={preset}").quantize
     assert type(config) is OPTIONS[config.kind]
     assert set(vars(config)) == {field.name for field in dataclasses.fields(config)}
 
@@ -107,7 +110,7 @@ def test_names_give_bits_and_groups():
         (["model.sampler.guidance=inf"], "model.sampler.guidance=inf must be"),
     ],
 )
-def test_what_is_no_option_is_refused_in_one_line(overrides, said, compose):
+def test_what_is_no_option_is_refused_in_one_line(overrides, said):
     with pytest.raises((UserError, HydraException)) as error:
         compose(*overrides)
     line = one_line(error.value)
@@ -123,11 +126,12 @@ def test_options_are_checked_in_python_too():
         OPTIONS["none"](kind="rtn").check()
 
 
-def test_a_sweep_over_all_quantizers_leaves_the_schemas_out(compose):
+def test_a_sweep_over_all_quantizers_leaves_the_schemas_out():
     """Presets are what remains when Hydra expands quantize='glob(*,exclude=base_*)'."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    loader = GlobalHydra.instance().config_loader()
-    (override,) = OverridesParser.create(loader).parse_overrides(["quantize=glob(*,exclude=base_*)"])
-    assert sorted(override.sweep_string_iterator()) == PRESETS
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        loader = GlobalHydra.instance().config_loader()
+        (override,) = OverridesParser.create(loader).parse_overrides(["quantize=glob(*,exclude=base_*)"])
+        assert sorted(override.sweep_string_iterator()) == PRESETS

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import hydra
+import composed
 import pytest
 
-from vqdm.config.compose import register_schemas, to_config
 from vqdm.report.experiments import read_table
 from vqdm.stages.graph import build_stages
 
@@ -27,9 +26,7 @@ def compose(tmp_path_factory):
     captions.write_text("captions\n" + "".join(f"a caption of number {i}\n" for i in range(6000)))
     lists = [f"calibration.path={captions}", "calibration.column=captions"]
     lists += [f"evaluate.prompts.path={captions}", "evaluate.prompts.sha256=null"]
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        yield lambda *overrides: to_config(hydra.compose("config", [*overrides, *lists]))
+    return lambda *overrides: composed.compose(*overrides, *lists)
 
 
 def fingerprints(config, cache: Path) -> dict[str, str]:

@@ -7,12 +7,11 @@ import io
 import json
 from pathlib import Path
 
-import hydra
 import pytest
+from composed import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqdm.config.compose import register_schemas, to_config
 from vqdm.errors import UserError
 from vqdm.prompts import PromptList, load_prompts
 
@@ -267,9 +266,7 @@ def test_a_pin_that_is_no_sha256_is_refused(pin):
 
 
 def preset(name, *overrides):
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        return to_config(hydra.compose("config", [f"evaluate={name}", *overrides])).evaluate.prompts
+    return compose(f"evaluate={name}", *overrides).evaluate.prompts
 
 
 def load_preset(config, path):

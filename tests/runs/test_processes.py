@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from safetensors.torch import load_file
-from test_structure import compose
 from tiny_world import ROOT, command, environment, run
 
 from vqdm import pipeline

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from composed import compose
 from PIL import Image
-from test_structure import compose
 
 from vqdm import pipeline
 from vqdm.runs.store import read_item, write_item

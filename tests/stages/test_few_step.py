@@ -4,15 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
+from composed import compose
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from tiny_world import FEW, ROOT, run
 from unets import small_unet
 
-from vqdm.config.compose import register_schemas, to_config
 from vqdm.config.options import ModelConfig
 from vqdm.errors import UserError
 from vqdm.few_step.train import Training
@@ -30,12 +29,6 @@ SMALL = (
 )  # fmt: skip
 # a student's own steps, which the tests' four would replace
 RUN = (*(option for option in FEW if not option.startswith("model.sampler.steps")), *SMALL, "evaluate.prompts.n=4")
-
-
-def compose(*overrides: str):
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        return to_config(hydra.compose("config", list(overrides)))
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from PIL import Image
 from safetensors.torch import load_file
-from test_structure import compose
 from tiny_world import run
 
 from vqdm import pipeline

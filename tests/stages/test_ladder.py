@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from test_structure import compose
+from composed import compose
 from tiny_world import FEW, run
 
 from vqdm.stages.experiment import rungs

@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
-import hydra
 import pytest
 import torch
+from composed import compose
 from diffusers import AutoencoderKL
 from tiny_world import FEW, ROOT, environment, run
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -15,7 +15,6 @@ from vqdm.codecs.allocation import assign_part, planned_bits
 from vqdm.codecs.encode import matrix_of
 from vqdm.codecs.rtn import encode
 from vqdm.config.codecs import RtnConfig, TrellisConfig
-from vqdm.config.compose import register_schemas, to_config
 from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.config.parts import PartsConfig
 from vqdm.errors import UserError
@@ -32,13 +31,6 @@ from vqdm.weights.layers import QuantizedEmbedding, swap, swap_empty
 
 MODEL = ROOT / "vqdm" / "models" / "tiny"
 KINDS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection, "vae": AutoencoderKL}
-
-
-@pytest.fixture(scope="module")
-def compose():
-    register_schemas()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        yield lambda *overrides: to_config(hydra.compose("config", list(overrides)))
 
 
 def loaded(part: str):
@@ -119,7 +111,7 @@ def test_schemes_that_make_no_sense_are_one_line(options, message):
         PartsConfig(**options).codecs()
 
 
-def test_the_plan_foretells_every_part_s_bytes(compose):
+def test_the_plan_foretells_every_part_s_bytes():
     """SDXL's whole pipeline, 6.9 GB in 16 bit, stays within 1.5 GB; no weights are needed to say so."""
     config = compose("+experiment=sdxl_trellis3", "parts=small")
     directory = configs_directory(config.model)

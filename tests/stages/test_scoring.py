@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from composed import compose
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
-from test_structure import compose
 
 from vqdm.config.options import EvaluateConfig
 from vqdm.errors import UserError

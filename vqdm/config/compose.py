@@ -44,6 +44,8 @@ GROUPS = {
 def register_schemas() -> None:
     """Register `base_<group>` for each group's YAML and `base_<kind>` for codecs, so that unknown keys fail early."""
     store = ConfigStore.instance()
+    if "base_config.yaml" in store.repo:
+        return
     store.store(name="base_config", node=schema.Config)
     for group, node in GROUPS.items():
         store.store(group=group, name=f"base_{group}", node=node)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_structure import compose
+from composed import compose
 
 from vqdm.config.checks import check
 from vqdm.errors import UserError

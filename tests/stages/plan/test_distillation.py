@@ -5,8 +5,8 @@ from functools import cache, partial
 
 import pytest
 import torch
+from composed import compose
 from diffusers import UNet2DConditionModel
-from test_structure import compose
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from unets import SMALL

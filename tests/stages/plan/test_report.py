@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from composed import compose
 from diffusers import UNet2DConditionModel
 from quantized import checkpoint_bytes
-from test_structure import compose
 from tiny_world import ROOT, run
 from unets import sdxl_unet
 
