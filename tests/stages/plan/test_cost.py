@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from test_structure import compose
+from composed import compose
 from unets import sdxl_unet, small_unet
 
 from vqdm.calibration.hessian import add_second_moment
