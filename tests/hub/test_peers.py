@@ -43,6 +43,7 @@ def test_bits_count_every_tensor_once_with_floats_in_16_bit(tmp_path):
     assert found["bits_per_weight"] == 8 * (coded + plain) / (2048 + 32 + 512)
 
 
+@pytest.mark.slow
 def test_sdnq_stores_what_its_codes_and_scales_take(tmp_path):
     unet = tiny_unet()
     loaded, directory = made(tmp_path, unet, library="sdnq", weights="uint4")
@@ -98,6 +99,7 @@ def test_options_that_make_no_sense_are_one_line(options, message):
         PeerConfig(**options).check()
 
 
+@pytest.mark.slow
 def test_a_row_that_a_library_refuses_stays_not_run_with_its_reason(tmp_path):
     """Here there is no bitsandbytes, or no GPU for it."""
     if torch.cuda.is_available():
