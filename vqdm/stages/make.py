@@ -306,6 +306,7 @@ def ensure_distilled(
         models.release()
         scratch = SCRATCH["tune_blocks"]
         tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
+        return_freed_memory()  # pipelines refer to themselves: the tuned one would lie beside what is loaded next
     if stages.finetune is None:
         return tuned
     if stages.trajectories is None:
