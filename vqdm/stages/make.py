@@ -43,6 +43,7 @@ class Models:
     def teacher(self):
         from vqdm.models.loader import load_pipeline
 
+        return_freed_memory()  # a student that was trained refers to itself: it would lie beside what is loaded now
         return load_pipeline(self.model, device=self.device)
 
     def originals(self):
@@ -306,7 +307,6 @@ def ensure_distilled(
         models.release()
         scratch = SCRATCH["tune_blocks"]
         tuned = store.ensure(stages.tune_blocks, make_tuned, environment=environment, scratch=scratch)
-        return_freed_memory()  # pipelines refer to themselves: the tuned one would lie beside what is loaded next
     if stages.finetune is None:
         return tuned
     if stages.trajectories is None:
