@@ -130,9 +130,9 @@ def publish(name: str, rows: list[dict], results: Path) -> None:
     """Write the rows as Markdown and CSV, and as JSON where they come from."""
     check_file_name("--publish", name)
     folder, command = results / "published", shlex.join(["python", "scripts/measured_stages.py", *sys.argv[1:]])
+    about = {"command": command, **provenance(), "machine": platform.machine()}  # before these files are changes
     atomic_write(folder / f"{name}.md", f"{table(rows)}\n\nTo make it: `{command}`.\n".encode())
     atomic_write(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False).encode())
-    about = {"command": command, **provenance(), "machine": platform.machine()}
     write_json(folder / f"{name}.json", about | {"files": [f"{name}.md", f"{name}.csv"]})
 
 

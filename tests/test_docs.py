@@ -44,5 +44,10 @@ def test_the_readmes_table_is_the_published_one():
     assert all(f" [{float(value):.2f}] |" in shown[method] for method, value in spread.items()), "over seeds"
 
 
+def test_sdxls_table_is_the_published_one():
+    table = (ROOT / "results" / "published" / "sdxl_random.md").read_text().split("\n\n")[0]
+    assert f"\n{table}\n" in (ROOT / "docs" / "sdxl.md").read_text()
+
+
 def test_the_formats_worked_example_is_what_is_really_stored():
     assert f"```\n{worked_example()}\n```" in (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
