@@ -27,9 +27,9 @@ from vqdm.stages.plan.rates import ASSUMED, Rates, card_rates
 from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure_step, prepare_student
 
-# free pieces of glibc's heap for each weight that is decoded, where nothing of torch lies: fitted to one step of SDXL
-# by rtn4, not foretold; 1.7 in later steps of a smaller U-Net (scripts/lab/heap_of_training.py, docs/sdxl.md)
-HEAP_BYTES = 1.3
+# free pieces of glibc's heap for each weight that is decoded, where nothing of torch lies: measured, not foretold.
+# 1.7 on a smaller U-Net (scripts/lab/heap_of_training.py, docs/sdxl.md); SDXL itself had 1.3, 1.7 and 1.8 in three runs
+HEAP_BYTES = 1.7
 FILE_COPIES = 2  # of a denoiser's codes, while it is written
 MOMENTS = 2  # of Adam, in fp32 as all that trains
 
