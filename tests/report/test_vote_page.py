@@ -113,7 +113,7 @@ def test_undo_reload_and_saving_in_between(browser_page, study, tmp_path):
     assert [vote["choice"] for vote in early["votes"]] == ["left", "tie", "left"]
     assert early["votes"][2]["ms"] > 600  # of both showings, 300 ms at least each
     page.reload()
-    page.get_by_text(f"3 of {total} votes by cy are kept here.", exact=True).wait_for()  # read after the page has loaded
+    page.get_by_text(f"3 of {total} votes by cy are kept here.", exact=True).wait_for()  # after loading
     assert page.get_by_label("Your rater name").input_value() == "cy"
     page.get_by_role("button", name="Go on").click()
     ready(page, 4)
