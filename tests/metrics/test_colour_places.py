@@ -1,4 +1,4 @@
-"""Where a colour sits: restored layers against closed forms, and all of them against the run that they come from."""
+"""The search for where a colour sits: restored layers against closed forms, and all of them against their own run."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """Checkpoints of a student in training, as items of its stage: the last one and the best one."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,13 +45,7 @@ class Checkpoints:
         names = {parameter: name for name, parameter in self.parameters.items()}
         tensors = {f"trained.{name}": tensor for name, tensor in self._tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, names)
-        tensors["losses"] = torch.tensor(state.losses, dtype=torch.float64, device="cpu")
-        name = _name(state.step)
-        content = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        write_item(self.directory, name, {_file(name): content}, {"step": state.step, "validations": state.validations})
-        for other in item_names(self.directory, "step-"):
-            if other not in (name, _name(state.best["step"])):
-                remove_item(self.directory, other, [_file(other)])
+        write_checkpoint(self.directory, state, tensors, keep=(state.best["step"],))
 
     def restore(self) -> State:
         """Load the last checkpoint that is whole and whose best one is whole too; a new state if there is none."""
@@ -59,7 +54,7 @@ class Checkpoints:
             if record is None:
                 continue
             state = State(record["step"], [], record["validations"])
-            if read_item(self.directory, _name(state.best["step"])) is None:
+            if read_item(self.directory, checkpoint_name(state.best["step"])) is None:
                 continue
             tensors = self._load(name)
             names = {parameter: key for key, parameter in self.parameters.items()}
@@ -69,7 +64,7 @@ class Checkpoints:
         return State()
 
     def load_best(self, state: State) -> None:
-        self._load(_name(state.best["step"]))
+        self._load(checkpoint_name(state.best["step"]))
 
     def _tensors(self) -> dict[str, Tensor]:
         """Tensors that training changes: parameters, and the codes of weights that drift."""
@@ -82,13 +77,30 @@ class Checkpoints:
 
     @torch.no_grad()
     def _load(self, name: str) -> dict[str, Tensor]:
-        tensors = load((self.directory / _file(name)).read_bytes())
+        tensors = read_checkpoint(self.directory, name)
         for key, own in self._tensors().items():
             own.copy_(tensors[f"trained.{key}"])
         return tensors
 
 
-def _name(step: int) -> str:
+def write_checkpoint(directory: Path, state: State, tensors: dict[str, Tensor], *, keep: Iterable[int] = ()) -> None:
+    """Write a state and its tensors as the item of its step; remove those of other steps, except `keep`."""
+    name = checkpoint_name(state.step)
+    tensors = tensors | {"losses": torch.tensor(state.losses, dtype=torch.float64, device="cpu")}
+    content = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    write_item(directory, name, {_file(name): content}, {"step": state.step, "validations": state.validations})
+    kept = {name, *map(checkpoint_name, keep)}
+    for other in item_names(directory, "step-"):
+        if other not in kept:
+            remove_item(directory, other, [_file(other)])
+
+
+def read_checkpoint(directory: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that is whole."""
+    return load((directory / _file(name)).read_bytes())
+
+
+def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 

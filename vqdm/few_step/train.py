@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from vqdm.calibration.blocks import device_of
 from vqdm.config.few_step import FewStepConfig
-from vqdm.distillation.checkpoints import State
+from vqdm.distillation.checkpoints import State, read_checkpoint, write_checkpoint
 from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restore_optimizer
 from vqdm.distillation.trajectories import Trajectories
 from vqdm.errors import UserError
@@ -26,7 +24,7 @@ from vqdm.few_step.divergences import Discriminator, Divergence
 from vqdm.few_step.pairs import Pairs, read_pairs, sampled, student_scheduler
 from vqdm.runs import progress
 from vqdm.runs.device import one_order_of_sums
-from vqdm.runs.items import item_names, read_item, remove_item, write_item
+from vqdm.runs.items import item_names, read_item
 from vqdm.seeds import torch_generator
 
 DISTANCE = "distance"  # what validations compare
@@ -219,18 +217,12 @@ class Training:
 
     def _save(self, history: State) -> None:
         """Write the checkpoint beside the last one, which is removed then."""
-        tensors = {"losses": torch.tensor(history.losses, dtype=torch.float64, device="cpu")}
+        tensors = {}
         for prefix, network in (("average", self.average), ("best", self.best)):
             tensors |= {f"{prefix}.{key}": tensor for key, tensor in stored(network).items()}
         for learner in self.learners:
             tensors |= learner.tensors()
-        name = f"step-{history.step:06d}"
-        content = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        record = {"step": history.step, "validations": history.validations}
-        write_item(self.directory, name, {_file(name): content}, record)
-        for other in item_names(self.directory, "step-"):
-            if other != name:
-                remove_item(self.directory, other, [_file(other)])
+        write_checkpoint(self.directory, history, tensors)
 
     def _restore(self) -> State:
         """Load the last checkpoint that is whole; a new history if there is none."""
@@ -238,7 +230,7 @@ class Training:
             record = read_item(self.directory, name)
             if record is None:
                 continue
-            tensors = load((self.directory / _file(name)).read_bytes())
+            tensors = read_checkpoint(self.directory, name)
             for prefix, network in (("average", self.average), ("best", self.best)):
                 load_stored(network, {key: tensors[f"{prefix}.{key}"] for key in stored(network)})
             for learner in self.learners:
@@ -246,7 +238,3 @@ class Training:
                 learner.restore(tensors, steps=record["step"] * turns)
             return State(record["step"], tensors["losses"].tolist(), record["validations"], judged_by=DISTANCE)
         return State(judged_by=DISTANCE)
-
-
-def _file(name: str) -> str:
-    return f"checkpoints/{name}.safetensors"

@@ -1,4 +1,4 @@
-"""Where a caption's colour sits: one group of layers acts as for another caption, and the picture shows which.
+"""A search for where a caption's colour sits: one group of layers acts as for another caption, the picture shows which.
 
 Two captions differ in one colour. From the same noise the model samples with the second one while one group's outputs,
 at every step, are those of a run with the first: causal mediation with restored activations (Meng et al.,
