@@ -77,7 +77,8 @@ def test_pairs_are_read_with_their_own_captions(files):
 
 @pytest.mark.parametrize("kind", ["direct", "reflow", "dmd", "fdistill", "hipa", "codes"])
 def test_a_killed_training_goes_on_to_the_same_bytes(kind, files, tmp_path, monkeypatch):
-    make = partial(of_codes, kind="dmd", keep="last") if kind == "codes" else partial(training, kind=kind, keep="last")
+    of_kind = {"codes": partial(of_codes, kind="dmd"), "dmd": partial(training, kind="dmd", critic_first=3)}
+    make = partial(of_kind.get(kind, partial(training, kind=kind)), keep="last")
     whole, history = make(tmp_path / "whole", files).run()
     stopped, save = make(tmp_path / "killed", files), Training._save
 
@@ -138,6 +139,23 @@ def test_the_critic_of_matching_follows_the_student_and_the_teacher_stays(files,
     assert any(not torch.equal(critic[name], before[name]) for name in before)
     state = made.learners[1].optimizer.state
     assert {float(own["step"]) for own in state.values()} == {4.0}, "two of its steps for each of the student's"
+
+
+def test_the_critic_may_learn_before_the_students_first_step(files, tmp_path):
+    made = training(tmp_path, files, kind="dmd", steps=2, critic_first=5)
+    start, order = stored(copy.deepcopy(made.learners[0].network)), []
+    for learner in made.learners:
+
+        def noted(number, generator, *, config, learner=learner, step=learner.step):
+            order.append(learner.name)
+            if learner is made.learners[1] and len(order) <= 5:
+                student = stored(made.learners[0].network)
+                assert all(torch.equal(student[name], start[name]) for name in start)
+            return step(number, generator, config=config)
+
+        learner.step = noted
+    made.run()
+    assert order == ["critic"] * 5 + ["critic", "critic", "student"] * 2
 
 
 def test_a_loss_that_is_not_finite_is_one_line(files, tmp_path):

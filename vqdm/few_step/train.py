@@ -168,6 +168,8 @@ class Training:
         shown = progress.bar("few_step", config.steps, unit="step")
         with one_order_of_sums(self.device), shown as bar:
             bar.skip(history.step, items=history.step)
+            if not history.validations:
+                self._teach_first(critics)
             self._check(history)
             for step in range(history.step, config.steps):
                 for critic in critics:
@@ -181,6 +183,13 @@ class Training:
                 bar.add(note=f"loss {loss:.5f}")
                 self._check(history)
         return self.best if config.keep == "best" else self.average, history
+
+    def _teach_first(self, critics: list[Learner]) -> None:
+        """Steps of those that judge before the student's first, at their full rate: they begin as the teacher."""
+        for turn in progress.over(range(self.config.critic_first), "critic", unit="step"):
+            for critic in critics:
+                generator = torch_generator(self.config.seed, f"few_step/{critic.name}/first", turn)
+                critic.step(self.config.warmup, generator, config=self.config)
 
     @torch.no_grad()
     def _follow(self, step: int) -> None:
@@ -234,7 +243,8 @@ class Training:
             for prefix, network in (("average", self.average), ("best", self.best)):
                 load_stored(network, {key: tensors[f"{prefix}.{key}"] for key in stored(network)})
             for learner in self.learners:
-                turns = 1 if learner is self.learners[0] else self.config.critic_steps
-                learner.restore(tensors, steps=record["step"] * turns)
+                turns, first = self.config.critic_steps, self.config.critic_first
+                taken = record["step"] if learner is self.learners[0] else first + turns * record["step"]
+                learner.restore(tensors, steps=taken)
             return State(record["step"], tensors["losses"].tolist(), record["validations"], judged_by=DISTANCE)
         return State(judged_by=DISTANCE)

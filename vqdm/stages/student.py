@@ -26,7 +26,7 @@ _TRAINING = (
     "kind", "steps", "batch_size", "learning_rate", "warmup", "decay_from", "average", "precision", "seed",
     "check_every", "validated_steps", "keep", "validation",
 )  # fmt: skip
-_MATCHING = ("divergence", "critic_steps", "critic_rate", "teacher_guidance")
+_MATCHING = ("divergence", "critic_steps", "critic_first", "critic_rate", "teacher_guidance")
 _OF_KIND = {
     "dmd": _MATCHING,
     "fdistill": (*_MATCHING, "adversarial_weight"),
