@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from vqdm.few_step.losses import Matching, Schedule, direct, one_step, uniform_in, velocity
+from vqdm.few_step.losses import Consistency, Grid, Matching, Schedule, direct, one_step, uniform_in, velocity
 from vqdm.few_step.pairs import Pairs, sampled, student_scheduler
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
@@ -80,6 +80,81 @@ def test_the_direct_loss_is_zero_for_the_teachers_own_image_and_one_step_is_ddim
     by_library = sampled(wrong, pairs, student_scheduler(SCHEDULER), steps=1)
     torch.testing.assert_close(one_step(wrong, pairs, SCHEDULE), by_library, atol=1e-4, rtol=1e-4)
     assert direct(wrong, pairs, SCHEDULE, None) > 1
+
+
+SPREAD = 0.7  # of the clean latents of a world that is a Gaussian
+
+
+def gaussian_noise(latents, times):
+    """The noise that is expected in latents of that world, in closed form."""
+    alpha = SCHEDULER.alphas_cumprod[times].view(-1, 1, 1, 1)
+    return (1 - alpha).sqrt() * latents / (alpha * SPREAD**2 + 1 - alpha)
+
+
+def by_the_library(steps: int) -> tuple[DDIMScheduler, torch.Tensor]:
+    """DDIM in so many steps, and the factor from each of its timesteps to the clean latent of the Gaussian world."""
+    scheduler = student_scheduler(SCHEDULER)
+    scheduler.set_timesteps(steps)
+    factors = []
+    for start in range(steps):
+        latents = torch.ones(1, 1, 1, 1)
+        for time in scheduler.timesteps[start:]:
+            latents = scheduler.step(gaussian_noise(latents, time[None]), time, latents).prev_sample
+        factors.append(latents)
+    return scheduler, torch.cat(factors)
+
+
+def solver_grid(scheduler: DDIMScheduler, every: int = 1) -> Grid:
+    levels = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], torch.ones(1)]).view(-1, 1, 1, 1)
+    return Grid(scheduler.timesteps, levels, every)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_a_student_that_solves_the_teachers_ode_has_no_consistency_loss(steps):
+    scheduler, factors = by_the_library(steps)
+
+    def solved(latents, times):
+        """The noise whose clean estimate is where the library's steps end."""
+        places = (scheduler.timesteps[None] == times[:, None]).int().argmax(1)
+        alpha = SCHEDULER.alphas_cumprod[times].view(-1, 1, 1, 1)
+        return (latents - alpha.sqrt() * factors[places] * latents) / (1 - alpha).sqrt()
+
+    consistency = Consistency(Knows(gaussian_noise), None, guidance=3.0, grid=solver_grid(scheduler))
+    draw = (made(16), SCHEDULE, torch.Generator().manual_seed(0))
+    assert consistency.loss(Knows(solved), *draw) < 1e-5
+    draw = (made(16), SCHEDULE, torch.Generator().manual_seed(0))
+    assert (consistency.loss(Knows(gaussian_noise), *draw) > 1e-3) == (steps > 1), "in one step both are the same"
+
+
+def test_at_the_end_of_the_grid_the_teachers_estimate_is_learned_whatever_the_students_average_says():
+    scheduler, _ = by_the_library(1)
+    teacher, lost = Knows(gaussian_noise), Knows(lambda latents, times: torch.full_like(latents, torch.nan))
+    student = Knows(lambda latents, times: 0.9 * gaussian_noise(latents, times))
+    found = Consistency(teacher, lost, guidance=3.0, grid=solver_grid(scheduler)).loss(
+        student, made(), SCHEDULE, torch.Generator().manual_seed(0)
+    )
+    assert torch.isfinite(found) and found > 0
+
+
+def test_only_the_students_own_estimate_has_a_gradient():
+    scheduler, _ = by_the_library(4)
+    teacher, aim, student = (Shifted(mean) for mean in (1.0, 0.5, 0.2))
+    loss = Consistency(teacher, aim, guidance=3.0, grid=solver_grid(scheduler)).loss(
+        student, made(200), SCHEDULE, torch.Generator().manual_seed(0)
+    )
+    loss.backward()
+    assert student.mean.grad < -0.5, "towards both"
+    assert teacher.mean.grad is None and aim.mean.grad is None
+
+
+def test_half_of_the_draws_lie_on_the_students_own_timesteps():
+    scheduler, _ = by_the_library(20)
+    places = solver_grid(scheduler, every=5).draw(8_000, torch.Generator().manual_seed(0))
+    assert places.min() == 0 and places.max() == 19
+    assert abs((places % 5 == 0).float().mean() - (0.5 + 0.5 / 5)) < 0.02
+    own = student_scheduler(SCHEDULER)
+    own.set_timesteps(4)
+    assert scheduler.timesteps[::5].tolist() == own.timesteps.tolist()
 
 
 class Shifted(nn.Module):

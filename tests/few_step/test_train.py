@@ -75,7 +75,7 @@ def test_pairs_are_read_with_their_own_captions(files):
     assert not pairs.empty["encoder_hidden_states"].any()
 
 
-@pytest.mark.parametrize("kind", ["direct", "reflow", "dmd", "fdistill", "hipa", "codes"])
+@pytest.mark.parametrize("kind", ["direct", "reflow", "lcm", "dmd", "fdistill", "hipa", "codes"])
 def test_a_killed_training_goes_on_to_the_same_bytes(kind, files, tmp_path, monkeypatch):
     of_kind = {"codes": partial(of_codes, kind="dmd"), "dmd": partial(training, kind="dmd", critic_first=3)}
     make = partial(of_kind.get(kind, partial(training, kind=kind)), keep="last")
@@ -115,6 +115,30 @@ def test_a_student_gets_nearer_to_the_teachers_images(kind, files, tmp_path):
     own = (files[0], files[0])  # what it has seen: this world is noise, which does not generalise
     _, history = training(tmp_path, own, kind=kind, **steps).run()
     assert history.best["distance"] < 0.9 * history.validations[0]["distance"]
+
+
+@pytest.mark.parametrize(("count", "learned"), [(20, 4), (21, 3), (7, 1)])
+def test_consistencys_grid_holds_the_students_own_steps(count, learned, files, tmp_path):
+    made = training(tmp_path, files, kind="lcm", solver_steps=count, learned_steps=learned)
+    grid = made._grid()
+    assert len(grid.times) == count and grid.times[0] == 999 and float(grid.levels[-1]) == 1
+    made.scheduler.set_timesteps(learned)
+    assert grid.times[:: grid.every].tolist() == made.scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("aim", ["average", "student"])
+def test_consistencys_aim_is_the_students_average_or_the_student(aim, files, tmp_path):
+    """An average that is no number is in the loss if it is the aim, and only then."""
+    made = training(tmp_path, files, kind="lcm", aim=aim)
+    next(iter(made.average.parameters())).data.fill_(torch.nan)
+    loss = made.learners[0].loss_of(torch.Generator().manual_seed(0))
+    assert bool(torch.isnan(loss)) == (aim == "average")
+
+
+def test_a_solvers_steps_that_the_students_do_not_fall_on_are_refused_in_one_line():
+    with pytest.raises(UserError, match=r"solver_steps=20 is no multiple of .*learned_steps=3 .*: give 21") as error:
+        FewStepConfig(kind="lcm", learned_steps=3).check()
+    assert "\n" not in str(error.value)
 
 
 def test_the_best_of_the_validations_is_kept(files, tmp_path, monkeypatch):

@@ -146,6 +146,12 @@ def test_sampling_a_student_otherwise_does_not_train_it_anew(tmp_path):
     assert two["calibrate"].fingerprint != one["calibrate"].fingerprint
     assert two["pairs"].fingerprint == longer["pairs"].fingerprint
     assert two["few_step"].fingerprint != longer["few_step"].fingerprint
+    other = stages("few_step=lcm", "model.sampler.steps=2")
+    assert other["few_step"].fingerprint != stages("few_step=lcm")["few_step"].fingerprint, "it learns those steps"
+    assert (
+        other["few_step"].fingerprint
+        == stages("few_step=lcm", "model.sampler.steps=2", "evaluate.steps=1")["few_step"].fingerprint
+    )
     other = stages("few_step=dmd", "few_step.start=tiny_turbo")
     assert other["pairs"].fingerprint == two["pairs"].fingerprint, "all methods share them"
 

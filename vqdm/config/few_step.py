@@ -13,9 +13,10 @@ class FewStepConfig:
     """Distillation into fewer steps. Captions come from where the calibration's do; model.sampler is the student's."""
 
     # direct: the teacher's image in one step; reflow: the same noise prediction all the way from a noise to its image
-    # (InstaFlow); dmd: the distribution of the teacher's images (distribution matching); fdistill: the same by another
-    # divergence, with a discriminator; hipa: the image in one step and its high frequencies, by a LoRA alone
-    kind: str = choice("none", "direct", "reflow", "dmd", "fdistill", "hipa")
+    # (InstaFlow); lcm: one image all the way from a noise, by guided steps of the teacher (latent consistency); dmd:
+    # the distribution of the teacher's images (distribution matching); fdistill: the same by another divergence, with
+    # a discriminator; hipa: the image in one step and its high frequencies, by a LoRA alone
+    kind: str = choice("none", "direct", "reflow", "lcm", "dmd", "fdistill", "hipa")
     teacher_steps: int = number(20, least=1, most=1000)  # DDIM steps in which the teacher makes the pairs
     teacher_guidance: float = number(3.0, least=0, most=1000)  # guidance that the student learns in
     pairs: int = number(1024, least=1, most=MOST)  # number of pairs of noise and the teacher's image to learn from
@@ -37,6 +38,12 @@ class FewStepConfig:
     validated_steps: int = number(1, least=1, most=1000)  # DDIM steps to the images that validation compares
     # best: the validated average nearest to the teacher's images; last: that of the last step
     keep: str = choice("best", "last")
+    # for lcm: numbers of DDIM steps that the student is to take, on whose timesteps half of the draws lie
+    learned_steps: int = number(1, least=1, most=1000)
+    # for lcm: DDIM steps of the teacher from noise to image, a multiple of learned_steps
+    solver_steps: int = number(20, least=1, most=1000)
+    # for lcm: whose estimate one step further down is learned, that of the student's average or its own
+    aim: str = choice("average", "student")
     # for fdistill: Kullback-Leibler, reverse (rkl, which is dmd's) and forward (fkl); Jensen-Shannon (js), softened
     # (sf), squared Hellinger (sh), Jeffreys, Neyman
     divergence: str = choice("rkl", *WITH_DISCRIMINATOR)
@@ -51,6 +58,12 @@ class FewStepConfig:
     originals: str = choice("student", "teacher")
 
     def check(self) -> None:
-        """UserError for a divergence whose weights nothing estimates."""
+        """UserError for a divergence whose weights nothing estimates, and steps that a solver's do not fall on."""
+        if self.kind == "lcm" and self.solver_steps % self.learned_steps:
+            fits = self.learned_steps * max(1, round(self.solver_steps / self.learned_steps))
+            raise UserError(
+                f"few_step.solver_steps={self.solver_steps} is no multiple of few_step.learned_steps="
+                f"{self.learned_steps} (model.sampler.steps unless given): give {fits}"
+            )
         if self.divergence in WITH_DISCRIMINATOR and self.kind != "fdistill":
             raise UserError(f"few_step.divergence={self.divergence} needs a discriminator: give few_step=fdistill")

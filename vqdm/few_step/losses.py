@@ -4,7 +4,9 @@ Noised latents are x_t = √ᾱ_t z + √(1 − ᾱ_t) ε; the clean estimate fr
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +87,82 @@ def uniform_in(values: Tensor, count: int, generator: torch.Generator) -> Tensor
     """Draw `count` indices of the rising `values` whose values are uniform from 0 to the last."""
     drawn = torch.rand(count, generator=generator, device="cpu").to(values.device) * values[-1]
     return torch.searchsorted(values, drawn).clamp(max=len(values) - 1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The timesteps of a DDIM solver from pure noise to a clean latent, between which consistency is learned.
+
+    times: [steps], falling. levels: [steps + 1, 1, 1, 1], ᾱ at each of them and 1 after the last. every: grid steps of
+    one step of the student, whose own timesteps half of the draws lie on.
+    """
+
+    times: Tensor
+    levels: Tensor
+    every: int = 1
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Places on the grid, 0 to steps − 1: [count]."""
+        places = torch.randint(len(self.times), (count,), generator=generator, device="cpu")
+        own = torch.rand(count, generator=generator, device="cpu") < 0.5
+        return torch.where(own, places // self.every * self.every, places).to(self.times.device)
+
+    def noised(self, clean: Tensor, noise: Tensor, places: Tensor) -> Tensor:
+        """Latents at places, which may be `steps`, where nothing of the noise is left."""
+        level = self.levels[places]
+        return level.sqrt() * clean + (1 - level).sqrt() * noise
+
+    def clean(self, noisy: Tensor, noise: Tensor, places: Tensor) -> Tensor:
+        level = self.levels[places]
+        return (noisy - (1 - level).sqrt() * noise) / level.sqrt()
+
+
+Predictor = Callable[[Tensor, Tensor], Tensor]  # (latents, timesteps [n]) → the noise in them
+
+
+def consistency(
+    noisy: Tensor, places: Tensor, grid: Grid, *, student: Predictor, aim: Predictor, teacher: Predictor
+) -> Tensor:
+    """Latent consistency distillation (Luo et al. 2023) of latents at places of a grid.
+
+    Pseudo-Huber distance of the student's clean estimate from that of `aim` one DDIM step of the teacher further down.
+    At the end of the grid the latent itself is clean: there the teacher's own estimate is learned. Only the student's
+    estimate has a gradient.
+    """
+    with torch.no_grad():
+        asked = teacher(noisy, grid.times[places])
+        further, after = grid.noised(grid.clean(noisy, asked, places), asked, places + 1), places + 1
+        inside = after.clamp(max=len(grid.times) - 1)
+        estimate = grid.clean(further, aim(further, grid.times[inside]), inside)
+        wanted = torch.where((after > inside).view(-1, 1, 1, 1), further, estimate)
+    return pseudo_huber(grid.clean(noisy, student(noisy, grid.times[places]), places) - wanted)
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Latent consistency with guidance folded in: the teacher's steps are guided, the student is asked without.
+
+    aim: the network whose estimate is learned, the student's average in the paper; None: the student itself, as later
+    found to be enough (Song and Dhariwal 2023, section 3.2).
+    """
+
+    teacher: nn.Module
+    aim: nn.Module | None
+    guidance: float
+    grid: Grid
+
+    def loss(self, student: nn.Module, pairs: Pairs, _schedule: Schedule, generator: torch.Generator) -> Tensor:
+        """`consistency` of the pairs' images, each with fresh noise at a place that is drawn."""
+        places = self.grid.draw(len(pairs.clean), generator)
+        noisy = self.grid.noised(pairs.clean, normal(pairs.clean, generator), places)
+        return consistency(
+            noisy,
+            places,
+            self.grid,
+            student=partial(pairs.ask, student),
+            aim=partial(pairs.ask, self.aim or student),
+            teacher=partial(pairs.ask_guided, self.teacher, guidance=self.guidance),
+        )
 
 
 @dataclass(frozen=True)

@@ -130,10 +130,26 @@ class Training:
         if config.kind in ("dmd", "fdistill"):
             self.learners = self._matching(student, teacher)
         else:
-            loss = losses.velocity if config.kind == "reflow" else losses.direct
-            if config.kind == "hipa":
-                loss = Frequencies(decode, config.frequency_weight).loss
+            loss = self._alone(teacher, decode)
             self.learners = [self._learner(STUDENT, student, loss, config.learning_rate)]
+
+    def _alone(self, teacher: nn.Module, decode: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor]:
+        """The loss of a student that nothing is trained beside."""
+        config = self.config
+        if config.kind == "hipa":
+            return Frequencies(decode, config.frequency_weight).loss
+        if config.kind == "lcm":
+            aim = self.average if config.aim == "average" else None
+            return losses.Consistency(teacher, aim, config.teacher_guidance, self._grid()).loss
+        return losses.velocity if config.kind == "reflow" else losses.direct
+
+    def _grid(self) -> losses.Grid:
+        """The student's own scheduler in the solver's number of steps."""
+        steps = self.config.solver_steps
+        self.scheduler.set_timesteps(steps)
+        times = self.scheduler.timesteps[:steps].to(self.device)  # the last of some counts is there twice
+        levels = torch.cat([self.schedule.alphas[times], torch.ones(1, device=self.device)])
+        return losses.Grid(times, levels.view(-1, 1, 1, 1), every=steps // self.config.learned_steps)
 
     def _matching(self, student: nn.Module, teacher: nn.Module) -> list[Learner]:
         """The student and those that judge its images: a critic and, for f-distill, a discriminator."""

@@ -16,6 +16,7 @@ from torch import nn
 from vqdm.calibration.recording import Recorder
 from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import ModelConfig, SamplerConfig
+from vqdm.distillation.checkpoints import State
 from vqdm.errors import UserError
 from vqdm.few_step.adapters import add_adapter, decoder, save_adapter
 from vqdm.few_step.pairs import pack_pairs, student_scheduler
@@ -77,19 +78,16 @@ def train_student(directory: Path, pairs: Path, *, config: FewStepConfig, model:
     teacher = denoiser_of(pipeline)
     student = first_weights(teacher, config.start, model, device=device)
     adapter, rates = config.kind == "hipa", {"seed": config.seed, "rate": config.learning_rate}
-    training = Training(
+    student, history = train_on_pairs(
+        directory,
         student,
         teacher,
-        trajectories_in(pairs, TRAIN),
-        trajectories_in(pairs, VALIDATION),
+        pairs,
         scheduler=pipeline.scheduler,
         config=config,
-        directory=directory,
         optimizer=add_adapter(student, rank=config.rank, **rates) if adapter else None,
         decode=decoder(pipeline.vae) if adapter else None,
     )
-    student, history = training.run()
-    write_json(directory / "history.json", {"losses": history.losses, "validations": history.validations})
     if adapter:
         save_adapter(pipeline, student, directory / ADAPTER)
     replace_denoiser(pipeline, student)
@@ -100,6 +98,19 @@ def train_student(directory: Path, pairs: Path, *, config: FewStepConfig, model:
     log.info("few_step: distance %.5f, from %.5f; kept step %d", kept["distance"], first, kept["step"])
     seen = config.steps * config.batch_size
     return {"kept_step": kept["step"], "distance": kept["distance"], "distance_before": first, "samples": seen}
+
+
+def train_on_pairs(
+    directory: Path, student: nn.Module, teacher: nn.Module, pairs: Path, **training
+) -> tuple[nn.Module, State]:
+    """Train a student, go on where a killed training was, and write `history.json`.
+
+    pairs: that stage's directory. training: further arguments of `Training`.
+    """
+    files = (trajectories_in(pairs, part) for part in (TRAIN, VALIDATION))
+    made, history = Training(student, teacher, *files, directory=directory, **training).run()
+    write_json(directory / "history.json", {"losses": history.losses, "validations": history.validations})
+    return made, history
 
 
 def first_weights(teacher: nn.Module, start: str | None, model: ModelConfig, *, device: str) -> nn.Module:

@@ -12,11 +12,9 @@ from vqdm.config.options import Config
 from vqdm.distillation.end_to_end import optimizer_of
 from vqdm.distillation.moving_codes import let_drift, stop_drifting
 from vqdm.distillation.parameters import trained_parameters
-from vqdm.few_step.train import Training
 from vqdm.models.loader import denoiser_of
-from vqdm.runs.store import write_json
+from vqdm.stages.few_step import train_on_pairs
 from vqdm.stages.finished import finished_denoiser
-from vqdm.stages.trajectories import TRAIN, VALIDATION, trajectories_in
 
 log = logging.getLogger("vqdm")
 _SHARED = ("steps", "batch_size", "learning_rate", "warmup", "decay_from", "precision", "seed", "check_every")
@@ -38,19 +36,16 @@ def match(
             for weight in drifting.values():
                 weight.settle()
 
-    training = Training(
+    made, history = train_on_pairs(
+        directory,
         student,
         teacher,
-        trajectories_in(pairs, TRAIN),
-        trajectories_in(pairs, VALIDATION),
+        pairs,
         scheduler=pipeline.scheduler,
         config=matching_config(config),
-        directory=directory,
         optimizer=optimizer_of(trained_parameters(student, own.train, code_rate=own.code_rate), own),
         after_step=settle,
     )
-    made, history = training.run()
-    write_json(directory / "history.json", {"losses": history.losses, "validations": history.validations})
     stop_drifting(made)
     first, last = history.validations[0]["distance"], history.validations[-1]["distance"]
     log.info("finetuned by distribution matching: distance to the teacher's images %.5f, from %.5f", last, first)

@@ -28,6 +28,7 @@ _TRAINING = (
 )  # fmt: skip
 _MATCHING = ("divergence", "critic_steps", "critic_first", "critic_rate", "teacher_guidance")
 _OF_KIND = {
+    "lcm": ("teacher_guidance", "learned_steps", "solver_steps", "aim"),
     "dmd": _MATCHING,
     "fdistill": (*_MATCHING, "adversarial_weight"),
     "hipa": ("rank", "frequency_weight"),
@@ -113,4 +114,6 @@ def _check_suits(model: ModelConfig, kind: str) -> None:
     if is_flow_matching(directory) or predicts != "epsilon":
         raise UserError(f"few_step is for models that predict noise, and {directory} does not: give few_step=none")
     if kind in ("fdistill", "hipa") and not (directory / "unet").is_dir():
-        raise UserError(f"few_step={kind} is for U-Nets, and {directory} has none: give few_step=dmd, direct or reflow")
+        raise UserError(
+            f"few_step={kind} is for U-Nets, and {directory} has none: give few_step=dmd, direct, reflow or lcm"
+        )

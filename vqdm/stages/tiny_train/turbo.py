@@ -12,21 +12,20 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from vqdm.few_step.losses import Grid, consistency
 from vqdm.stages.tiny_train.loop import fit
 from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, conditions, guided_noise
 
 GRID = 20  # teacher steps from pure noise to a clean latent
+STEPS = 4  # the most that the student is to take: half of the draws lie where those start
 
 
-def _levels() -> tuple[torch.Tensor, torch.Tensor]:
-    """Trailing timesteps [GRID] from 999 down, and cumulative alphas at each of them and after the last (1.0)."""
+def _grid() -> Grid:
+    """Trailing timesteps from 999 down, and cumulative alphas at each of them and after the last (1.0)."""
     timesteps = torch.arange(1000, 0, -1000 / GRID, device="cpu").round().long() - 1
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod[timesteps]
-    return timesteps, torch.cat([alphas, torch.ones(1, device="cpu")])
-
-
-def _clean(noisy: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    return (noisy - (1 - level).sqrt() * noise) / level.sqrt()
+    levels = torch.cat([alphas, torch.ones(1, device="cpu")])
+    return Grid(timesteps, levels.view(-1, 1, 1, 1), every=GRID // STEPS)
 
 
 def distil_turbo(
@@ -43,38 +42,25 @@ def distil_turbo(
 ) -> UNet2DConditionModel:
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     teacher = teacher.eval().requires_grad_(False)
-    timesteps, levels = _levels()
-    levels = levels.view(-1, 1, 1, 1)
-
-    @torch.no_grad()
-    def teacher_step(noisy, index, text, pooled):
-        """Take a guided DDIM step from grid point `index` to the next."""
-        noise = guided_noise(teacher, noisy, timesteps[index], text, pooled, guidance=guidance)
-        clean, after = _clean(noisy, noise, levels[index]), levels[index + 1]
-        return after.sqrt() * clean + (1 - after).sqrt() * noise
-
-    @torch.no_grad()
-    def estimate_further_down(noisy, index, text, pooled):
-        """The student's own clean estimate, without gradient; at the end of the grid the latent is already clean."""
-        last = (index == GRID).view(-1, 1, 1, 1)
-        inside = index.clamp(max=GRID - 1)
-        noise = student(noisy, timesteps[inside], text, added_cond_kwargs=conditions(student, pooled)).sample.float()
-        return torch.where(last, noisy, _clean(noisy, noise, levels[inside]))
+    grid = _grid()
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         clean, text, pooled = latents.batch(batch_size, generator)
-        index = torch.randint(GRID, (batch_size,), generator=generator, device="cpu")
-        coarse = torch.rand(batch_size, generator=generator, device="cpu") < 0.5
-        index = torch.where(coarse, index // 5 * 5, index)  # half of the draws lie on the 4-step grid
+        places = grid.draw(batch_size, generator)
         noise = torch.randn(clean.shape, generator=generator, device="cpu")
-        noisy = levels[index].sqrt() * clean + (1 - levels[index]).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
-            further = teacher_step(noisy, index, text, pooled)
-            aim = estimate_further_down(further, index + 1, text, pooled)
-        with torch.autocast("cpu", torch.bfloat16):  # anew: weights cast under no_grad stay cached without gradient
-            predicted = student(noisy, timesteps[index], text, added_cond_kwargs=conditions(student, pooled)).sample
-        error = _clean(noisy, predicted.float(), levels[index]) - aim
-        return ((error.square() + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber loss, as in the method's paper
+
+        def guided(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return guided_noise(teacher, noisy, times, text, pooled, guidance=guidance)
+
+        def predicted(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+            """The student's noise, each time anew: weights cast under no_grad stay cached without gradient."""
+            with torch.autocast("cpu", torch.bfloat16):
+                conditioned = conditions(student, pooled)
+                return student(noisy, times, text, added_cond_kwargs=conditioned).sample.float()
+
+        noisy = grid.noised(clean, noise, places)
+        return consistency(noisy, places, grid, student=predicted, aim=predicted, teacher=guided)
 
     average = fit(
         student,
