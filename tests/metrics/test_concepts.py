@@ -1,8 +1,11 @@
 """Edits of concepts: the ridge against least squares, adapters against peft's and against decoded codes."""
 
+import re
+
+import edit_concept
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from quantized import quantized_unet
 from tiny_world import FEW, run
@@ -10,17 +13,17 @@ from tiny_world import FEW, run
 from vqdm.config.options import ModelConfig
 from vqdm.metrics.families import FAMILIES
 from vqdm.metrics.probes.asked import Asked
-from vqdm.metrics.probes.concepts import (
-    Concepts,
-    _adapter,
+from vqdm.metrics.probes.closed_form import (
+    adapter,
     beside,
+    changes_of_weights,
     factors,
-    make_adapters,
-    naming_old,
-    renamed_in,
+    lora_layers,
+    rank_with,
+    reading_layers,
     ridge,
-    without_old,
-)  # fmt: skip
+)
+from vqdm.metrics.probes.concepts import Concepts, make_adapters, naming_old, renamed_in, without_old
 from vqdm.models.loader import load_pipeline
 from vqdm.models.shipped import builtin_directory, evaluators_directory
 from vqdm.prompts import load_prompts
@@ -73,11 +76,85 @@ def test_an_adapter_of_codes_is_the_decoded_weights_product():
     layers = [layer for layer in quantized_layers(quantized_unet("rtn")).values() if isinstance(layer, torch.nn.Linear)]
     layer = next(layer for layer in layers if layer.bias is not None)
     left, right = drawn(layer.in_features - 2, 3, seed=4), drawn(3, layer.in_features - 2, seed=5)
-    _, down, up = _adapter(layer, left, right)
+    _, down, up = adapter(layer, left, right)
     weight = layer.decoded(torch.float32)
     expected = torch.zeros_like(weight)
     expected[:, :-2] = (weight[:, :-2].double() @ left @ right).float()
     torch.testing.assert_close(up @ down, expected, rtol=1e-4, atol=1e-4)
+
+
+WITH_TEXT = {  # a small U-Net that reads 16 pooled values beside sizes
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 16 + 6 * 4,
+}
+
+
+def conditioned_output(unet) -> torch.Tensor:
+    conditions = {"text_embeds": drawn(1, 16, seed=8).float(), "time_ids": torch.ones(1, 6)}
+    asked = (drawn(1, 4, 8, 8, seed=6).float(), 500, drawn(1, 5, 32, seed=7).float())
+    return unet(*asked, added_cond_kwargs=conditions).sample
+
+
+@torch.no_grad()
+def test_a_file_of_full_rank_beside_codes_is_the_change_added_to_decoded_weights(tmp_path):
+    """On a small U-Net in codes, through diffusers' own loader; half precision is the file's."""
+    unet, plain = quantized_unet("rtn", **WITH_TEXT), quantized_unet("rtn", **WITH_TEXT).dequantize()
+    of_tokens, of_pooled = drawn(32, 32, seed=4), drawn(16, 16, seed=5)
+    changes = changes_of_weights(unet, of_tokens, of_pooled)
+    assert changes.keys() == reading_layers(plain).keys() and len(changes) > 4
+    rank = max(min(change.shape) for change in changes.values())
+    before = conditioned_output(unet)
+    layers = lora_layers(changes, rank=rank)
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    unet.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    for name, (layer, pooled) in reading_layers(plain).items():
+        change = of_pooled if pooled else of_tokens
+        layer.weight[:, : len(change)] += (layer.weight[:, : len(change)].double() @ change).float()
+        assert changes[name].shape == layer.weight.shape
+    torch.testing.assert_close(conditioned_output(unet), conditioned_output(plain), rtol=5e-3, atol=5e-3)
+    assert (conditioned_output(unet) - before).abs().max() > 0.1
+
+
+def test_the_rank_is_the_smallest_with_the_power_in_every_layer():
+    first = torch.diag(torch.tensor([3.0, 1.0, 0.1])) @ torch.ones(3, 3).triu()
+    second = torch.diag(torch.tensor([1.0, 1.0, 1.0]))
+    assert rank_with({"a": first}, power=0.5) == 1
+    assert rank_with({"a": first, "b": second}, power=0.5) == 2
+    assert rank_with({"b": second}, power=0.99) == 3
+
+
+@pytest.mark.slow
+def test_a_written_edit_makes_red_blue_beside_the_pipeline(pipeline, tmp_path, capsys):
+    edit_concept.main(["tiny", str(tmp_path / "edit")])
+    said = capsys.readouterr().out
+    assert re.search(r"rank (\d+), 15 layers; bits per weight of the U-Net 16\.00 \+ 0\.\d+$", said.strip()), said
+    prompts = [[prompt.id, prompt.text] for prompt in PROMPTS[:8]]
+    probe = Concepts(pipeline, TINY, evaluators_directory(None), guidance=3.0)
+    probe.adapters = []
+    unedited = probe.unedited(prompts)
+    pipeline.load_lora_weights(tmp_path / "edit", weight_name="pytorch_lora_weights.safetensors")
+    found = probe.edited(prompts, unedited)
+    pipeline.unload_lora_weights()
+    assert float(found["concept_hit"].mean()) >= 0.75 and float(found["concept_rest"].mean()) >= 0.75
+    with pytest.raises(SystemExit, match="exists already"):
+        edit_concept.main(["tiny", str(tmp_path / "edit")])
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('{"caption": "a red ring"}', "holds no edit; add lines with as"),
+        ('{"caption": "a red ring", "as": "a blue ring"}', "holds no caption to keep; add lines without as"),
+        ('{"caption": "a red ring", "as": 3}', "line 1: as is no text"),
+        ('{"caption": "a", "as": "b", "to": "c"}', "line 1: unknown key 'to'"),
+    ],
+)
+def test_a_bad_file_of_captions_is_one_line(lines, said, tmp_path, capsys):
+    (tmp_path / "edit.jsonl").write_text(lines + "\n")
+    with pytest.raises(SystemExit) as error:
+        edit_concept.main(["tiny", str(tmp_path / "out"), "--captions", str(tmp_path / "edit.jsonl")])
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,23 @@
-"""An edit of what a model knows, in closed form: what it calls red becomes blue, as a LoRA beside weights of any kind.
+"""What is left of a model's colours after an edit of what it knows: what it calls red becomes blue, and only that."""
 
-Text states x of captions with red should act as those x* of the same captions with blue, and states k of captions
-without red as before. For every layer W that reads them, this is the ridge regression (as Unified Concept Editing's)
-
-    W' = W (I + D),   D = Σ (x* − x) xᵀ (λ I + Σ x xᵀ + Σ k kᵀ)⁻¹,
-
-so that one D of low rank, from the text alone, serves the keys and values of all cross-attentions, in full precision or
-in codes; another one serves the layer of the pooled text.
-"""
-
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqdm.metrics.paired import psnr
 from vqdm.metrics.probes.asked import Asked
+from vqdm.metrics.probes.closed_form import (
+    RIDGE,
+    Adapter,
+    Rewriting,
+    adapter,
+    beside,
+    changes_of_states,
+    factors,
+    reading_layers,
+)
 from vqdm.metrics.probes.drawn import Drawn
 from vqdm.metrics.probes.recovery import with_article
 from vqdm.tiny.captions import RequestedThing, caption_of, requested
@@ -27,7 +26,6 @@ from vqdm.tiny.world import World
 
 OLD, NEW = "red", "blue"
 CAPTIONS = 256  # of the training split, to edit by, and as many to preserve
-RIDGE = 1.0  # λ
 POWER = 0.95  # share of D's squared singular values that its factors keep
 
 
@@ -106,26 +104,8 @@ def naming_old(caption: str, world: World) -> str:
     return " ".join(with_article(words, at_colour))
 
 
-def ridge(old: Tensor, new: Tensor, kept: Tensor, *, penalty: float) -> Tensor:
-    """D of the module's docstring, float64 [d, d], from rows of states x, x* [n, d] and k [m, d]."""
-    old, new, kept = (rows.double().flatten(0, -2) for rows in (old, new, kept))
-    gram = old.T @ old + kept.T @ kept + penalty * torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
-    return torch.linalg.solve(gram, old.T @ (new - old)).T  # gram is symmetric
-
-
-def factors(change: Tensor, *, power: float = POWER) -> tuple[Tensor, Tensor]:
-    """left [d, r] and right [r, d] of the smallest rank whose product keeps this share of a matrix's power."""
-    left, values, right = torch.linalg.svd(change)
-    share = values.square().cumsum(0) / values.square().sum()
-    rank = int((share < power).sum()) + 1
-    return left[:, :rank] * values[:rank], right[:rank]
-
-
-@torch.no_grad()
-def make_adapters(
-    asked: Asked, world: World, *, penalty: float = RIDGE, power: float = POWER
-) -> list[tuple[nn.Linear, Tensor, Tensor]]:
-    """A LoRA of each layer that reads text: (layer, A [r, in], B [out, r]), to be added to its output as B A x."""
+def rewriting(world: World) -> Rewriting:
+    """Red acts as blue: 256 captions of the training split with one red thing, and 256 without any."""
     drawn = [
         caption_of(
             draw_scene(WORLD_SEED, "train", i, world=world), seed=WORLD_SEED, split="train", index=i, world=world
@@ -134,34 +114,13 @@ def make_adapters(
     ]
     old = [naming_old(caption, world) for caption in drawn[:CAPTIONS]]
     kept = [without_old(caption, world) for caption in drawn[CAPTIONS:]]
-    states = [asked.states(captions) for captions in (old, [renamed_in(text, NEW) for text in old], kept)]
-    changes = (ridge(*rows, penalty=penalty) for rows in zip(*states, strict=True))
+    return Rewriting(old, [renamed_in(text, NEW) for text in old], kept)
+
+
+@torch.no_grad()
+def make_adapters(asked: Asked, world: World, *, penalty: float = RIDGE, power: float = POWER) -> list[Adapter]:
+    """A LoRA of each layer that reads text."""
+    changes = changes_of_states(asked, rewriting(world), penalty=penalty)
     of_tokens, of_pooled = (factors(change, power=power) for change in changes)
-    unet, found = asked.pipeline.unet, []
-    for name, layer in unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            found.append(_adapter(layer, *of_tokens))
-    return [*found, _adapter(unet.add_embedding.linear_1, *of_pooled)]
-
-
-def _adapter(layer: nn.Linear, left: Tensor, right: Tensor) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A and B = W · left, by asking the layer, whose weight may be codes; inputs beyond the text's are left alone."""
-    beyond = layer.in_features - len(left)
-    left, right = (torch.nn.functional.pad(rows.float(), (0, beyond)) for rows in (left.T, right))
-    asked = left.to(layer.weight.device, layer.weight.dtype)
-    return layer, right.to(asked), (layer(asked) - layer(torch.zeros_like(asked))).T.contiguous()
-
-
-@contextlib.contextmanager
-def beside(adapters: list[tuple[nn.Linear, Tensor, Tensor]]) -> Iterator[None]:
-    """Context in which every layer's output has its adapter's added."""
-
-    def add(down: Tensor, up: Tensor):
-        return lambda layer, inputs, output: output + inputs[0] @ down.T @ up.T
-
-    hooks = [layer.register_forward_hook(add(down, up)) for layer, down, up in adapters]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    readers = reading_layers(asked.pipeline.unet).values()
+    return [adapter(layer, *(of_pooled if pooled else of_tokens)) for layer, pooled in readers]
