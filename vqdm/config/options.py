@@ -17,8 +17,8 @@ TINY_WORLDS = ("tiny", "small")
 PROMPT_SOURCES = (*TINY_WORLDS, "builtin", "file")
 PROMPT_ORDERS = ("first", "shuffled")
 METRIC_FAMILIES = (  # vqdm/metrics/families.py says what each gives and needs
-    "tiny", "recovery", "edits", "concepts", "places", "pictures", "paired", "lpips", "fid_paper", "fid_standard",
-    "cmmd", "clip_h14", "clip_l14", "pickscore", "hpsv2",
+    "tiny", "recovery", "vocabulary", "edits", "concepts", "places", "pictures", "paired", "lpips", "fid_paper",
+    "fid_standard", "cmmd", "clip_h14", "clip_l14", "pickscore", "hpsv2",
 )  # fmt: skip
 PLAN_CARDS = ("a100", "4090", "h100", "h200")  # vqdm/stages/plan/rates.py has their data sheets
 PAPER_PATTERN = (

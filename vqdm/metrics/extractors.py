@@ -50,6 +50,10 @@ def make_asking(family: str, pipeline, world, weights: list[Path], *, guidance: 
         from vqdm.metrics.probes.pictures import Pictures
 
         return Pictures(pipeline, *weights, guidance=guidance)
+    if family == "vocabulary":
+        from vqdm.metrics.probes.vocabulary import Vocabulary
+
+        return Vocabulary(pipeline, world)
     from vqdm.metrics.probes.recovery import Recovery
 
     return Recovery(pipeline, world)

@@ -61,6 +61,9 @@ DETAILS = {
     "recovery_colour": "share of images whose right colour word has the least error",
     "recovery_shape": "share of images whose right shape word has the least error",
     "recovery_error": "mean squared error of the predicted noise with the right caption",
+    "vocabulary_recovered": "share of a picture's attributes in the caption that a search by predicted noise ends at",
+    "vocabulary_exact": "share of pictures of which it has all attributes",
+    "vocabulary_reached": "share in which its error is no larger than that of the caption with the true attributes",
     "edit_success": "share of inversion's edits (strength .8) in which the attribute network sees the new colour",
     "edit_exact": "share in which it sees the new colour and everything else as it was",
     "edit_psnr_in": "dB to the rendered truth over the pixels that change",
@@ -152,6 +155,11 @@ FAMILIES = {
     "recovery": Family(
         1, ("recovery_gap_colour", "recovery_gap_shape", "recovery_colour", "recovery_shape", "recovery_error"),
         {"images": "renders of the captions' own scenes, noised at timesteps 201 and 401; no guidance"},
+        of_model=True,
+    ),
+    "vocabulary": Family(
+        1, ("vocabulary_recovered", "vocabulary_exact", "vocabulary_reached"),
+        {"images": "renders as in recovery; all captions of the world in fixed words: greedily, then by coordinates"},
         of_model=True,
     ),
     "edits": Family(
