@@ -192,7 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     protocol = both[0][0].protocol
     copies = f" × {protocol['images_per_prompt']}" if protocol["images_per_prompt"] > 1 else ""
-    print(verdict_sentence(*map(called, both, (options.first, options.second)), table.to_dict("records")))
+    asked = (options.first, options.second)
+    names = tuple(map(called, both, asked))
+    print(verdict_sentence(*(asked if names[0] == names[1] else names), table.to_dict("records")))
     print(f"{options.first} against {options.second} on {options.model}, n = {protocol['n']}{copies}")
     if options.exact:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.5g}"))

@@ -48,7 +48,7 @@ def write_features(results, name, fingerprint, **columns):
     return str(directory.relative_to(results))
 
 
-def write_run(results, name, *, seed, reference="r" * 64, model="tiny", **protocol):
+def write_run(results, name, *, seed, reference="r" * 64, model="tiny", method=None, **protocol):
     """A run whose features are rows(seed), rows(seed + 1), …; returns its scores by image."""
     frame = by_image(seed, clip_h14=0.3, lpips_to_fp=0.1)
     evaluate = results / "stages" / "evaluate" / name
@@ -72,7 +72,7 @@ def write_run(results, name, *, seed, reference="r" * 64, model="tiny", **protoc
     directories = {"evaluate": str(evaluate.relative_to(results))}
     record = {
         "experiment": name,
-        "method": name,
+        "method": method or name,
         "model": model,
         "stages": stages,
         "directories": directories,
@@ -128,6 +128,13 @@ def test_paired_errors_are_those_of_a_paired_t_test_over_prompts(tmp_path):
         assert table.loc[metric, "difference"] == pytest.approx((means[0] - means[1]).mean(), rel=1e-3)
         as_if_all_were_prompts = scipy.stats.ttest_rel(one[metric], other[metric]).statistic
         assert abs(as_if_all_were_prompts) > 1.2 * abs(expected.statistic)
+
+
+def test_runs_of_one_method_are_told_apart_by_the_names_that_were_asked_for(tmp_path):
+    for name, seed in (("x", 1), ("y", 2)):
+        write_run(tmp_path, name, seed=seed, method="trellis 3 bit")
+    sentence = printed(tmp_path, "x", "y", "--images-only").splitlines()[0]
+    assert {"x", "y"} <= set(sentence.replace(".", " ").split()) and "trellis" not in sentence
 
 
 def by_hand(reference, metric, seed, drawn):
