@@ -79,14 +79,15 @@ def test_codes_do_not_depend_on_the_number_of_threads(kind, calibration, tmp_pat
     assert same(*made)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(calibration, tmp_path):
-    whole, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from="student")
+@pytest.mark.parametrize("source", ["student", "both"])
+def test_a_stopped_run_goes_on_to_the_same_weights(source, calibration, tmp_path):
+    whole, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from=source)
     stopped = sorted((tmp_path / "items").glob("mid_block*.json")) + sorted(
         (tmp_path / "items").glob("up_blocks*.json")
     )
     for sidecar in stopped[1:]:  # one layer of the group in the middle was done
         sidecar.unlink()
-    again, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from="student")
+    again, _ = run(tmp_path, calibration, **KINDS["trellis"], hessian_from=source)
     assert same(whole, again)
 
 
@@ -111,6 +112,16 @@ def test_the_students_hessians_are_its_own(calibration, tmp_path):
     first = {name for name in made["teacher"] if name.startswith("down_blocks")}
     assert first and all(torch.equal(made["teacher"][name], made["student"][name]) for name in first)
     assert not same(made["teacher"], made["student"])
+
+
+def test_targets_corrected_for_earlier_layers_give_outputs_nearer_to_the_originals(calibration, tmp_path):
+    options = {"kind": "gptq", "bits": 2, "hessian_from": "both", "tokens_per_call": 64}
+    errors = {}
+    for source in ("teacher", "both"):
+        (tmp_path / source).mkdir()
+        summary = run(tmp_path / source, calibration, **(options | {"hessian_from": source}))[1]
+        errors[source] = summary["relative_output_error"]
+    assert errors["both"] < 0.97 * errors["teacher"]
 
 
 def test_adaround_goes_on_where_it_stopped(calibration, tmp_path):

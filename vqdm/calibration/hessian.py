@@ -181,9 +181,7 @@ class _Problem:
             self._present = (torch.zeros(size, size, device=inputs.device), 0)
         total, tokens = self._present
         count = token_count(inputs, self.conv)
-        chosen = None
-        if limit is not None and count > limit:
-            chosen = torch.randperm(count, generator=generator, device="cpu")[:limit].sort().values.to(inputs.device)
+        chosen = drawn_tokens(count, limit, generator, inputs.device)
         add_second_moment(total, inputs, self.conv, chosen=chosen)
         self._present = (total, tokens + count)
         self.is_summed = True
@@ -240,10 +238,22 @@ def add_second_moment(
         with exact_tf32(inputs.dtype):
             _add_by_displacement(total, inputs.reshape(-1, *inputs.shape[-3:]), conv)
         return
-    for part in _rows(inputs, chosen) if conv is None else _patches(inputs, conv, chosen):
-        part = part.float()
+    for part in tokens_of(inputs, conv, chosen):
         with exact_tf32(inputs.dtype):
             total.addmm_(part.T, part, alpha=weight)
+
+
+def tokens_of(inputs: Tensor, conv: ConvGeometry | None, chosen: Tensor | None = None) -> Iterator[Tensor]:
+    """Chunks fp32 [m, in] of all or the `chosen` tokens."""
+    for part in _rows(inputs, chosen) if conv is None else _patches(inputs, conv, chosen):
+        yield part.float()
+
+
+def drawn_tokens(count: int, limit: int | None, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """Indices, in order, of `limit` tokens that stand for `count`; None where all do."""
+    if limit is None or count <= limit:
+        return None
+    return torch.randperm(count, generator=generator, device="cpu")[:limit].sort().values.to(device)
 
 
 def _rows(inputs: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:

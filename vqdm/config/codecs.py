@@ -91,7 +91,9 @@ class ScalarOptions(QuantizeConfig):
 class HessianOptions:
     """Options for the Hessian of a layer's inputs, whose tokens are drawn by `seed` and `tokens_per_call`."""
 
-    hessian_from: str = choice("teacher", "student")  # recorded calls | the student's own sampling (paper)
+    # teacher: recorded calls | student: the student's own sampling (paper) | both: recorded calls through both, layer
+    # after layer, each coded for what it should give behind those that are quantized already (GPTAQ); slow
+    hessian_from: str = choice("teacher", "student", "both")
     damping: float = number(0.01, least=0, most=100)  # added to the Hessian's diagonal, relative to its mean
 
 

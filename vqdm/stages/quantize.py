@@ -30,6 +30,7 @@ from vqdm.calibration.collect import (
     in_passes,
     teacher_groups,
 )
+from vqdm.calibration.pairs import corrected_target, pair_moments, same_inputs
 from vqdm.codecs.allocation import Assignment, assign_schemes, read_harm
 from vqdm.codecs.cards import CODECS
 from vqdm.codecs.codec import Codec
@@ -104,17 +105,24 @@ class Encoder:
         write_item(self.directory, spec.name, {_file(spec): to_bytes(weight.state_dict())}, record)
         return record
 
-    def encode(self, problem: Problem, hessian: Tensor | None) -> dict:
+    def encode(self, problem: Problem, hessian: Tensor | None, target: Tensor | None = None) -> dict:
+        """Encode a layer; target: the matrix to come near to, if it is not the layer's own."""
         spec, scheme = problem
         began = time.monotonic()
         matrix = matrix_of(self.denoiser, spec).cpu()
         hessian = None if hessian is None else hessian.cpu()
-        shared = self.shared.get(scheme.shared_key)
-        weight = self.codec.encode(matrix, hessian, scheme, config=self.config, shared=shared, layer=spec.name)
+        options = {"config": self.config, "shared": self.shared.get(scheme.shared_key), "layer": spec.name}
+        weight = self.codec.encode(matrix if target is None else target.cpu(), hessian, scheme, **options)
         return self.store(spec, weight, matrix, hessian, seconds=round(time.monotonic() - began, 3))
 
     def encode_all(
-        self, problems: list[Problem], hessians: dict[str, Tensor], *, workers: int, layers: "LayerProgress"
+        self,
+        problems: list[Problem],
+        hessians: dict[str, Tensor],
+        *,
+        workers: int,
+        layers: "LayerProgress",
+        targets: dict[str, Tensor] | None = None,
     ) -> None:
         """Encode layers in parallel, the largest first, as many at once as the host's memory allows."""
         gate = MemoryGate(encoding_room())
@@ -122,7 +130,8 @@ class Encoder:
         def encode(problem: Problem) -> dict:
             with gate.holding(self.codec.encoder_bytes(problem[0].shape, self.config)):
                 layers.begin(problem[0])
-                return self.encode(problem, hessians.get(problem[0].name))
+                name = problem[0].name
+                return self.encode(problem, hessians.get(name), (targets or {}).get(name))
 
         with one_thread_each():
             pool = concurrent.futures.ThreadPoolExecutor(workers)
@@ -228,6 +237,8 @@ def quantize(
         layers = LayerProgress(bar, effort, lines=show_layers)
         if encoder.codec.by_blocks is not None:
             _by_blocks(encoder, assignment, calibration, layers=layers)
+        elif encoder.codec.needs_hessian(config) and config.hessian_from == "both":
+            _by_pairs(encoder, assignment, calibration, layers=layers)
         else:
             drive = functools.partial(drive_student, pipeline, config=calibration_config, sampler=model.sampler)
             _by_groups(encoder, assignment, calibration, drive, device=device, layers=layers, room=hessian_room)
@@ -261,6 +272,27 @@ def _by_groups(
             _take_in(encoder, group)
     if not student:
         _take_in(encoder, assignment.specs)
+
+
+def _by_pairs(encoder: Encoder, assignment: Assignment, calibration: Path, *, layers) -> None:
+    """Quantize input after input: layers that read one tensor, each for what it should give behind those before it."""
+    config, student, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
+    teacher, workers = copy.deepcopy(student), threads.workers()
+    order = [spec for group in execution_groups(student, assignment.specs, calibration) for spec in group]
+    for together in same_inputs(student, order, next(recorded_calls(calibration))):
+        missing = [spec for spec in together if read_item(encoder.directory, spec.name) is None]
+        layers.skip([spec for spec in together if spec not in missing])
+        hessians, targets = {}, {}
+        if missing:
+            options = {"tokens_per_call": config.tokens_per_call, "seed": config.seed}
+            moments = pair_moments(teacher, student, together, recorded_calls(calibration), **options)
+            for spec in missing:
+                hessians[spec.name], cross = moments[spec.name]
+                matrix = matrix_of(student, spec)
+                targets[spec.name] = corrected_target(matrix, hessians[spec.name], cross)
+        problems = [(spec, schemes[spec.name]) for spec in missing]
+        encoder.encode_all(problems, hessians, workers=workers, layers=layers, targets=targets)
+        _take_in(encoder, together)
 
 
 def _take_in(encoder: Encoder, specs: list[LayerSpec]) -> None:

@@ -13,13 +13,12 @@ from torch import nn
 
 from vqdm.acceleration.operators import operators
 from vqdm.calibration.blocks import LARGE
-from vqdm.calibration.collect import in_passes, teacher_groups
 from vqdm.calibration.hessian import add_second_moment, token_count
 from vqdm.codecs.encode import needs_hessians, trains_blocks
 from vqdm.config.codecs import PeerConfig, QuantizeConfig
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.location import decodes_sliced
-from vqdm.models.specs import LayerSpec, in_groups
+from vqdm.models.specs import LayerSpec
 from vqdm.runs.device import encoding_room
 from vqdm.runs.texts import duration
 from vqdm.stages import accelerated
@@ -30,12 +29,12 @@ from vqdm.stages.plan.forward import (
     BATCH,
     DenoiserCost,
     ForwardCost,
-    LayerInput,
     latent_size,
     measure,
     measure_decoder,
     measure_denoiser,
 )
+from vqdm.stages.plan.groups import groups_of, readers, reads_both
 from vqdm.stages.plan.memory import Memory
 from vqdm.stages.plan.rates import SCORING, Machine, Rates, cpu_rates
 from vqdm.stages.plan.recorded import Recorded
@@ -195,6 +194,9 @@ class _Stages(Experiment):
         note += f"encoding {duration(encode)} ({found[0][1] if found else 'nothing'})"
         return self.stage("quantize", used, (hessians + encode + error, rates.origin), note)
 
+    def _denoiser_bytes(self) -> int:
+        return self.model.item_size * sum(parameter.numel() for parameter in self.denoiser.parameters())
+
     def _by_blocks(self) -> StageCost:
         """Cost of running both denoisers up to every block, half of one on average, its steps, and two judgements.
 
@@ -210,8 +212,8 @@ class _Stages(Experiment):
         names, batch = [spec.name for spec in self.specs], min(config.batch_size, rows)
         blocks = measure_blocks(denoiser, names, rows=batch, size=self.config.model.sampler.size)
         kept = int(rows * blocks.recorded * self.model.item_size / 4)
-        unet = self.model.item_size * sum(parameter.numel() for parameter in denoiser.parameters())
-        on_device = self.model.resident(self.machine.device) + unet + blocks.step + TRAINED_COPIES * 4 * blocks.trained
+        on_device = self.model.resident(self.machine.device) + self._denoiser_bytes()
+        on_device += blocks.step + TRAINED_COPIES * 4 * blocks.trained
         on_host = min(3 * kept, 2 * LARGE + JUDGED * blocks.recorded)
         on_host = memory.loaded(self.model, on_host, self.machine.device)
         used = memory.placed(on_device, on_host, device=self.machine.device)
@@ -325,13 +327,8 @@ class _Stages(Experiment):
         steps = min(self.config.calibration.recorded_steps, self.config.model.sampler.steps)
         return self.calibration_prompts * self.guided * steps
 
-    def _groups(self, config) -> list[list[LayerSpec]]:
-        """Groups of layers as vqdm/calibration/collect.py forms them, in order; a student's are not merged."""
-        by_name = {spec.name: spec for spec in self.specs}
-        found = in_groups(by_name[name] for name in self.cost.inputs)
-        if needs_hessians(config) and config.hessian_from == "student":
-            return [part for group in found for part in in_passes(group, hessian_room(self.config))]
-        return teacher_groups(found)
+    def _groups(self, config: QuantizeConfig) -> list[list[LayerSpec]]:
+        return groups_of(self.specs, self.cost.inputs, config, room=hessian_room(self.config))
 
     def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
         return memory.quantize_memory(
@@ -344,12 +341,14 @@ class _Stages(Experiment):
             room=encoding_room(),
             device=self.machine.device,
             needs_hessians=needs_hessians(self.config.quantize),
+            original=self._denoiser_bytes() if reads_both(self.config.quantize) else 0,
         )
 
     def _hessian_seconds(self, groups: list[list[LayerSpec]], config: QuantizeConfig) -> float:
         """Seconds of every group's calls (the recorded ones, or all of a sampling student) and of summing their inputs.
 
-        On the CPU one thread does it, so that the sums have one order.
+        Where both denoisers read the calls, each of them ends half way on average. On the CPU one thread does it, so
+        that the sums have one order.
         """
         rates = self.machine.rates(self.config.model.dtype, threads=1)
         sums_rates = self.machine.rates("float32", threads=1)
@@ -360,19 +359,13 @@ class _Stages(Experiment):
         samples = self._samples_per_call()
         limit = config.tokens_per_call
         costs: dict[tuple, ForwardCost] = {}  # layers of one shape cost the same
-        for spec in _readers(groups, self.cost.inputs):
+        for spec in readers(groups, self.cost.inputs):
             shape = self.cost.inputs[spec.name].shape
             key = spec.shape, spec.conv, shape
             if key not in costs:
                 costs[key] = second_moment_cost(spec, shape, samples=samples, limit=limit)
             seconds += sums_rates.seconds(costs[key].times(self._recorded_samples() / samples))
         return seconds
-
-
-def _readers(groups: list[list[LayerSpec]], inputs: dict[str, LayerInput]) -> list[LayerSpec]:
-    """One layer for every Hessian: layers of a group that read the same tensor in the same geometry share it."""
-    found = {(i, inputs[spec.name].tensor, spec.conv): spec for i, group in enumerate(groups) for spec in group}
-    return list(found.values())
 
 
 def least_encoding_flops(shape: tuple[int, int], config: QuantizeConfig) -> float:

@@ -119,18 +119,19 @@ def quantize_memory(
     room: int,
     device: str,
     needs_hessians: bool,
+    original: int = 0,
 ) -> Memory:
     """Memory of the worst group: Hessians, and the forward that fills them or the workers that encode its layers.
 
-    room: bytes that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian
-    to the host. At the end the student: decoded weights in the model's dtype beside its codes, and its file in the
-    host's memory.
+    original: bytes of the denoiser that stays as it was beside the student, where both read the calls. room: bytes
+    that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian to the host. At
+    the end the student: decoded weights in the model's dtype beside its codes, and its file in the host's memory.
     """
     copied = 1 if device != "cpu" and needs_hessians else 0
-    forward, weights = samples * model.activations, model.resident(device)
-    on_device, on_host = sampling_bytes(model, samples, 0, device=device), 0.0
+    forward, weights = samples * model.activations, model.resident(device) + original
+    on_device, on_host = sampling_bytes(model, samples, 0, device=device) + original, 0.0
     for group in groups:
-        held = hessian_bytes(group, inputs) if needs_hessians else 0
+        held = hessian_bytes(group, inputs) * (2 if original else 1) if needs_hessians else 0
         each = [encoder_bytes(spec.shape, config) + copied * 4 * spec.shape[1] ** 2 for spec in group]
         working = max(min(sum(heapq.nlargest(workers, each)), room), max(each))
         recording = held + forward + (HESSIAN_WORKSPACE if needs_hessians else 0)
