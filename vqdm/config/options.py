@@ -233,6 +233,7 @@ class TinyTrainConfig:
     scenes: int = number(150_000, least=1, most=MOST)  # scenes to train the U-Net on
     batch_size: int = number(128, least=1, most=65_536)  # scenes per step
     vae_steps: int = number(4200, least=1, most=MOST)  # steps of the VAE
+    vae_crop_steps: int = number(0, least=0, most=MOST)  # before them: steps of the VAE on crops about things
     vae_batch_size: int = number(32, least=1, most=65_536)  # scenes per step of the VAE
     vae_scenes: int = number(100_000, least=1, most=MOST)  # scenes to train the VAE on
     text_steps: int = number(3000, least=1, most=MOST)  # steps of the text encoders

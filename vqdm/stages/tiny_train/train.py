@@ -90,6 +90,7 @@ def _vae(work: Path, config: TinyTrainConfig, start: Path | None) -> Autoencoder
             _scenes(config, config.vae_scenes),
             directory=work / "checkpoints",
             steps=config.vae_steps,
+            crop_steps=config.vae_crop_steps,
             batch_size=config.vae_batch_size,
             seed=config.seed,
         )

@@ -27,13 +27,43 @@ def build_vae(image_size: int) -> AutoencoderKL:
     )
 
 
-def train_vae(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int, kl_weight: float = 1e-5):
-    """Train a VAE on mean absolute plus squared error of pixels and of their gradients, and a light KL term."""
+CROP = 32  # pixels along a side
+RATE, RATE_AFTER_CROPS = 1.5e-3, 5e-4
+
+
+def crops_of_things(scenes: SceneSet, count: int, generator: torch.Generator) -> torch.Tensor:
+    """A square about one thing of each of `count` random scenes, float [count, 3, CROP, CROP] in [-1, 1]."""
+    rows, most = scenes.pick(count, generator), scenes.world.image_size - CROP
+    draws = torch.rand(count, 3, generator=generator, device="cpu").tolist()
+    found = []
+    for image, row, (which, *shifts) in zip(scenes.images(rows), rows.tolist(), draws, strict=True):
+        things = scenes.scenes[row].things
+        thing = things[int(which * len(things))]
+        starts = (centre + (shift / 2 - 0.75) * CROP for centre, shift in zip((thing.x, thing.y), shifts, strict=True))
+        x, y = (int(min(max(start, 0), most)) for start in starts)
+        found.append(image[:, y : y + CROP, x : x + CROP])
+    return torch.stack(found)
+
+
+def train_vae(
+    scenes: SceneSet,
+    *,
+    directory: Path,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    crop_steps: int = 0,
+    kl_weight: float = 1e-5,
+):
+    """Train a VAE on mean absolute plus squared error of pixels and of their gradients, and a light KL term.
+
+    crop_steps: steps before these on twice as many crops about things, of which a whole image shows little: small ones
+    with textures are what is hard.
+    """
     with seeded_initialisation(seed, "vae"):
         vae = build_vae(scenes.world.image_size)
 
-    def loss_of(generator: torch.Generator) -> torch.Tensor:
-        images = scenes.images(scenes.pick(batch_size, generator))
+    def loss(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator, device="cpu")
@@ -42,17 +72,19 @@ def train_vae(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int,
         slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + 4 * error.square().mean() + slopes + kl_weight * posterior.kl().mean()
 
-    average = fit(
-        vae,
-        loss_of,
-        purpose="vae",
-        directory=directory,
-        steps=steps,
-        learning_rate_peak=1.5e-3,
-        seed=seed,
-        decay_from=0.3,
-    )
-    vae.load_state_dict(average)
+    def of_crops(generator: torch.Generator) -> torch.Tensor:
+        return loss(crops_of_things(scenes, 2 * batch_size, generator), generator)
+
+    def of_images(generator: torch.Generator) -> torch.Tensor:
+        return loss(scenes.images(scenes.pick(batch_size, generator)), generator)
+
+    settings = {"directory": directory, "seed": seed, "decay_from": 0.3}
+    rate = RATE
+    if crop_steps:
+        crops = fit(vae, of_crops, purpose="vae_crops", steps=crop_steps, learning_rate_peak=rate, **settings)
+        vae.load_state_dict(crops)
+        rate = RATE_AFTER_CROPS
+    vae.load_state_dict(fit(vae, of_images, purpose="vae", steps=steps, learning_rate_peak=rate, **settings))
     vae.eval().requires_grad_(False)
     normalise_latents(vae, scenes.images(torch.arange(min(2048, len(scenes)), device="cpu")))
     return vae
