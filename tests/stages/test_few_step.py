@@ -135,6 +135,14 @@ def test_a_killed_student_goes_on_to_the_same_bytes(compressed, tmp_path, monkey
     assert {name for name in files if (ours / name).read_bytes() != (whole / name).read_bytes()} == set()
 
 
+def test_a_newer_option_changes_a_students_identity_only_if_it_is_used(tmp_path):
+    def identity(*more: str) -> str:
+        config = compose("quantize=rtn4", "calibration=tiny", "few_step=dmd", "few_step.start=tiny_turbo", *more)
+        return build_graph(config, cache=tmp_path / "hashes").named()["few_step"].fingerprint
+
+    assert identity() == identity("few_step.critic_first=0") != identity("few_step.critic_first=5")
+
+
 def test_sampling_a_student_otherwise_does_not_train_it_anew(tmp_path):
     def stages(*overrides):
         config = compose("quantize=rtn4", "calibration=tiny", "few_step=reflow", *overrides)
