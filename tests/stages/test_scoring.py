@@ -61,7 +61,7 @@ def test_weights_that_come_later_are_another_evaluation_and_their_folder_is_not(
 def test_what_is_not_here_is_said_of_every_metric_that_was_asked_for(tmp_path):
     families = [name for name, family in FAMILIES.items() if not family.of_file]
     everything = scoring(tmp_path, *families)
-    here = {"tiny", "recovery", "edits", "concepts", "places", "paired"}
+    here = {"tiny", "recovery", "vocabulary", "edits", "concepts", "places", "paired"}
     assert set(everything.weights) == here
     assert set(everything.not_run) == {m for name in set(families) - here for m in FAMILIES[name].metrics}
     assert all(str(tmp_path / "weights") in why and "\n" not in why for why in everything.not_run.values())
