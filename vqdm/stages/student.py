@@ -50,7 +50,8 @@ def model_of(config: Config, read: Callable[[PromptsConfig], PromptList], *, cac
     settings = {"prompts": pair_prompts(config, read).sha256, "sampler": asdict(teacher_sampler(config))}
     settings |= {"dtype": config.model.dtype, "batch_size": own.pairs_batch_size, "noise_seed": own.noise_seed}
     pairs = Stage("pairs", VERSIONS["pairs"], f"{config.model.name}-{own.pairs}", settings, {"model": files})
-    settings = _settings(own, (*_TRAINING, *_OF_KIND.get(own.kind, ())))
+    first = own.critic_first if own.steps else 0  # a student that is not trained has no critic
+    settings = _settings(dataclasses.replace(own, critic_first=first), (*_TRAINING, *_OF_KIND.get(own.kind, ())))
     upstream = {"pairs": pairs, "model": files}
     if own.start is not None:
         upstream["start"] = files_identity(start_directory(own.start), cache)
