@@ -184,7 +184,7 @@ class Training:
         shown = progress.bar("few_step", config.steps, unit="step")
         with one_order_of_sums(self.device), shown as bar:
             bar.skip(history.step, items=history.step)
-            if critics and config.critic_first and not history.validations:
+            if critics and config.steps and config.critic_first and not history.validations:
                 self._teach_first(critics)
             self._check(history)
             for step in range(history.step, config.steps):
