@@ -4,8 +4,9 @@ python run.py +experiment=sdxl_random plan=true && python run.py +experiment=sdx
 python scripts/measured_stages.py sdxl_random [MORE] [--results results] [--json FILE] [--publish NAME]
 
 Measured is the peak of the process (on a GPU: of what torch allocated) while a stage was made, from its manifest; for
-images, from their batches. A stage that was interrupted tells of its last part only. --publish keeps the table as
-<results>/published/NAME.md, .csv and .json, with commits and versions.
+images, from their batches. A stage that was interrupted tells of its last part only. How much of the mapped files is
+resident depends on what else the machine does, so a process is judged by its memory without them, where plan and
+manifest tell it. --publish keeps the table as <results>/published/NAME.md, .csv and .json, with commits and versions.
 """
 
 import argparse
@@ -59,8 +60,9 @@ def of_all(experiments: list[str], results: Path) -> list[dict]:
 def measured(experiment: str, results: Path) -> list[dict]:
     """A row for every planned stage that has been made.
 
-    Its columns: run, stage, directory, device, foretold, measured, cpu_seconds, seconds, git_sha. foretold, measured:
-    bytes on the machine that computed it, the GPU or the CPU's. UserError without a plan or a run.
+    Its columns: run, stage, directory, device, foretold, measured, foretold_anonymous, measured_anonymous,
+    cpu_seconds, seconds, git_sha. foretold, measured: bytes on the machine that computed it, the GPU or the CPU's;
+    anonymous: without mapped files, None on a GPU and in old manifests. UserError without a plan or a run.
     """
     plan, record = results / "plans" / f"{experiment}.json", newest(results / "runs" / experiment)
     if not plan.is_file() or record is None:
@@ -80,6 +82,8 @@ def measured(experiment: str, results: Path) -> list[dict]:
                     "device": planned["device"],
                     "foretold": foretold[name][place],
                     "measured": used["peak_memory_bytes"][place],
+                    "foretold_anonymous": foretold[name].get("anonymous") if place == "host" else None,
+                    "measured_anonymous": used["peak_memory_bytes"].get("anonymous") if place == "host" else None,
                     "cpu_seconds": used["cpu_seconds"],
                     "seconds": used["seconds"],
                     "git_sha": used.get("git_sha"),
@@ -116,12 +120,19 @@ def usage(directory: Path) -> dict | None:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| run | stage | foretold, GiB | measured, GiB | difference | CPU-seconds |", "|---|---|---|---|---|---|"]
+    """The rows in Markdown; the difference is that without mapped files, where both sides are known, else of all."""
+    lines = [
+        "| run | stage | foretold, GiB | measured, GiB | foretold without mapped files | measured without them | "
+        "difference | CPU-seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        difference = row["measured"] / row["foretold"] - 1
+        own = row["foretold_anonymous"], row["measured_anonymous"]
+        foretold, measured = (row["foretold"], row["measured"]) if None in own else own
+        cells = row["foretold"], row["measured"], *own
+        sizes = " | ".join("–" if size is None else f"{size / GIB:.1f}" for size in cells)
         lines.append(
-            f"| {row['run']} | {row['stage']} | {row['foretold'] / GIB:.1f} | {row['measured'] / GIB:.1f} | "
-            f"{difference:+.0%} | {row['cpu_seconds']:.0f} |"
+            f"| {row['run']} | {row['stage']} | {sizes} | {measured / foretold - 1:+.0%} | {row['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
 

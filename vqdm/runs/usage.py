@@ -11,6 +11,7 @@ from pathlib import Path
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FORGET_THE_PEAK = "5"  # proc(5): VmHWM begins again at the present size
 OF_NO_FILE = ("RssAnon", "RssShmem", "VmSwap")  # proc(5): what the system cannot drop and read again from a file
+WATCHER = "memory of a stage"  # the thread's name
 INTERVAL = 0.05  # seconds between two looks, a thousandth of them spent: memory fills by 0.1 GiB meanwhile, or less
 
 
@@ -26,14 +27,14 @@ class Usage:
         self._resets = _forget_peak()
         self._anonymous = _anonymous_now()
         if self._anonymous is not None:
-            threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="memory").start()
+            threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name=WATCHER).start()
 
     def so_far(self) -> dict:
         """{seconds, cpu_seconds, peak_memory_bytes: {host, anonymous, device}}; None where the system does not tell.
 
-        host: resident memory, mapped files included, as far as the system left them there. anonymous: without them, what
-        it could not take back, as seen every INTERVAL seconds. device: what torch allocated on the GPU, without its
-        context.
+        host: resident memory, mapped files included, as far as the system left them there. anonymous: without them,
+        what it could not take back, as seen every INTERVAL seconds. device: what torch allocated on the GPU, without
+        its context.
         """
         self.look()
         return {

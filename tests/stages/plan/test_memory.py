@@ -1,20 +1,28 @@
 """Formulas of memory against what the codecs and the Hessians really allocate."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vqdm.calibration.hessian import add_second_moment
 from vqdm.codecs.allocation import assign_schemes
 from vqdm.codecs.encode import encode_layer, encoder_bytes, make_shared, needs_hessians
 from vqdm.config.codecs import AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig
+from vqdm.config.options import ModelConfig
 from vqdm.metrics.paired import Pairs
+from vqdm.models.loader import load_pipeline
 from vqdm.models.specs import ConvGeometry, LayerSpec
+from vqdm.runs import usage
 from vqdm.seeds import torch_generator
 from vqdm.stages.plan.forward import LayerInput, LiveBytes, measure
 from vqdm.stages.plan.memory import (
     HESSIAN_WORKSPACE,
+    LIBRARIES,
     PIXEL_BYTES,
     PROCESS,
     SSIM_BYTES,
@@ -24,6 +32,7 @@ from vqdm.stages.plan.memory import (
     generate_memory,
     hessian_bytes,
     quantize_memory,
+    used_in_files,
 )
 
 CONFIGS = {
@@ -89,6 +98,71 @@ def test_a_decoder_that_computes_in_fp32():
     used = generate_memory(MODEL, samples=4, images=2, device="cpu")
     assert used.device == 0
     assert used.host == 2 * 1100 + 2 * (1000 + 4 * 48) + 2 * 100 + 5 * 2 * 48 + PROCESS
+
+
+def test_what_lies_in_files_is_told_apart():
+    """Sampling the original: all weights; a quantized denoiser: what is beside it, and codes, not what was decoded."""
+    model = dataclasses.replace(MODEL, decoder_upcast=False, in_files=True)
+    original = generate_memory(model, samples=4, images=2, device="cpu")
+    assert original.host - original.anonymous == 2 * 1100 + LIBRARIES
+    student = generate_memory(model, samples=4, images=2, device="cpu", codes=500)
+    assert student.host == original.host + 500
+    assert student.host - student.anonymous == 2 * 100 + 500 + LIBRARIES
+    copied = generate_memory(dataclasses.replace(model, in_files=False), samples=4, images=2, device="cpu")
+    assert copied.host == original.host and copied.host - copied.anonymous == LIBRARIES
+    gpu = generate_memory(model, samples=4, images=2, device="cuda")
+    assert gpu.host == 2 * 1100 + PROCESS and gpu.anonymous == 5 * 2 * 48 + PROCESS - LIBRARIES
+
+
+def test_decoded_weights_come_on_top_of_files_that_stay_mapped():
+    specs = [LayerSpec("a", "linear", (20, 25))]
+    inputs, options = {"a": LayerInput((2, 4, 25), 0)}, {"config": CONFIGS["rtn"], "samples": 2, "workers": 1}
+    used = [
+        quantize_memory(
+            dataclasses.replace(MODEL, activations=1e6, in_files=in_files),
+            *([specs], inputs), room=1 << 40, device="cpu", needs_hessians=False, **options,
+        )
+        for in_files in (False, True)
+    ]  # fmt: skip
+    assert used[1].host - used[0].host == 2 * 500
+    assert used[1].host - used[1].anonymous == 2 * 1100 + LIBRARIES
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weights_are_used_in_their_file_if_it_holds_their_dtype(dtype):
+    config = ModelConfig(builtin="tiny", dtype=dtype)
+    pipeline = load_pipeline(config, device="cpu")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [line[0].split("-") for line in lines if line[-1].endswith(".safetensors")]
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        places = [parameter.data_ptr() for parameter in getattr(pipeline, part).parameters()]
+        inside = [any(int(low, 16) <= place < int(high, 16) for low, high in spans) for place in places]
+        assert inside == [used_in_files(config)] * len(places)
+    assert used_in_files(config) == (dtype == "float16")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"hub_id": "a/b", "variant": "fp16", "dtype": "float16"}, True),
+        ({"hub_id": "a/b", "dtype": "float16"}, False),
+        ({"path": "no/such/folder", "dtype": "float16"}, False),
+        ({"path": "drawn", "configs": "sdxl", "random_seed": 0, "dtype": "bfloat16"}, True),
+    ],
+)
+def test_files_that_are_not_here_go_by_their_variant(options, expected):
+    assert used_in_files(ModelConfig(**options)) is expected
+
+
+@pytest.mark.skipif(not usage.RESET.exists(), reason="only Linux tells a process its peak")
+def test_a_file_of_tensors_is_written_without_a_copy(tmp_path):
+    """So a denoiser's file costs no memory of its own on a CPU."""
+    tensors = {str(i): torch.ones(8 << 20, dtype=torch.uint8) for i in range(8)}
+    begun = usage._anonymous_now()
+    used = usage.Usage()
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert used.so_far()["peak_memory_bytes"]["anonymous"] < begun + (16 << 20)
 
 
 def test_a_gpu_keeps_hessians_and_the_host_the_encoders():

@@ -147,9 +147,9 @@ def _model(
         upcast = memory.decoder_upcasts(vae.config, config.model.dtype)
         decoding = measure_decoder(vae, (height, width), dtype=torch.float32 if upcast else dtype)
         numbers = 3 * height * width * 4 ** (len(vae.config.block_out_channels) - 1)
-    sliced = decodes_sliced(config.model)
-    model = memory.Model(parts, dtype.itemsize, cost.sample.peak_bytes, decoding.peak_bytes, upcast, numbers, sliced)
-    return model, decoding
+    sliced, in_files = decodes_sliced(config.model), memory.used_in_files(config.model)
+    peaks = cost.sample.peak_bytes, decoding.peak_bytes
+    return memory.Model(parts, dtype.itemsize, *peaks, upcast, numbers, sliced, in_files), decoding
 
 
 class _Stages(Experiment):
@@ -214,9 +214,8 @@ class _Stages(Experiment):
         kept = int(rows * blocks.recorded * self.model.item_size / 4)
         on_device = self.model.resident(self.machine.device) + self._denoiser_bytes()
         on_device += blocks.step + TRAINED_COPIES * 4 * blocks.trained
-        on_host = min(3 * kept, 2 * LARGE + JUDGED * blocks.recorded)
-        on_host = memory.loaded(self.model, on_host, self.machine.device)
-        used = memory.placed(on_device, on_host, device=self.machine.device)
+        on_host, model = min(3 * kept, 2 * LARGE + JUDGED * blocks.recorded), self.model
+        used = memory.placed(on_device, on_host, device=self.machine.device, mapped=model.mapped, loading=model.weights)
         read = (config.iterations * batch + 2 * rows) * blocks.together * self.model.item_size / 4
         note = (
             f"{blocks.count} blocks, {config.iterations:,} steps of {batch} rows each, on {rows:,} rows; "

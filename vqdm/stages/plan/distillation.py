@@ -30,8 +30,8 @@ from vqdm.stages.plan.training import StepCost, Student, measure_blocks, measure
 # free pieces of glibc's heap for each weight that is decoded, where nothing of torch lies: measured, not foretold.
 # 1.7 on a smaller U-Net (scripts/lab/heap_of_training.py, docs/sdxl.md); SDXL itself had 1.3, 1.7 and 1.8 in three runs
 HEAP_BYTES = 1.7
-FILE_COPIES = 2  # of a denoiser's codes, while it is written
 MOMENTS = 2  # of Adam, in fp32 as all that trains
+OTHERS, TEACHER = "other parts of the pipeline", "teacher, less what is shared"
 
 
 class DistillationPlan(Experiment):
@@ -75,11 +75,12 @@ class DistillationPlan(Experiment):
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
         step = max(blocks.step + state, self.guided * self.config.calibration.batch_size * self.model.activations)
         rows = 2 * own.block_samples * blocks.recorded
-        step = max(step, 0 if self.machine.on_gpu else FILE_COPIES * student.codes)
         used = memory.placed(
             self.model.resident(self.machine.device) + student.state + step,
-            memory.loaded(self.model, rows, self.machine.device),
+            rows,
             device=self.machine.device,
+            mapped=self.model.mapped + min(student.codes, step),
+            loading=self.model.weights,
         )
         written = own.block_steps * student.weights * (student.decode.written + student.decode.gradient_written)
         work = [self.cost.sample.times(recording + (1 + BACKWARD) * training), ForwardCost(written_bytes=written)]
@@ -162,7 +163,7 @@ class DistillationPlan(Experiment):
         moments = self._moments(student, step, resident=resident)
         worst = max(moments, key=moments.get)
         found = {
-            "other parts of the pipeline": self.model.resident(self.machine.device) - teacher,
+            OTHERS: self.model.resident(self.machine.device) - teacher,
             "student": student.state,
             "drift": 4 * student.drifting,
             "Adam's moments": 4 * MOMENTS * student.trained,
@@ -170,7 +171,7 @@ class DistillationPlan(Experiment):
             worst: moments[worst],
         }
         if resident:
-            found["teacher, less what is shared"] = teacher - self._shared(student)
+            found[TEACHER] = teacher - self._shared(student)
         return {name: int(size) for name, size in found.items()}
 
     def _moments(self, student: Student, step: StepCost, *, resident: bool) -> dict[str, float]:
@@ -186,7 +187,6 @@ class DistillationPlan(Experiment):
         }
         if not on_gpu:
             found["a checkpoint"] = (1 + MOMENTS) * gradients
-            found["the denoiser's file"] = FILE_COPIES * student.codes
         if resident and own.trajectories.along == "student":
             found["the student's own sampling"] = own.trajectories.batch_size * self.guided * row
         return found
@@ -200,10 +200,20 @@ class DistillationPlan(Experiment):
         return sum(size for name, size in student.frozen.items() if name in theirs)
 
     def _placed(self, parts: dict[str, int], student: Student) -> Memory:
-        """Memory of these parts; beside a GPU the host holds a checkpoint, as tensors and as a file."""
+        """Memory of these parts; beside a GPU the host holds a checkpoint, as tensors and as a file.
+
+        Codes are used in their file until they are rounded for the next, when the worst moment is over.
+        """
         saving = 2 * (1 + MOMENTS) * 4 * student.trained if self.machine.on_gpu else 0
-        device = self.machine.device
-        return memory.placed(sum(parts.values()), memory.loaded(self.model, saving, device), device=device)
+        *_, worst = (size for name, size in parts.items() if name != TEACHER)
+        mapped = parts[OTHERS] + parts.get(TEACHER, 0) if self.model.in_files else 0
+        return memory.placed(
+            sum(parts.values()),
+            saving,
+            device=self.machine.device,
+            mapped=mapped + min(student.codes, worst),
+            loading=self.model.weights,
+        )
 
     def _on_a_gpu(self, dtype: str) -> Rates:
         """Rates of the GPU that is planned for, or of the assumed one."""

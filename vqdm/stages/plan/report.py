@@ -25,6 +25,8 @@ from vqdm.stages.plan.stage import StageCost, duration, gibibytes
 from vqdm.stages.plan.work import work_lines, work_of
 from vqdm.weights.layers import swap_empty
 
+LARGE_FILES = 1 << 30  # bytes of mapped files from which a line tells of them
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -206,6 +208,9 @@ def cost_line(cost: StageCost, plan: Plan) -> str:
     if cost.memory is not None:
         on_device = f"{gibibytes(cost.memory.device)} on the device and " if cost.memory.device else ""
         memory = f"{on_device}{gibibytes(cost.memory.host)} of memory"
+        files = cost.memory.host - cost.memory.anonymous
+        if not cost.memory.device and files > LARGE_FILES:
+            memory += f" ({gibibytes(files)} of it mapped files)"
         card = plan.machine.card
         if card is not None and cost.memory.device > card.memory:
             memory += f" (more than the {gibibytes(card.memory)} of an {card.name})"
