@@ -164,7 +164,7 @@ class _Stages(Experiment):
     def sensitivity(self) -> StageCost:
         """Cost of the Hessians, as for quantizing, and of encoding and judging every layer at every number of bits."""
         config = dataclasses.replace(self.config.quantize, hessian_from="teacher")
-        used = self._quantize_memory(self._groups(config), workers=1)
+        used = self._quantize_memory(self._groups(config), workers=1, student=False)
         rates = self._rates()
         if rates is None:
             return self.stage("sensitivity", used, (None, ""))
@@ -329,7 +329,7 @@ class _Stages(Experiment):
     def _groups(self, config: QuantizeConfig) -> list[list[LayerSpec]]:
         return groups_of(self.specs, self.cost.inputs, config, room=hessian_room(self.config))
 
-    def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int) -> Memory:
+    def _quantize_memory(self, groups: list[list[LayerSpec]], *, workers: int, student: bool = True) -> Memory:
         return memory.quantize_memory(
             self.model,
             groups,
@@ -341,6 +341,7 @@ class _Stages(Experiment):
             device=self.machine.device,
             needs_hessians=needs_hessians(self.config.quantize),
             original=self._denoiser_bytes() if reads_both(self.config.quantize) else 0,
+            student=student,
         )
 
     def _hessian_seconds(self, groups: list[list[LayerSpec]], config: QuantizeConfig) -> float:

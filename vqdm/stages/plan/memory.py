@@ -159,13 +159,14 @@ def quantize_memory(
     device: str,
     needs_hessians: bool,
     original: int = 0,
+    student: bool = True,
 ) -> Memory:
     """Memory of the worst group: Hessians, and the forward that fills them or the workers that encode its layers.
 
     original: bytes of the denoiser that stays as it was beside the student, where both read the calls. room: bytes
     that several workers stay within; one alone may take more. On a GPU every worker copies its Hessian to the host. At
     the end the student: decoded weights in the model's dtype beside its codes, which its file is written from. Mapped
-    files of the originals stay mapped, as biases and norms in them are used.
+    files of the originals stay mapped, as biases and norms in them are used. student=False: none is made.
     """
     copied = 1 if device != "cpu" and needs_hessians else 0
     forward, weights = samples * model.activations, model.resident(device) + original
@@ -179,12 +180,13 @@ def quantize_memory(
             on_device = max(on_device, weights + max(recording, held + working))
         else:
             on_device, on_host = max(on_device, weights + recording), max(on_host, working)
-    specs = [spec for group in groups for spec in group]
-    codes, kept = code_bytes(specs, config), device == "cpu" and model.in_files
-    student = weights + codes + forward + (model.item_size * sum(spec.size for spec in specs) if kept else 0)
-    if device != "cpu":
-        on_host = max(on_host, codes)
-    return placed(max(on_device, student), on_host, device=device, mapped=model.mapped, loading=model.weights)
+    if student:
+        specs = [spec for group in groups for spec in group]
+        codes, kept = code_bytes(specs, config), device == "cpu" and model.in_files
+        decoded = model.item_size * sum(spec.size for spec in specs) if kept else 0
+        on_device = max(on_device, weights + codes + forward + decoded)
+        on_host = on_host if device == "cpu" else max(on_host, codes)
+    return placed(on_device, on_host, device=device, mapped=model.mapped, loading=model.weights)
 
 
 def evaluate_memory(image_numbers: int, images: int, *, device: str) -> Memory:
