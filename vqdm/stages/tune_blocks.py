@@ -14,6 +14,7 @@ from vqdm.distillation.blockwise import Changed, tune_blocks
 from vqdm.models.loader import denoiser_of
 from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
+from vqdm.runs.heap import return_free_pages
 from vqdm.runs.store import read_item, write_item, write_json
 from vqdm.stages.finished import finished_denoiser
 from vqdm.weights.layers import quantized_layers
@@ -51,6 +52,7 @@ def tune_all_blocks(
                 content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in changed.items()})
                 write_item(directory, block.name, {_file(block): content}, dataclasses.asdict(report))
                 bar.add()
+            return_free_pages()  # the heap would keep them in pieces, gigabytes after a hundred blocks of SDXL
     reports = [{"block": name, **read_item(directory, name)} for name in names]
     write_json(directory / "blocks.json", reports)
     kept = sum(report["kept"] for report in reports)
