@@ -2,9 +2,11 @@
 
 python scripts/publish_tiny.py results/stages/tiny_train/<directory>
 python scripts/publish_tiny.py results/stages/tiny_train/<directory> --snapshot   # of a training that still goes on
+python scripts/publish_tiny.py results/stages/tiny_train/<directory> --parts   # what it has finished so far
 
 Into the package goes tiny; small is too large for it. What lies in models/ has its sha256 in models/SHA256SUMS, and its
-growth curve and losses in models/<world>_training/. A snapshot has no few-step student.
+growth curve and losses in models/<world>_training/. A snapshot has no few-step student. Finished parts go to
+models/<world>_parts/, each in a folder.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 from vqdm.runs.command_line import run_script
 
 from vqdm.config.options import TINY_WORLDS
-from vqdm.models.shipped import BESIDE, SUMS
+from vqdm.models.shipped import BESIDE, SUMS, part_names
 from vqdm.runs.files import atomic_write
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vqdm" / "models"
@@ -28,12 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a tiny_train stage directory")
     parser.add_argument("--snapshot", action="store_true", help="the denoiser as it was last looked at in its training")
+    parser.add_argument("--parts", action="store_true", help="only what is finished before the denoiser")
     options = parser.parse_args()
-    world, folders = _folders(options.directory, options.snapshot)
+    world, folders = _parts(options.directory) if options.parts else _folders(options.directory, options.snapshot)
     size = sum(path.stat().st_size for folder in folders.values() for path in folder.rglob("*") if path.is_file())
     if size > LIMITS[world]:
         sys.exit(f"error: {size / 2**20:.1f} MiB is more than the {LIMITS[world] / 2**20:.0f} MiB that may be shipped")
-    place = PLACES[world]
+    place = BESIDE if options.parts else PLACES[world]
     for name, folder in folders.items():
         _replace(folder, place / name)
     if place == BESIDE:
@@ -42,12 +45,25 @@ def main() -> None:
     print(f"published {size / 2**20:.1f} MiB from {options.directory} to {place}")
 
 
-def _folders(directory: Path, snapshot: bool) -> tuple[str, dict[str, Path]]:
-    """(world, {name of a folder that is shipped: where it is now})."""
+def _world_of(directory: Path) -> str:
     found = (world for world in TINY_WORLDS if (directory / f"{world}_evaluators").is_dir())
     world = next(found, None)
     if world is None:
         sys.exit(f"error: {directory} has no evaluators; run python run.py +experiment=tiny_train first")
+    return world
+
+
+def _parts(directory: Path) -> tuple[str, dict[str, Path]]:
+    """As `_folders`: the parts that are there."""
+    world = _world_of(directory)
+    places = {name: directory / "training" / name for name in part_names(world)}
+    places[f"{world}_evaluators"] = directory / f"{world}_evaluators"
+    return world, {f"{world}_parts/{name}": folder for name, folder in places.items() if folder.is_dir()}
+
+
+def _folders(directory: Path, snapshot: bool) -> tuple[str, dict[str, Path]]:
+    """(world, {name of a folder that is shipped: where it is now})."""
+    world = _world_of(directory)
     folders = {name: directory / name for name in (world, f"{world}_turbo", f"{world}_evaluators")}
     if snapshot:
         folders[world] = directory / "training" / "snapshot"
@@ -59,6 +75,7 @@ def _folders(directory: Path, snapshot: bool) -> tuple[str, dict[str, Path]]:
 
 
 def _replace(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f"{target.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(source, new)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -195,6 +196,23 @@ def test_training_goes_on_from_a_pipeline(tmp_path):
     old, new = load_file(start / file), load_file(trained / file)
     moved = sum(float((new[name].float() - old[name].float()).square().sum()) for name in old)
     assert 0 < moved < 0.01 * sum(float(tensor.float().square().sum()) for tensor in old.values())
+
+
+@pytest.mark.slow
+def test_training_takes_finished_parts_and_ends_with_the_same_model(tmp_path):
+    smoke = ("+experiment=tiny_train", "tiny_train=smoke", "threads=1")
+    assert run(*smoke, f"results_dir={tmp_path / 'one'}").returncode == 0
+    (one,) = (tmp_path / "one" / "stages" / "tiny_train").iterdir()
+    parts = tmp_path / "parts"
+    for name in ("vae", "tokenizer", "text_encoder", "text_encoder_2"):
+        shutil.copytree(one / "training" / name, parts / name)
+    shutil.copytree(one / "tiny_evaluators", parts / "tiny_evaluators")
+    done = run(*smoke, f"tiny_train.parts={parts}", f"results_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    assert "vae: " not in done.stderr and "attribute_net: " not in done.stderr
+    (two,) = (tmp_path / "two" / "stages" / "tiny_train").iterdir()
+    files = sorted(path.relative_to(one) for path in (one / "tiny").rglob("*.safetensors"))
+    assert len(files) == 4 and all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
 
 
 @pytest.mark.parametrize("name", ["coco/captions_val2017.json", "prompts/PartiPrompts.tsv"])

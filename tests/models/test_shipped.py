@@ -9,7 +9,7 @@ from tiny_world import run_script
 
 from vqdm.errors import UserError
 from vqdm.models import shipped
-from vqdm.models.shipped import builtin_directory, evaluators_directory
+from vqdm.models.shipped import builtin_directory, check_parts, evaluators_directory
 
 
 @pytest.fixture
@@ -85,6 +85,27 @@ def test_a_snapshot_is_published_with_its_curve_and_sums(beside, tmp_path, monke
     shipped._checked.cache_clear()
     with pytest.raises(UserError, match=r"unet/config\.json is not the file"):
         builtin_directory("small")
+
+
+def test_finished_parts_are_published_and_checked_when_they_are_taken(beside, tmp_path, monkeypatch):
+    import publish_tiny
+
+    stage = tmp_path / "small-seed0-00000000"
+    shutil.copytree(builtin_directory("tiny") / "vae", stage / "training" / "vae")
+    (stage / "small_evaluators").mkdir()
+    (stage / "small_evaluators" / "attribute_net.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(publish_tiny, "BESIDE", beside)
+    monkeypatch.setattr(sys, "argv", ["publish_tiny.py", str(stage), "--parts"])
+    publish_tiny.main()
+    made = beside / "small_parts"
+    assert {path.name for path in made.iterdir()} == {"vae", "small_evaluators"}
+    assert check_parts(made, world="small") == made
+    with pytest.raises(UserError, match=r"parts=.*none of vae, tokenizer"):
+        check_parts(tmp_path, world="small")
+    (made / "vae" / "config.json").write_text("{}")
+    shipped._checked.cache_clear()
+    with pytest.raises(UserError, match=r"vae/config\.json is not the file"):
+        check_parts(made, world="small")
 
 
 def test_a_directory_without_a_training_is_refused(tmp_path):

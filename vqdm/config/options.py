@@ -250,6 +250,7 @@ class TinyTrainConfig:
     growth_every: int | None = number(None, least=1, most=MOST)  # steps of the U-Net between two looks at its images
     growth_captions: int = number(128, least=1, most=MOST)  # captions of such a look
     init_from: str | None = None  # diffusers directory with a U-Net to train on from
+    parts: str | None = None  # directory with finished parts, a folder each, which are taken as they are
 
 
 @dataclasses.dataclass

@@ -22,6 +22,18 @@ def builtin_directory(name: str) -> Path:
     raise UserError(f"model.builtin={name!r} is not shipped; there are {', '.join(sorted(shipped)) or 'none'}")
 
 
+def part_names(world: str) -> tuple[str, ...]:
+    """Folders of the parts that a world's training finishes before its denoiser."""
+    return "vae", "tokenizer", "text_encoder", "text_encoder_2", f"{world}_evaluators"
+
+
+def check_parts(directory: Path, *, world: str) -> Path:
+    """The directory, if it has one finished part of the world at least; else UserError."""
+    if not any((directory / name).is_dir() for name in part_names(world)):
+        raise UserError(f"tiny_train.parts={directory}: none of {', '.join(part_names(world))} lies there")
+    return directory if directory.resolve().parent != BESIDE else _checked(directory.resolve())
+
+
 def _not_made(what: str, folder: str) -> UserError:
     world = folder.partition("_")[0]
     return UserError(

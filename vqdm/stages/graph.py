@@ -21,6 +21,7 @@ from vqdm.models.location import (
     decodes_sliced,
     denoiser_directory,
 )
+from vqdm.models.shipped import check_parts
 from vqdm.prompts import ImageList, PromptList, load_prompts
 from vqdm.runs.identity import files_identity
 from vqdm.runs.provenance import installed_version
@@ -386,8 +387,11 @@ def _needs_captions_of(world: str, prompts: PromptList, family: str) -> None:
 def tiny_train_stage(config: TinyTrainConfig, *, cache: Path) -> Stage:
     settings = asdict(config)
     first = {"world": "tiny", "unet_batch_size": None, "growth_every": None, "growth_captions": 128}
+    first |= {"vae_crop_steps": 0}
     # these came after the first trainings, which are valid still
     settings = {name: value for name, value in settings.items() if name not in first or value != first[name]}
-    start = settings.pop("init_from")
+    start, parts = settings.pop("init_from"), settings.pop("parts")
     upstream = {} if start is None else {"init_from": files_identity(check_pipeline_directory(Path(start)), cache)}
+    if parts is not None:
+        upstream["parts"] = files_identity(check_parts(Path(parts), world=config.world), cache)
     return _stage("tiny_train", f"{config.world}-seed{config.seed}", settings, **upstream)

@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from vqdm.config.options import TinyTrainConfig
 from vqdm.models.location import check_pipeline_directory
+from vqdm.models.shipped import part_names
 from vqdm.runs.store import atomic_write, write_json
 from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
 from vqdm.stages.tiny_train.growth import Growth
@@ -60,10 +61,13 @@ def _part(path: Path, train: Callable, load: Callable):
 def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     """Fill a stage directory; returns the step counts for the manifest.
 
-    With `init_from`, VAE and text encoders are that pipeline's, and the U-Net is trained on from there.
+    With `init_from`, VAE and text encoders are that pipeline's, and the U-Net is trained on from there. With `parts`,
+    those that lie there are taken.
     """
     work = directory / "training"
     work.mkdir(parents=True, exist_ok=True)
+    if config.parts is not None:
+        _take_parts(Path(config.parts), directory, work, world=config.world)
     start = None if config.init_from is None else check_pipeline_directory(Path(config.init_from))
     vae = _vae(work, config, start)
     tokenizer, text_encoder, text_encoder_2 = _text_encoders(work, config, start)
@@ -76,6 +80,16 @@ def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
         losses.replace(work / losses.name)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
     return {"steps": {name: value for name, value in vars(config).items() if name.endswith("_steps")}}
+
+
+def _take_parts(given: Path, directory: Path, work: Path, *, world: str) -> None:
+    for name in part_names(world):
+        target = (directory if name == f"{world}_evaluators" else work) / name
+        if (given / name).is_dir() and not target.exists():
+            partial = target.with_name(f"{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(given / name, partial)
+            partial.replace(target)
 
 
 def _scenes(config: TinyTrainConfig, count: int) -> SceneSet:
