@@ -11,7 +11,7 @@ from PIL import Image
 from vqdm.errors import UserError
 from vqdm.report.experiments import Row, Table
 from vqdm.report.formats import table_content
-from vqdm.report.grid import CELL, GAP, MARGIN, TOP, write_grid
+from vqdm.report.grid import CELL, GAP, LINE, MARGIN, PADDING, write_grid
 from vqdm.report.report import write_report
 from vqdm.runs.store import write_item
 from vqdm.stages.generate import load_images
@@ -123,4 +123,5 @@ def test_a_picture_shows_the_images_that_all_runs_have_and_no_other_captions(tmp
     others.append(with_images(tmp_path, run(tmp_path, "d", copies=2), copies=2))
     for records in ([one, longer, *others], [longer, others[0], one]):
         write_grid(tmp_path / "grid.png", records, tmp_path)
-        assert Image.open(tmp_path / "grid.png").size == (MARGIN + 2 * (CELL + GAP), TOP + 2 * (CELL + GAP))
+        size = (MARGIN + 2 * (CELL + GAP), LINE + 2 * PADDING + 2 * (CELL + GAP))
+        assert Image.open(tmp_path / "grid.png").size == size

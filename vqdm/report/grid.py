@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from vqdm.runs.files import atomic_write
 from vqdm.stages.layout import captions_of, image_path, png_bytes, readable
 
-CELL, GAP, MARGIN, TOP = 128, 6, 220, 30
+CELL, GAP, MARGIN = 128, 6, 220
+LINE, PADDING = 18, 8  # pixels: of a line of text, and about titles
 
 
 def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8) -> None:
@@ -21,14 +22,15 @@ def write_grid(path: Path, records: list[dict], results: Path, *, count: int = 8
     records = [record for record, own in found if all(a == b for a, b in zip(own, captions, strict=False))]
     captions = captions[: min(len(own) for record, own in found if record in records)]
     directories = [_images(record, results) for record in records]
-    width = MARGIN + len(records) * (CELL + GAP)
-    sheet = Image.new("RGB", (width, TOP + len(captions) * (CELL + GAP)), "white")
+    titles = [textwrap.wrap(f"{r['method']} ({r['bits']['bits_per_weight']:.2f})", 18) for r in records]
+    top = LINE * max(map(len, titles)) + 2 * PADDING
+    size = (MARGIN + len(records) * (CELL + GAP), top + len(captions) * (CELL + GAP))
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for column, record in enumerate(records):
-        bits = record["bits"]["bits_per_weight"]
-        draw.text((MARGIN + column * (CELL + GAP), 8), f"{record['method']} ({bits:.2f})", "black", font)
+    for column, title in enumerate(titles):
+        draw.multiline_text((MARGIN + column * (CELL + GAP), PADDING), "\n".join(title), "black", font)
     for row, caption in enumerate(captions):
-        y = TOP + row * (CELL + GAP)
+        y = top + row * (CELL + GAP)
         draw.multiline_text((8, y + 8), "\n".join(textwrap.wrap(caption, 28)), "black", font)
         for column, directory in enumerate(directories):
             with readable(image_path(directory, row)):
