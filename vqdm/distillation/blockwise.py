@@ -28,6 +28,7 @@ from vqdm.distillation.moving_codes import let_drift, stop_drifting
 from vqdm.distillation.optimizer import RelativeAdam, learning_rate
 from vqdm.distillation.parameters import trained_parameters
 from vqdm.models.specs import LayerSpec
+from vqdm.runs.heap import return_free_pages
 from vqdm.seeds import torch_generator
 
 RATE = 0.03  # peak of the relative rate, divided by the root of the block's relative error at the start
@@ -69,6 +70,7 @@ def tune_blocks(
         if changed is None:
             inputs = record_block(student, block.name, map(in_fp32, chosen()))
             targets = record_block(teacher, block.name, chosen()).output
+            return_free_pages()  # of the weights that were decoded on the way, before the block's own steps
             report = _tune(module, inputs, targets, config=config, block=block, progress=progress)
             changed = {f"{block.name}.{name}": value.detach().clone() for name, value in _state(module, config).items()}
         for name, value in _state(module, config).items():
