@@ -37,6 +37,7 @@ from vqdm.runs.files import (
     write_json,
     write_sealed,
 )
+from vqdm.runs.heap import return_freed_memory
 from vqdm.runs.items import read_item, write_item
 from vqdm.runs.locks import LOCK, lock_if_free, locked
 from vqdm.runs.provenance import provenance
@@ -159,8 +160,8 @@ class Store:
                 _announce(directory, faults)
                 _clear(directory, faults)
                 _write_config(directory, stage, extendable=False)
-                usage = Usage()
-                summary = make(directory)
+                return_freed_memory()  # what the stage before left, such as models that refer to themselves
+                usage, summary = Usage(), make(directory)
                 used = usage.so_far()
                 files = [relative for relative in _files(directory) if not _matches(relative, scratch)]
                 _write_manifest(directory, stage, files, used=used, environment=environment, summary=summary)

@@ -8,6 +8,7 @@ from PIL import Image
 from vqdm.config.options import SamplerConfig
 from vqdm.prompts import ImageList, Prompt
 from vqdm.runs import processes, progress
+from vqdm.runs.heap import return_freed_memory
 from vqdm.runs.items import batches
 from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
@@ -42,6 +43,7 @@ def generate(
         return
     from vqdm.models.loader import sample
 
+    return_freed_memory()  # as `Store.ensure` does before a stage
     usage, pipeline = Usage(), make_pipeline()
     with threads_that_are_free() as adjust_threads:
         for name, batch, rows in progress.over(pending, f"generate {label_of(directory)}", unit="batch"):
