@@ -165,6 +165,19 @@ def test_a_file_of_tensors_is_written_without_a_copy(tmp_path):
     assert used.so_far()["peak_memory_bytes"]["anonymous"] < begun + (16 << 20)
 
 
+@pytest.mark.skipif(not usage.RESET.exists(), reason="only Linux tells a process its peak")
+def test_a_convolutions_weight_is_copied_on_a_cpu():
+    weight, inputs = torch.ones(1024, 1024, 3, 3), torch.ones(1, 1024, 4, 4)
+    nn.functional.conv2d(inputs, weight, padding=1)  # what the library keeps
+    begun, used = usage._anonymous_now(), usage.Usage()
+    for _ in range(8):  # each is short, and a thread looks now and then
+        nn.functional.conv2d(inputs, weight, padding=1)
+    more = used.so_far()["peak_memory_bytes"]["anonymous"] - begun
+    assert more < 1.5 * weight.nbytes
+    model = dataclasses.replace(MODEL, packed=weight.nbytes)
+    assert model.forward(2, "cpu") == 20 + weight.nbytes and model.forward(2, "cuda") == 20
+
+
 def test_a_gpu_keeps_hessians_and_the_host_the_encoders():
     specs = [LayerSpec("a", "linear", (64, 4096)), LayerSpec("b", "linear", (64, 64))]
     inputs = {"a": LayerInput((2, 4, 4096), 0), "b": LayerInput((2, 4, 64), 1)}

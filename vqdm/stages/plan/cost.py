@@ -149,7 +149,8 @@ def _model(
         numbers = 3 * height * width * 4 ** (len(vae.config.block_out_channels) - 1)
     sliced, in_files = decodes_sliced(config.model), memory.used_in_files(config.model)
     peaks = cost.sample.peak_bytes, decoding.peak_bytes
-    return memory.Model(parts, dtype.itemsize, *peaks, upcast, numbers, sliced, in_files), decoding
+    packed = max((m.weight.nbytes for m in denoiser.modules() if isinstance(m, nn.Conv2d)), default=0)
+    return memory.Model(parts, dtype.itemsize, *peaks, upcast, numbers, sliced, in_files, packed), decoding
 
 
 class _Stages(Experiment):

@@ -73,7 +73,10 @@ class DistillationPlan(Experiment):
         blocks = measure_blocks(student.denoiser, names, rows=batch, size=self.config.model.sampler.size)
         recording, training = blocks.count * own.block_samples, own.block_steps * batch
         state = (1 + MOMENTS + 1) * 4 * blocks.trained  # gradients, moments, and what RelativeAdam copies
-        step = max(blocks.step + state, self.guided * self.config.calibration.batch_size * self.model.activations)
+        step = max(
+            blocks.step + state,
+            self.model.forward(self.guided * self.config.calibration.batch_size, self.machine.device),
+        )
         rows = 2 * own.block_samples * blocks.recorded
         used = memory.placed(
             self.model.resident(self.machine.device) + student.state + step,

@@ -68,6 +68,7 @@ class Model:
     image_numbers: int = 0  # of an image: 3 · height · width
     sliced: bool = False  # a batch's images are decoded one after the other
     in_files: bool = False  # `used_in_files`
+    packed: int = 0  # bytes of the denoiser's largest convolution, which a CPU's kernel copies in every call
 
     @property
     def weights(self) -> int:
@@ -82,6 +83,10 @@ class Model:
     def mapped(self) -> int:
         """Bytes of the weights that are used in mapped files, on the CPU."""
         return self.weights if self.in_files else 0
+
+    def forward(self, samples: float, device: str) -> float:
+        """Bytes of a forward of the denoiser beside its weights."""
+        return samples * self.activations + (self.packed if device == "cpu" else 0)
 
     def resident(self, device: str) -> int:
         """Bytes that stay on the device: a GPU's visitors leave it (vqdm/models/placement.py)."""
@@ -118,7 +123,7 @@ def sampling_bytes(model: Model, samples: int, images: int, *, device: str) -> f
     samples: in the denoiser's batch, two for an image under guidance.
     """
     visiting = model.visitors if device != "cpu" else lambda _: 0
-    moments = [samples * model.activations, visiting("text_encoder")]
+    moments = [model.forward(samples, device), visiting("text_encoder")]
     if images:
         upcast = (4 - model.item_size) * model.parts.get("vae", 0) if model.decoder_upcast else 0
         at_once = 1 if model.sliced else images
@@ -169,7 +174,7 @@ def quantize_memory(
     files of the originals stay mapped, as biases and norms in them are used. student=False: none is made.
     """
     copied = 1 if device != "cpu" and needs_hessians else 0
-    forward, weights = samples * model.activations, model.resident(device) + original
+    forward, weights = model.forward(samples, device), model.resident(device) + original
     on_device, on_host = sampling_bytes(model, samples, 0, device=device) + original, 0.0
     for group in groups:
         held = hessian_bytes(group, inputs) * (2 if original else 1) if needs_hessians else 0
