@@ -260,7 +260,7 @@ def test_a_stop_does_not_wait_for_the_layers_at_work(tmp_path):
         def __init__(self):
             """Nothing to encode with."""
 
-        def encode(self, problem, hessian):
+        def encode(self, problem, hessian, target=None):
             started.set()
             release.wait(60)
             return {}
