@@ -54,7 +54,7 @@ def _world_of(directory: Path) -> str:
 
 
 def _parts(directory: Path) -> tuple[str, dict[str, Path]]:
-    """As `_folders`: the parts that are there."""
+    """(world, {folder in models/: where it is now}) of the parts that the training has finished."""
     world = _world_of(directory)
     places = {name: directory / "training" / name for name in part_names(world)}
     places[f"{world}_evaluators"] = directory / f"{world}_evaluators"

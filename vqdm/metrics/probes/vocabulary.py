@@ -167,6 +167,6 @@ def _grounded(request: Request, backgrounds: Iterable[str], patterns: Iterable[s
 
 
 def _is_shown(request: Request, world: World) -> bool:
-    """Whether it asks for nothing that the world never shows: no model can know what that looks like."""
+    """False for a request with a pair of attributes that the world never shows: no model can know how it looks."""
     pairs = {pair for thing in request.things for pair in ((thing.shape, thing.colour), (thing.texture, thing.shape))}
     return not pairs & world.unseen
