@@ -19,7 +19,7 @@ from vqdm.runs.command_line import run_script
 
 from vqdm.config.options import TINY_WORLDS
 from vqdm.models.shipped import BESIDE, SUMS, part_names
-from vqdm.runs.files import atomic_write
+from vqdm.runs.files import atomic_write, whole_directory
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vqdm" / "models"
 PLACES = {"tiny": PACKAGE, "small": BESIDE}
@@ -38,7 +38,8 @@ def main() -> None:
         sys.exit(f"error: {size / 2**20:.1f} MiB is more than the {LIMITS[world] / 2**20:.0f} MiB that may be shipped")
     place = BESIDE if options.parts else PLACES[world]
     for name, folder in folders.items():
-        _replace(folder, place / name)
+        with whole_directory(place / name) as new:
+            shutil.copytree(folder, new, dirs_exist_ok=True)
     if place == BESIDE:
         _keep_curves(options.directory / "training", place / f"{world}_training")
         _write_sums(place)
@@ -72,15 +73,6 @@ def _folders(directory: Path, snapshot: bool) -> tuple[str, dict[str, Path]]:
     if missing:
         sys.exit(f"error: {', '.join(missing)} is not there yet; the same training goes on, or take its --snapshot")
     return world, folders
-
-
-def _replace(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f"{target.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
 
 
 def _keep_curves(training: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
-from vqdm.config.ranges import SEEDS, check_fields, choice, number
+from vqdm.config.ranges import SEEDS, check_fields, choice, later, number, settings_of
 from vqdm.errors import UserError
 
 
@@ -59,7 +59,7 @@ class QuantizeConfig:
         """The options that can change the quantized weights, which enter the stage's fingerprint."""
         unused = () if isinstance(self, HessianOptions) else ("tokens_per_call",)
         unused += () if self.low_rank else ("low_rank", "smoothing")  # which earlier fingerprints do not have
-        own = {key: value for key, value in asdict(self).items() if key not in unused}
+        own = {key: value for key, value in settings_of(self).items() if key not in unused}
         return own if self.version == 1 else own | {"codec_version": self.version}
 
     def sensitivity(self) -> dict | None:
@@ -139,9 +139,9 @@ class AdaroundConfig(ScalarOptions):
     clip: str = choice("mse", "minmax")
     iterations: int = number(2000, least=1, most=10**7)  # training steps per block
     batch_size: int = number(16, least=1)  # samples per step
-    samples: int | None = number(None, least=1)  # rows of recorded calls, drawn by `seed`; None: all
+    samples: int | None = later(number(None, least=1))  # rows of recorded calls, drawn by `seed`; None: all
     # a range for each of the two parts of an up block's shortcuts: hidden state | skip connection (Q-Diffusion)
-    split_shortcuts: bool = False
+    split_shortcuts: bool = later(False)
     short: ClassVar[str] = "adaround"
 
     def check(self) -> None:
@@ -154,11 +154,6 @@ class AdaroundConfig(ScalarOptions):
             raise UserError(
                 f"quantize.split_shortcuts=true gives rows two scales: leave quantize.group_size={self.group_size} out"
             )
-
-    def settings(self) -> dict:
-        """All options, without those that change nothing, which earlier fingerprints do not have."""
-        idle = {"samples": None, "split_shortcuts": False}
-        return {key: value for key, value in super().settings().items() if key not in idle or value != idle[key]}
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vqdm.config.ranges import MOST, SEEDS, choice, number
+from vqdm.config.ranges import MOST, SEEDS, choice, later, number
 from vqdm.errors import UserError
 
 WITH_DISCRIMINATOR = ("fkl", "js", "sf", "sh", "jeffreys", "neyman")  # f-distill's, whose weights it estimates
@@ -50,7 +50,8 @@ class FewStepConfig:
     adversarial_weight: float = number(1e-3, least=0, most=1e6)  # for fdistill: of the student's adversarial loss
     # for dmd and fdistill: steps of critic and discriminator per step of the student
     critic_steps: int = number(2, least=1, most=1000)
-    critic_first: int = number(0, least=0, most=MOST)  # for dmd and fdistill: their steps before the student's first
+    # for dmd and fdistill: their steps before the student's first
+    critic_first: int = later(number(0, least=0, most=MOST))
     critic_rate: float = number(1e-4, least=0, most=10, above=True)  # for dmd and fdistill: their peak rate
     rank: int = number(8, least=1, most=4096)  # for hipa: of the LoRA
     frequency_weight: float = number(1.0, least=0, most=1e6)  # for hipa: of the losses on decoded images

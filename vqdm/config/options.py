@@ -11,7 +11,7 @@ from vqdm.config.acceleration import ActivationsConfig, CacheConfig, PruneConfig
 from vqdm.config.codecs import QuantizeConfig
 from vqdm.config.few_step import FewStepConfig
 from vqdm.config.parts import PartsConfig
-from vqdm.config.ranges import MOST, SEEDS, number
+from vqdm.config.ranges import MOST, SEEDS, later, number
 
 TINY_WORLDS = ("tiny", "small")
 PROMPT_SOURCES = (*TINY_WORLDS, "builtin", "file")
@@ -228,12 +228,13 @@ class TrackerConfig:
 class TinyTrainConfig:
     """Train a world from nothing; step counts are those of the shipped weights of tiny."""
 
-    world: str = "tiny"  # which world: TINY_WORLDS
+    world: str = later("tiny")  # which world: TINY_WORLDS
     seed: int = number(0, least=0, most=SEEDS)  # seed of everything that is drawn
     scenes: int = number(150_000, least=1, most=MOST)  # scenes to train the U-Net on
     batch_size: int = number(128, least=1, most=65_536)  # scenes per step
     vae_steps: int = number(4200, least=1, most=MOST)  # steps of the VAE
-    vae_crop_steps: int = number(0, least=0, most=MOST)  # before them: steps of the VAE on crops about things
+    # before them: steps of the VAE on crops about things
+    vae_crop_steps: int = later(number(0, least=0, most=MOST))
     vae_batch_size: int = number(32, least=1, most=65_536)  # scenes per step of the VAE
     vae_scenes: int = number(100_000, least=1, most=MOST)  # scenes to train the VAE on
     text_steps: int = number(3000, least=1, most=MOST)  # steps of the text encoders
@@ -246,9 +247,11 @@ class TinyTrainConfig:
     # scenes to train the evaluators on, plus a quarter as many with unseen pairs
     evaluator_scenes: int = number(80_000, least=1, most=MOST)
     reference_scenes: int = number(4096, least=1, most=MOST)  # scenes that FID, KID and CMMD compare with
-    unet_batch_size: int | None = number(None, least=1, most=65_536)  # scenes per step of the U-Net; None = batch_size
-    growth_every: int | None = number(None, least=1, most=MOST)  # steps of the U-Net between two looks at its images
-    growth_captions: int = number(128, least=1, most=MOST)  # captions of such a look
+    # scenes per step of the U-Net; None = batch_size
+    unet_batch_size: int | None = later(number(None, least=1, most=65_536))
+    # steps of the U-Net between two looks at its images
+    growth_every: int | None = later(number(None, least=1, most=MOST))
+    growth_captions: int = later(number(128, least=1, most=MOST))  # captions of such a look
     init_from: str | None = None  # diffusers directory with a U-Net to train on from
     parts: str | None = None  # directory with finished parts, a folder each, which are taken as they are
 

@@ -1,4 +1,4 @@
-"""Ranges and choices of options, kept in the metadata of dataclass fields and checked by one function."""
+"""Ranges and choices of options, kept in the metadata of dataclass fields, and which of them enter an identity."""
 
 import dataclasses
 import math
@@ -21,6 +21,22 @@ def number(default: Any, *, least: float | None = None, most: float | None = Non
 def choice(default: str, *others: str) -> Any:
     """A field whose text must be one of these."""
     return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
+def later(option: Any) -> Any:
+    """A field, or the default of one, that came after results: `settings_of` leaves it out where it changes nothing."""
+    field = option if isinstance(option, dataclasses.Field) else dataclasses.field(default=option)
+    return dataclasses.field(default=field.default, metadata={**field.metadata, "later": True})
+
+
+def settings_of(config, *names: str) -> dict:
+    """{option: value} for a stage's identity: of these names, or all, without `later` ones that have their default.
+
+    So what was made before there was such an option stays valid.
+    """
+    idle = {field.name: field.default for field in dataclasses.fields(config) if field.metadata.get("later")}
+    values = dataclasses.asdict(config)
+    return {name: values[name] for name in names or values if name not in idle or values[name] != idle[name]}
 
 
 def check_fields(config, key: str, *, where: str = "") -> None:

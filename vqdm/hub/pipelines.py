@@ -20,7 +20,7 @@ from vqdm.models.foreign import json_object, loading, safetensors_header, withou
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
 from vqdm.models.parts import weight_files
-from vqdm.runs.files import full_disk_is_mendable
+from vqdm.runs.files import full_disk_is_mendable, replace_directory
 from vqdm.runs.locks import LOCK, locked
 from vqdm.weights.layers import check_decode, quantized_layers
 
@@ -162,16 +162,6 @@ def _remove_all_in(directory: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-def replace_directory(new: Path, place: Path) -> None:
-    """Put a complete directory in the place of an older one, which is deleted only then."""
-    old = new.with_name(f"{new.name}-old")
-    if place.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a process killed just here
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_denoiser(pipeline, denoiser: nn.Module) -> None:

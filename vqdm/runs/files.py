@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,26 @@ def atomic_write(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Give an empty directory beside `path`, which takes its place in the end: a kill never leaves half of one."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    replace_directory(partial, path)
+
+
+def replace_directory(new: Path, place: Path) -> None:
+    """Put a complete directory in the place of an older one, which is deleted only then."""
+    old = new.with_name(f"{new.name}-old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a process killed just here
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_writable(directory: Path) -> bool:

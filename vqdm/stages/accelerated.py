@@ -1,8 +1,7 @@
 """Stages and settings that acceleration adds to an experiment. With kind=none it adds none: no fingerprint changes."""
 
-from dataclasses import asdict
-
 from vqdm.config.options import Config, SamplerConfig
+from vqdm.config.ranges import settings_of
 from vqdm.prompts import PromptList
 from vqdm.runs.store import Stage
 from vqdm.stages.samplers import compares_with_teacher
@@ -13,7 +12,7 @@ _CACHE = ("kind", "interval", "depth", "schedule", "predict", "correction")
 
 def settings(config: Config) -> dict:
     """What the images' stage has in addition."""
-    cached = {} if config.cache.kind == "none" else {"cache": _picked(config.cache, *_CACHE)}
+    cached = {} if config.cache.kind == "none" else {"cache": settings_of(config.cache, *_CACHE)}
     return cached | _activations(config)
 
 
@@ -27,7 +26,7 @@ def _activations(config: Config) -> dict:
     options += [] if own.product == "simulated" else ["product"]
     options += [] if own.scores_bits is None else ["scores_bits", "scores", "bos"]
     layers = {"layers": config.model.layers, "min_size": config.model.min_size}
-    return {"activations": _picked(own, *options) | layers}
+    return {"activations": settings_of(own, *options) | layers}
 
 
 def looks_at_prompts(config: Config) -> bool:
@@ -53,14 +52,14 @@ def prune(config: Config, calibrate: Stage, model: str) -> dict[str, Stage]:
     own = config.prune
     if own.kind == "none":
         return {}
-    options = _picked(own, "score") | {"sampler": asdict(config.model.sampler)}
+    options = settings_of(own, "score") | {"sampler": settings_of(config.model.sampler)}
     if own.score == "latents":
-        options |= {"prompts": own.prompts} | _picked(config.calibration, "batch_size", "noise_seed")
-    options |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+        options |= {"prompts": own.prompts} | settings_of(config.calibration, "batch_size", "noise_seed")
+    options |= {"dtype": config.model.dtype, "rescale": settings_of(config.model.rescale)}
     upstream = {"calibrate": calibrate, "model": model}
     scores = Stage("scores", VERSIONS["scores"], f"{config.model.name}-{own.score}", options, upstream)
     label = f"{config.model.name}-pruned{100 * own.share:g}"
-    chosen = _picked(own, "kind", "share", "keep")
+    chosen = settings_of(own, "kind", "share", "keep")
     return {"scores": scores, "prune": Stage("prune", VERSIONS["prune"], label, chosen, upstream | {"scores": scores})}
 
 
@@ -79,7 +78,7 @@ def looking(
         found[name] = Stage(name, VERSIONS[name], label, options, upstream | found)
 
     if cache.kind != "none" and cache.schedule == "dynamic":
-        add("schedule", cache.prompts, _picked(cache, "interval", "depth"))
+        add("schedule", cache.prompts, settings_of(cache, "interval", "depth"))
     if config.activations.kind == "static":
         add("activations", config.activations.prompts, settings(config))
     if cache.kind != "none" and cache.correction != "none":
@@ -90,11 +89,6 @@ def looking(
 def _sampled(config: Config, prompts: PromptList, sampler: SamplerConfig, count: int) -> dict:
     """Settings of a stage that samples the first of calibration's prompts."""
     chosen = PromptList(prompts.prompts[:count], prompts.origin)
-    options = {"prompts": chosen.sha256, "sampler": asdict(sampler), "dtype": config.model.dtype}
-    options |= _picked(config.calibration, "batch_size", "noise_seed")
-    return options | {"rescale": asdict(config.model.rescale)}
-
-
-def _picked(config, *names: str) -> dict:
-    everything = asdict(config)
-    return {name: everything[name] for name in names}
+    options = {"prompts": chosen.sha256, "sampler": settings_of(sampler), "dtype": config.model.dtype}
+    options |= settings_of(config.calibration, "batch_size", "noise_seed")
+    return options | {"rescale": settings_of(config.model.rescale)}

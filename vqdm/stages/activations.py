@@ -20,6 +20,7 @@ from vqdm.acceleration.scores import quantize_scores
 from vqdm.calibration.calls import sample_batches
 from vqdm.config.acceleration import ActivationsConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig, layer_pattern
+from vqdm.config.ranges import settings_of
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
 from vqdm.runs.files import atomic_write
@@ -27,6 +28,7 @@ from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 
 RANGES_FILE = "ranges.safetensors"
+_QUANTIZER = ("kind", "bits", "per", "block", "groups", "column_scales")  # options that a checkpoint keeps
 
 
 def find_ranges(
@@ -84,12 +86,7 @@ def _add(denoiser: nn.Module, config: ActivationsConfig, model: ModelConfig) -> 
         names = [name for name in names if name not in real]
         if not names:
             return
-    add_quantizers(denoiser, names, settings_of(config))
-
-
-def settings_of(config: ActivationsConfig) -> dict:
-    """The options that `add_quantizers` takes, as a checkpoint keeps them."""
-    return {name: getattr(config, name) for name in ("kind", "bits", "per", "block", "groups", "column_scales")}
+    add_quantizers(denoiser, names, settings_of(config, *_QUANTIZER))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,12 +20,13 @@ from vqdm.errors import UserError
 from vqdm.few_step.adapters import add_adapter, decoder, save_adapter
 from vqdm.few_step.pairs import pack_pairs, student_scheduler
 from vqdm.few_step.train import Training
-from vqdm.hub.pipelines import INDEX, quiet_diffusers, replace_denoiser, replace_directory
+from vqdm.hub.pipelines import INDEX, quiet_diffusers, replace_denoiser
 from vqdm.models.loader import denoiser_of, load_pipeline, sample
 from vqdm.prompts import PromptList
 from vqdm.runs import progress
+from vqdm.runs.files import whole_directory, write_json
 from vqdm.runs.items import batches
-from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.store import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.student import ADAPTER, STUDENT, start_directory, student_model
@@ -133,10 +133,9 @@ def save_student(pipeline, place: Path) -> None:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, device="cpu", dtype=torch.float16)
-    partial = place.with_name(f"{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with quiet_diffusers():
-        pipeline.save_pretrained(partial)
-    for path in (partial / INDEX, *partial.glob("*/config.json")):
-        write_json(path, {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"})
-    replace_directory(partial, place)
+    with whole_directory(place) as partial:
+        with quiet_diffusers():
+            pipeline.save_pretrained(partial)
+        for path in (partial / INDEX, *partial.glob("*/config.json")):
+            kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+            write_json(path, kept)

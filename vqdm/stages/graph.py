@@ -6,11 +6,11 @@ code may give other output from the same configuration.
 
 import dataclasses
 import functools
-from dataclasses import asdict
 from pathlib import Path
 
 from vqdm.config.codecs import PeerConfig, TrellisConfig
 from vqdm.config.options import Config, ModelConfig, PromptsConfig, SamplerConfig, TinyTrainConfig, layer_pattern
+from vqdm.config.ranges import settings_of
 from vqdm.errors import UserError
 from vqdm.metrics.available import Scoring, find_scoring
 from vqdm.metrics.families import FAMILIES
@@ -135,22 +135,17 @@ def _stage(name: str, label: str, config: dict, **upstream: Stage | str) -> Stag
     return Stage(name, VERSIONS[name], label, config, upstream)
 
 
-def _pick(config, *names: str) -> dict:
-    everything = asdict(config)
-    return {name: everything[name] for name in names}
-
-
 def _calibrate(config: Config, prompts: PromptList, model: Stage | str) -> Stage:
-    settings = _pick(config.calibration, "recorded_steps", "timesteps", "batch_size", "noise_seed")
-    settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
-    settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+    settings = settings_of(config.calibration, "recorded_steps", "timesteps", "batch_size", "noise_seed")
+    settings |= {"prompts": prompts.sha256, "sampler": settings_of(config.model.sampler)}
+    settings |= {"dtype": config.model.dtype, "rescale": settings_of(config.model.rescale)}
     label = f"{name_of(config, model)}-{config.calibration.source}-{len(prompts.prompts)}"
     return _stage("calibrate", label, settings, model=model)
 
 
 def _layers(config: Config) -> dict:
     """Settings that decide which matrices are quantized."""
-    settings = _pick(config.model, "min_size", "dtype") | {"rescale": asdict(config.model.rescale)}
+    settings = settings_of(config.model, "min_size", "dtype") | {"rescale": settings_of(config.model.rescale)}
     layers = config.model.layers
     return settings | {"layers": layer_pattern(_denoiser_class(config.model), None) if layers is None else layers}
 
@@ -190,8 +185,8 @@ def _quantize(
     label = f"{pruned['prune'].label if pruned else name_of(config, model)}-{config.quantize.name}"
     if isinstance(config.quantize, PeerConfig):
         versions = {name: installed_version(name) for name in (config.quantize.package, "diffusers")}
-        settings = config.quantize.settings() | _pick(config.model, "dtype") | {"versions": versions}
-        settings |= {"rescale": asdict(config.model.rescale)}
+        settings = config.quantize.settings() | settings_of(config.model, "dtype") | {"versions": versions}
+        settings |= {"rescale": settings_of(config.model.rescale)}
         return _stage("peer", label, settings, calibrate=calibrate, model=model)
     upstream = pruned if sensitivity is None else pruned | {"sensitivity": sensitivity}
     settings = config.quantize.settings() | _layers(config)
@@ -210,13 +205,13 @@ _BLOCK_OPTIONS = ("block_steps", "block_rate", "block_samples", "block_batch_siz
 def _trained(config: Config) -> dict:
     """Settings for what trains and how codes move, in both kinds of distillation."""
     codes = ("tune_codes", "code_rate", "code_every") if config.finetune.tune_codes else ()
-    return _pick(config.finetune, "train", "seed", *codes)
+    return settings_of(config.finetune, "train", "seed", *codes)
 
 
 def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: Stage | str) -> Stage | None:
     if not config.finetune.block_steps:
         return None
-    settings = _pick(config.finetune, *_BLOCK_OPTIONS) | _trained(config)
+    settings = settings_of(config.finetune, *_BLOCK_OPTIONS) | _trained(config)
     upstream = {"calibrate": calibrate, "quantize": quantize, "model": model}
     return _stage("tune_blocks", f"{quantize.label}-blocks", settings, **upstream)
 
@@ -224,9 +219,9 @@ def _tune_blocks(config: Config, calibrate: Stage, quantize: Stage, model: Stage
 def _trajectories(config: Config, prompts: PromptList, model: Stage | str) -> Stage:
     """The trajectories stage, one for all students of a model."""
     own = config.finetune.trajectories
-    settings = _pick(own, "along", "validation", "sampler_steps", "recorded_steps", "batch_size", "noise_seed")
-    settings |= {"prompts": prompts.sha256, "sampler": asdict(config.model.sampler)}
-    settings |= {"dtype": config.model.dtype, "rescale": asdict(config.model.rescale)}
+    settings = settings_of(own, "along", "validation", "sampler_steps", "recorded_steps", "batch_size", "noise_seed")
+    settings |= {"prompts": prompts.sha256, "sampler": settings_of(config.model.sampler)}
+    settings |= {"dtype": config.model.dtype, "rescale": settings_of(config.model.rescale)}
     upstream = {"model": model}
     if own.images is not None:
         upstream["images"] = images_identity(own.images, prompts.prompts[: own.n])
@@ -236,7 +231,7 @@ def _trajectories(config: Config, prompts: PromptList, model: Stage | str) -> St
 def _finetune(config: Config, student: Stage, trajectories: Stage, calibrate: Stage) -> Stage:
     extra = ["min_snr"] if config.finetune.weighting == "min_snr" else []
     extra += ["refresh"] if config.finetune.trajectories.along == "student" else []
-    settings = _pick(config.finetune, *_END_TO_END_OPTIONS, *extra) | _trained(config)
+    settings = settings_of(config.finetune, *_END_TO_END_OPTIONS, *extra) | _trained(config)
     upstream = {"student": student, "trajectories": trajectories, "calibrate": calibrate}
     return _stage("finetune", f"{student.label}-finetuned", settings, **upstream)
 
@@ -274,9 +269,9 @@ def _images(
 
     source: identity of the whole list that prompts are taken from.
     """
-    settings = {"sampler": asdict(sampler), "dtype": config.model.dtype}
-    settings |= _pick(config.evaluate, "batch_size", "images_per_prompt", "seed")
-    settings |= {"rescale": asdict(config.model.rescale), "prompts": source}
+    settings = {"sampler": settings_of(sampler), "dtype": config.model.dtype}
+    settings |= settings_of(config.evaluate, "batch_size", "images_per_prompt", "seed")
+    settings |= {"rescale": settings_of(config.model.rescale), "prompts": source}
     if _decodes_sliced(config.model):  # a batch's convolutions sum in another order
         settings["decoding"] = "sliced"
     if quantization is None:
@@ -293,7 +288,7 @@ def _features(config: Config, family: str, weights: tuple[str, ...], **images: S
     images: the set to look at, and its originals for families of pairs.
     """
     settings = {"family": family, "family_version": FAMILIES[family].version, "weights": list(weights)}
-    settings |= _pick(config.evaluate, "batch_size")
+    settings |= settings_of(config.evaluate, "batch_size")
     return _stage("features", f"{images['images'].label}-{family}", settings, **images)
 
 
@@ -385,11 +380,7 @@ def _needs_captions_of(world: str, prompts: PromptList, family: str) -> None:
 
 
 def tiny_train_stage(config: TinyTrainConfig, *, cache: Path) -> Stage:
-    settings = asdict(config)
-    first = {"world": "tiny", "unet_batch_size": None, "growth_every": None, "growth_captions": 128}
-    first |= {"vae_crop_steps": 0}
-    # these came after the first trainings, which are valid still
-    settings = {name: value for name, value in settings.items() if name not in first or value != first[name]}
+    settings = settings_of(config)
     start, parts = settings.pop("init_from"), settings.pop("parts")
     upstream = {} if start is None else {"init_from": files_identity(check_pipeline_directory(Path(start)), cache)}
     if parts is not None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import Config
+from vqdm.config.ranges import settings_of
 from vqdm.distillation.end_to_end import optimizer_of
 from vqdm.distillation.moving_codes import let_drift, stop_drifting
 from vqdm.distillation.parameters import trained_parameters
@@ -55,5 +56,5 @@ def match(
 
 def matching_config(config: Config) -> FewStepConfig:
     """The few-step trainer's options with the rates and budgets of `finetune`; the last average is kept."""
-    shared = {name: getattr(config.finetune, name) for name in _SHARED}
+    shared = settings_of(config.finetune, *_SHARED)
     return dataclasses.replace(config.few_step, kind="dmd", keep="last", **shared)

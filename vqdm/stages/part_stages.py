@@ -1,8 +1,7 @@
 """The stage that quantizes text encoders and VAE. Without `parts` there is none, and no fingerprint changes."""
 
-from dataclasses import asdict
-
 from vqdm.config.options import Config
+from vqdm.config.ranges import settings_of
 from vqdm.runs.store import Stage
 
 VERSIONS = {"parts": 1}
@@ -15,5 +14,5 @@ def parts_stage(config: Config, calibrate: Stage, model: Stage | str) -> Stage |
     codecs = {key: codec.settings() for key, codec in config.parts.codecs().items()}
     settings = {"codecs": codecs, "dtype": config.model.dtype, "noise_seed": config.calibration.noise_seed}
     settings |= {"embeddings": config.parts.embeddings} if "text_encoders" in codecs else {}
-    settings |= {"images": config.parts.images, "sampler": asdict(config.model.sampler)} if "vae" in codecs else {}
+    settings |= {"images": config.parts.images, "sampler": settings_of(config.model.sampler)} if "vae" in codecs else {}
     return Stage("parts", VERSIONS["parts"], config.model.name, settings, {"calibrate": calibrate, "model": model})

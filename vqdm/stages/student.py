@@ -4,12 +4,11 @@ With `few_step=none` there are none, and no fingerprint changes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
-from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import Config, ModelConfig, PromptsConfig
+from vqdm.config.ranges import settings_of
 from vqdm.errors import UserError
 from vqdm.models.foreign import json_object
 from vqdm.models.location import check_pipeline_directory, configs_directory, model_identity
@@ -28,7 +27,6 @@ _TRAINING = (
     "check_every", "validated_steps", "keep", "validation",
 )  # fmt: skip
 _MATCHING = ("divergence", "critic_steps", "critic_first", "critic_rate", "teacher_guidance")
-_NEWER = {"critic_first": 0}  # options that are part of an identity only if they change it: students made before stay
 _OF_KIND = {
     "lcm": ("teacher_guidance", "learned_steps", "solver_steps", "aim"),
     "dmd": _MATCHING,
@@ -47,20 +45,15 @@ def model_of(config: Config, read: Callable[[PromptsConfig], PromptList], *, cac
         return files
     own = config.few_step
     _check_suits(config.model, own.kind)
-    settings = {"prompts": pair_prompts(config, read).sha256, "sampler": asdict(teacher_sampler(config))}
+    settings = {"prompts": pair_prompts(config, read).sha256, "sampler": settings_of(teacher_sampler(config))}
     settings |= {"dtype": config.model.dtype, "batch_size": own.pairs_batch_size, "noise_seed": own.noise_seed}
     pairs = Stage("pairs", VERSIONS["pairs"], f"{config.model.name}-{own.pairs}", settings, {"model": files})
     first = own.critic_first if own.steps else 0  # a student that is not trained has no critic
-    settings = _settings(dataclasses.replace(own, critic_first=first), (*_TRAINING, *_OF_KIND.get(own.kind, ())))
+    settings = settings_of(dataclasses.replace(own, critic_first=first), *_TRAINING, *_OF_KIND.get(own.kind, ()))
     upstream = {"pairs": pairs, "model": files}
     if own.start is not None:
         upstream["start"] = files_identity(start_directory(own.start), cache)
     return Stage("few_step", VERSIONS["few_step"], f"{config.model.name}-{own.kind}", settings, upstream)
-
-
-def _settings(config: FewStepConfig, names: Iterable[str]) -> dict:
-    values = {name: getattr(config, name) for name in names}
-    return {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
 
 
 def matched_stage(config: Config, trained: dict, model: Stage, **upstream: Stage) -> Stage:
@@ -68,8 +61,8 @@ def matched_stage(config: Config, trained: dict, model: Stage, **upstream: Stage
 
     trained: settings of what trains. model: the few-step stage. upstream: the student's stage and the calibration's.
     """
-    settings = {name: getattr(config.finetune, name) for name in _MATCHED} | trained
-    settings |= _settings(config.few_step, (*_MATCHING, "average", "validated_steps"))
+    settings = settings_of(config.finetune, *_MATCHED) | trained
+    settings |= settings_of(config.few_step, *_MATCHING, "average", "validated_steps")
     upstream |= {"pairs": model.upstream["pairs"], "teacher": model.upstream["model"]}
     return Stage("finetune", VERSIONS["matched"], f"{upstream['student'].label}-matched", settings, upstream)
 

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from vqdm.config.options import TinyTrainConfig
 from vqdm.models.location import check_pipeline_directory
 from vqdm.models.shipped import part_names
-from vqdm.runs.store import atomic_write, write_json
+from vqdm.runs.files import atomic_write, whole_directory, write_json
 from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
 from vqdm.stages.tiny_train.growth import Growth
 from vqdm.stages.tiny_train.text import train_text_encoders
@@ -48,13 +48,11 @@ EVALUATOR_SEED = 1  # seed of the evaluators' scenes, none of which is drawn lik
 
 
 def _part(path: Path, train: Callable, load: Callable):
-    """Load a finished part, or train it and keep it (written beside, then renamed)."""
+    """Load a finished part, or train it and keep it."""
     if not path.exists():
         made = train()
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        made.save_pretrained(partial)
-        partial.replace(path)
+        with whole_directory(path) as partial:
+            made.save_pretrained(partial)
     return load(path)
 
 
@@ -86,10 +84,8 @@ def _take_parts(given: Path, directory: Path, work: Path, *, world: str) -> None
     for name in part_names(world):
         target = (directory if name == f"{world}_evaluators" else work) / name
         if (given / name).is_dir() and not target.exists():
-            partial = target.with_name(f"{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(given / name, partial)
-            partial.replace(target)
+            with whole_directory(target) as partial:
+                shutil.copytree(given / name, partial, dirs_exist_ok=True)
 
 
 def _scenes(config: TinyTrainConfig, count: int) -> SceneSet:
@@ -253,10 +249,7 @@ def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_enco
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    for path in partial.glob("*/config.json"):  # diffusers notes where a part came from: a local path
-        write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.replace(directory)
+    with whole_directory(directory) as partial:
+        pipeline.save_pretrained(partial)
+        for path in partial.glob("*/config.json"):  # diffusers notes where a part came from: a local path
+            write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
