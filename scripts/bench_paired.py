@@ -21,8 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 from PIL import Image
 
 from vqdm.metrics.extractors import make_extractor
-from vqdm.runs.items import batches
-from vqdm.runs.store import write_item
+from vqdm.runs.items import batches, write_item
 from vqdm.seeds import numpy_generator
 from vqdm.stages.features import extract, load_columns
 from vqdm.stages.layout import image_path, png_bytes

@@ -33,7 +33,7 @@ from vqdm.metrics.probes.closed_form import (
 from vqdm.metrics.probes.concepts import rewriting
 from vqdm.models.loader import denoiser_of, load_pipeline
 from vqdm.prompts.text_files import decode, fault, is_text, json_lines, read_bytes
-from vqdm.stages.student import start_directory
+from vqdm.stages.graph.student import start_directory
 from vqdm.tiny.scenes import TINY
 from vqdm.weights.bits import count_bits
 

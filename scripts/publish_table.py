@@ -13,8 +13,8 @@ from pathlib import Path
 from vqdm.runs.command_line import run_script
 
 from vqdm.errors import UserError
+from vqdm.runs.files import write_json
 from vqdm.runs.provenance import provenance
-from vqdm.runs.store import write_json
 from vqdm.runs.texts import check_file_name
 
 TABLE, FIGURES = (".md", ".tex", ".csv"), (".svg", ".png")

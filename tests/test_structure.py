@@ -257,6 +257,7 @@ def test_every_tensor_is_made_on_a_device_that_is_named():
 
 
 def test_what_a_plan_needs_imports_no_torch():
-    code = "import sys, vqdm.pipeline, vqdm.stages.graph, vqdm.report.experiments; print('torch' in sys.modules)"
+    modules = "vqdm.pipeline, vqdm.stages.graph.experiment, vqdm.report.experiments"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -37,7 +37,7 @@ from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts
 from vqdm.seeds import torch_generator
 from vqdm.stages.calibrate import calibrate
-from vqdm.stages.graph import build_graph
+from vqdm.stages.graph.experiment import build_graph
 from vqdm.stages.quantize import quantize
 from vqdm.weights.layers import quantized_layers, swap_empty
 

@@ -26,7 +26,7 @@ from vqdm.models.specs import layer_specs
 from vqdm.prompts import load_prompts, prompt_list
 from vqdm.runs.files import canonical_json
 from vqdm.stages.calibrate import calibrate
-from vqdm.stages.graph import VERSIONS
+from vqdm.stages.graph.versions import VERSIONS
 from vqdm.stages.quantize import quantize
 
 __all__ = ["compress"]
@@ -164,7 +164,8 @@ def _check_denoiser(denoiser: nn.Module, config: QuantizeConfig, *, layers: str 
 def _identity(pipeline, settings: list) -> str:
     """sha256 over the pipeline's weights and everything else that the quantized ones depend on."""
     scheduler = type(pipeline.scheduler).__name__, json.loads(pipeline.scheduler.to_json_string())
-    digest = hashlib.sha256(canonical_json([*settings, scheduler, VERSIONS]))
+    versions = {name: VERSIONS[name] for name in ("calibrate", "sensitivity", "quantize")}
+    digest = hashlib.sha256(canonical_json([*settings, scheduler, versions]))
     for part, module in sorted(pipeline.components.items()):
         if isinstance(module, nn.Module):
             for name, tensor in module.state_dict().items():

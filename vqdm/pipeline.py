@@ -15,10 +15,12 @@ from vqdm.runs import processes, progress, sweeps
 from vqdm.runs.files import canonical_json, is_writable
 from vqdm.runs.store import Store
 from vqdm.runs.texts import duration
-from vqdm.stages.accelerated import is_on
-from vqdm.stages.graph import Graph, Quantization, build_stages, tiny_train_stage
+from vqdm.stages.graph.acceleration import is_on
+from vqdm.stages.graph.denoiser import Quantization
+from vqdm.stages.graph.experiment import Graph, build_stages
+from vqdm.stages.graph.samplers import samplers
+from vqdm.stages.graph.tiny_train import tiny_train_stage
 from vqdm.stages.plan.command import print_plan, say_before_work
-from vqdm.stages.samplers import samplers
 
 log = logging.getLogger("vqdm")
 

@@ -3,7 +3,7 @@
 import pytest
 from composed import compose
 
-from vqdm.stages.graph import build_graph
+from vqdm.stages.graph.experiment import build_graph
 
 OFF = ["cache.interval=7", "cache.correction=affine", "prune.share=0.5", "activations.bits=4", "activations.per=block"]
 SETTINGS = {"sampler", "dtype", "batch_size", "images_per_prompt", "seed", "rescale", "prompts"}

@@ -20,7 +20,7 @@ from vqdm.errors import UserError
 from vqdm.hub.config import VQDMConfig
 from vqdm.hub.quantizer import attach
 from vqdm.models.loader import sample
-from vqdm.runs.store import write_item
+from vqdm.runs.items import write_item
 from vqdm.seeds import torch_generator
 from vqdm.stages import activations, cache, prune
 from vqdm.stages.generate import load_images

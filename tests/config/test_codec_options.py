@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from vqdm.config.codecs import OPTIONS, AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig, parse_scheme
 from vqdm.config.compose import one_line, to_config
 from vqdm.errors import UserError
-from vqdm.stages.graph import build_quantization
+from vqdm.stages.graph.denoiser import build_quantization
 
 PRESETS = sorted(path.stem for path in (CONF / "quantize").glob("*.yaml"))
 # The first 16 digits by stage, recorded before the codecs' options were taken apart: results made then are found again.

@@ -6,7 +6,7 @@ import composed
 import pytest
 
 from vqdm.report.experiments import read_table
-from vqdm.stages.graph import build_stages
+from vqdm.stages.graph.experiment import build_stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS = {  # experiment -> (table, row)

@@ -20,7 +20,7 @@ from vqdm.metrics.probes.records import read_records, records_identity, square
 from vqdm.models.loader import load_pipeline
 from vqdm.models.shipped import evaluators_directory
 from vqdm.prompts import load_prompts
-from vqdm.stages.graph import build_graph
+from vqdm.stages.graph.experiment import build_graph
 from vqdm.tiny.scenes import TINY, render
 
 PROMPTS = [[prompt.id, prompt.text] for prompt in load_prompts(source="tiny", split="test", n=2).prompts]

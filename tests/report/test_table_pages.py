@@ -13,7 +13,7 @@ from vqdm.report.experiments import Row, Table
 from vqdm.report.formats import table_content
 from vqdm.report.grid import CELL, GAP, LINE, MARGIN, PADDING, write_grid
 from vqdm.report.report import write_report
-from vqdm.runs.store import write_item
+from vqdm.runs.items import write_item
 from vqdm.stages.generate import load_images
 from vqdm.stages.layout import png_bytes
 

@@ -9,7 +9,8 @@ from tiny_world import FEW, run
 
 from vqdm.errors import UserError
 from vqdm.report.records import read_record
-from vqdm.runs.store import Stage, Store
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 
 
 def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path, monkeypatch):

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from vqdm.runs import store as store_module
-from vqdm.runs.files import file_fault, read_sealed
-from vqdm.runs.store import Stage, Store, atomic_write, read_item, write_item
+from vqdm.runs.files import atomic_write, file_fault, read_sealed
+from vqdm.runs.items import read_item, write_item
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 
 SCRATCH = ("items/*", "layers/*", "shared_*.bin")
 STAGE = Stage("quantize", 1, "vq", {"bits": 3})
@@ -51,7 +53,7 @@ def killing(function, after: int):
 def test_a_kill_at_any_write_or_removal_costs_one_item_at_most(tmp_path, monkeypatch, step):
     """Writes: config, three items of two files each, the payload, the manifest; then a removal for each file."""
     made: list[str] = []
-    for module, name in ((store_module, "_write_manifest"), (Path, "replace"), (Path, "unlink")):
+    for module, name in ((store_module, "write_manifest"), (Path, "replace"), (Path, "unlink")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, killing(getattr(module, name), step))
             try:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from vqdm.errors import UserError
-from vqdm.runs.files import read_sealed
+from vqdm.runs.files import atomic_write, read_sealed
 from vqdm.runs.identity import files_identity
+from vqdm.runs.items import read_item, write_item
 from vqdm.runs.locks import locked
-from vqdm.runs.store import Stage, Store, atomic_write, read_item, write_item
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 
 # Two configs whose fingerprints share the first eight hex digits (found by trying).
 COLLIDING = [Stage("quantize", 1, "vq", {"n": n}) for n in (7956, 24542)]
@@ -25,7 +27,9 @@ CHILD = """
 import os, resource, sys, time
 from pathlib import Path
 from vqdm.errors import UserError
-from vqdm.runs.store import Stage, Store, read_item, write_item
+from vqdm.runs.items import read_item, write_item
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 
 root, calls = Path(sys.argv[1]), Path(sys.argv[2])
 stage = Stage("quantize", 1, "vq", {"bits": 3})

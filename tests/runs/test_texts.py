@@ -10,7 +10,8 @@ from vqdm.config.checks import check
 from vqdm.config.options import Config, ModelConfig
 from vqdm.errors import UserError
 from vqdm.report.formats import to_latex, to_markdown
-from vqdm.runs.store import Stage, Store
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 from vqdm.runs.texts import file_name_of, in_csv, is_file_name
 
 OUTSIDE = ["", ".", "..", "../x", "/x", "a/../b", ".hidden", "a\nb", "a\0b", "a\\b", "x" * 300, "é" * 100, "a/", " a"]

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from vqdm.metrics.extractors import make_extractor
 from vqdm.models.shipped import evaluators_directory
 from vqdm.runs.identity import files_identity
-from vqdm.runs.store import Store, write_item
+from vqdm.runs.items import write_item
+from vqdm.runs.store import Store
 from vqdm.stages.layout import png_bytes
 from vqdm.tiny.data import SceneSet
 

@@ -10,7 +10,7 @@ from composed import compose
 from PIL import Image
 
 from vqdm import pipeline
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import read_item, write_item
 from vqdm.stages.layout import image_path, png_bytes
 
 N = 5

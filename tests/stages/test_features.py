@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqdm.runs.store import write_item
+from vqdm.runs.items import write_item
 from vqdm.stages.features import environments, extract, load_columns
 from vqdm.stages.layout import png_bytes
 

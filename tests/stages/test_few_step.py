@@ -20,7 +20,7 @@ from vqdm.models.location import model_directory
 from vqdm.runs.device import resolve_device
 from vqdm.runs.store import Store
 from vqdm.stages.few_step import first_weights
-from vqdm.stages.graph import build_graph
+from vqdm.stages.graph.experiment import build_graph
 from vqdm.stages.make import ensure_student
 
 SMALL = (

@@ -18,8 +18,9 @@ from vqdm.prompts import load_prompts
 from vqdm.runs import processes
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import NullTracker
-from vqdm.stages.graph import build_stages
-from vqdm.stages.make import Models, ensure_denoiser
+from vqdm.stages.graph.experiment import build_stages
+from vqdm.stages.make import ensure_denoiser
+from vqdm.stages.pipelines import Models
 from vqdm.stages.trajectories import trajectories_in
 from vqdm.tiny.data import scene_pixels
 

@@ -9,7 +9,7 @@ from PIL import Image
 from vqdm.config.options import ModelConfig, SamplerConfig
 from vqdm.models.loader import load_pipeline, set_sampler
 from vqdm.prompts import ImageList, load_prompts
-from vqdm.runs.store import read_item
+from vqdm.runs.items import read_item
 from vqdm.stages.generate import generate, load_images, noise_of
 from vqdm.stages.layout import captions_of, image_path
 

@@ -12,7 +12,7 @@ from vqdm.config.options import EvaluateConfig
 from vqdm.errors import UserError
 from vqdm.metrics.available import find_scoring
 from vqdm.metrics.families import CLIP_H14, FAMILIES, INCEPTION
-from vqdm.stages.graph import build_graph
+from vqdm.stages.graph.experiment import build_graph
 
 
 def evaluation(tmp_path, *overrides, experiment="tiny_fp"):

@@ -2,7 +2,7 @@
 dataclasses from conf/.
 
 What cannot change a result (device, threads, tracker, folders) is left out of every stage's fingerprint: the
-stages name the parts they take, in `vqdm/stages/graph.py`.
+stages name the parts they take, in `vqdm/stages/graph/`.
 """
 
 import dataclasses

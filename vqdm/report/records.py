@@ -8,7 +8,8 @@ from pathlib import Path
 from vqdm.errors import UserError
 from vqdm.prompts import ImageList
 from vqdm.report.experiments import Table
-from vqdm.runs.store import Stage, Store
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 from vqdm.stages.layout import SCORES_FILE
 
 LOWER_IS_BETTER = re.compile(r"fid(?!elity).*|kid.*|cmmd.*|distance_to_fp|lpips.*|recovery_error")  # names of metrics

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.runs.store import Stage, Store
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 
 LONGEST_WAIT = datetime.timedelta(days=7)  # for a process that makes a stage alone
 

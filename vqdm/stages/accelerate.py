@@ -4,10 +4,10 @@ from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Quantization
+from vqdm.stages.graph.denoiser import Quantization
+from vqdm.stages.graph.samplers import image_sampler
 from vqdm.stages.layout import SCRATCH
-from vqdm.stages.make import Models
-from vqdm.stages.samplers import image_sampler
+from vqdm.stages.pipelines import Models
 
 
 def check_acceleration(config: Config) -> None:

@@ -24,7 +24,7 @@ from vqdm.config.ranges import settings_of
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
 from vqdm.runs.files import atomic_write
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 
 RANGES_FILE = "ranges.safetensors"

@@ -22,8 +22,8 @@ from vqdm.config.options import CalibrationConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
 from vqdm.runs import progress
-from vqdm.runs.files import atomic_write
-from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.files import atomic_write, write_json
+from vqdm.runs.items import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.stages.layout import label_of
 

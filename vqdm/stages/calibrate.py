@@ -14,7 +14,8 @@ from vqdm.config.options import CalibrationConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList, one_line, token_report
 from vqdm.runs import progress
-from vqdm.runs.store import atomic_write, read_item, write_item
+from vqdm.runs.files import atomic_write
+from vqdm.runs.items import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 
 log = logging.getLogger("vqdm")

@@ -14,9 +14,10 @@ from vqdm.runs.store import Store
 from vqdm.runs.texts import in_one_line
 from vqdm.seeds import torch_generator
 from vqdm.stages.accelerate import ensure_acceleration, prepare_to_save
-from vqdm.stages.graph import Quantization
-from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, ensure_student, environment_of
-from vqdm.stages.samplers import image_sampler
+from vqdm.stages.graph.denoiser import Quantization
+from vqdm.stages.graph.samplers import image_sampler
+from vqdm.stages.make import ensure_denoiser, ensure_parts, ensure_student, environment_of
+from vqdm.stages.pipelines import Models
 
 PICTURE_STEPS = 20  # at most: enough to see what the model makes, little beside calibration
 log = logging.getLogger("vqdm")

@@ -14,7 +14,7 @@ from vqdm.metrics.resampling import Resamples, mean_and_error
 from vqdm.metrics.scores import score
 from vqdm.prompts import ImageList, PromptList
 from vqdm.runs import progress
-from vqdm.runs.store import atomic_write, write_json
+from vqdm.runs.files import atomic_write, write_json
 from vqdm.runs.texts import in_csv
 from vqdm.stages.features import environments, load_columns
 from vqdm.stages.layout import IMAGES_FILE, MADE_BY, SCORES_FILE

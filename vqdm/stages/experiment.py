@@ -15,11 +15,13 @@ from vqdm.runs.device import Device
 from vqdm.runs.store import Store
 from vqdm.runs.tracker import MAX_IMAGES
 from vqdm.stages.accelerate import accelerated_pipeline, ensure_acceleration
-from vqdm.stages.accelerated import tells_work
-from vqdm.stages.graph import Graph, Quantization, build_graph, image_list
+from vqdm.stages.graph.acceleration import tells_work
+from vqdm.stages.graph.denoiser import Quantization
+from vqdm.stages.graph.experiment import Graph, build_graph, image_list
+from vqdm.stages.graph.samplers import compares_with_teacher, image_sampler, original_sampler
 from vqdm.stages.layout import MADE_BY, SCORES_FILE, captions_of, image_path
-from vqdm.stages.make import Models, ensure_denoiser, ensure_parts, ensure_student, environment_of
-from vqdm.stages.samplers import compares_with_teacher, image_sampler, original_sampler
+from vqdm.stages.make import ensure_denoiser, ensure_parts, ensure_student, environment_of
+from vqdm.stages.pipelines import Models
 
 log = logging.getLogger("vqdm")
 ON_CPU = ("tiny",)  # families that always run on the CPU

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vqdm.runs import processes, progress
-from vqdm.runs.items import batches, peek
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import batches, peek, read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.stages.generate import load_images
 from vqdm.stages.layout import captions_in, image_path, label_of

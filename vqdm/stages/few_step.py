@@ -25,11 +25,10 @@ from vqdm.models.loader import denoiser_of, load_pipeline, sample
 from vqdm.prompts import PromptList
 from vqdm.runs import progress
 from vqdm.runs.files import whole_directory, write_json
-from vqdm.runs.items import batches
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import batches, read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
-from vqdm.stages.student import ADAPTER, STUDENT, start_directory, student_model
+from vqdm.stages.graph.student import ADAPTER, STUDENT, start_directory, student_model
 from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
 
 log = logging.getLogger("vqdm")

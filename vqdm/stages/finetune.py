@@ -15,7 +15,7 @@ from vqdm.distillation.trajectories import Trajectories
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
 from vqdm.runs import processes
-from vqdm.runs.store import atomic_write, write_json
+from vqdm.runs.files import atomic_write, write_json
 from vqdm.seeds import torch_generator
 from vqdm.stages.finished import finished_denoiser
 from vqdm.stages.layout import png_bytes

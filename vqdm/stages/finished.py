@@ -10,7 +10,7 @@ from vqdm.calibration.recording import OUTPUT, Call, play_back
 from vqdm.hub.checkpoint import round_to_stored_
 from vqdm.hub.pipelines import save_denoiser
 from vqdm.runs import progress
-from vqdm.runs.store import write_json
+from vqdm.runs.files import write_json
 from vqdm.stages.layout import DENOISER, ERRORS_FILE
 from vqdm.weights.bits import count_bits
 

@@ -9,8 +9,7 @@ from vqdm.config.options import SamplerConfig
 from vqdm.prompts import ImageList, Prompt
 from vqdm.runs import processes, progress
 from vqdm.runs.heap import return_freed_memory
-from vqdm.runs.items import batches
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import batches, read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.runs.usage import Usage
 from vqdm.seeds import torch_generator

@@ -13,8 +13,7 @@ from vqdm.config.options import FinetuneConfig, SamplerConfig, TrajectoriesConfi
 from vqdm.distillation.trajectories import Trajectories, pack
 from vqdm.prompts import PromptList
 from vqdm.runs import processes
-from vqdm.runs.items import item_names, remove_item
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import item_names, read_item, remove_item, write_item
 from vqdm.stages.trajectories import recorded_batches, relabelled, trajectories_in
 
 

@@ -25,7 +25,7 @@ from vqdm.models.loader import sample
 from vqdm.prompts import PromptList
 from vqdm.runs import progress, threads
 from vqdm.runs.device import one_thread_each
-from vqdm.runs.store import read_item
+from vqdm.runs.items import read_item
 from vqdm.seeds import torch_generator
 from vqdm.stages.quantize import Encoder, LayerProgress, shared_parts
 from vqdm.weights.bits import count_bits

@@ -21,8 +21,8 @@ from vqdm.config.options import CalibrationConfig, ModelConfig
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
 from vqdm.runs import progress
-from vqdm.runs.items import batches
-from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.files import write_json
+from vqdm.runs.items import batches, read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.finished import finished_denoiser

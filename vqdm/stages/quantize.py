@@ -41,7 +41,8 @@ from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec
 from vqdm.runs import progress, threads
 from vqdm.runs.device import MemoryGate, encoding_room, one_thread_each
-from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.files import write_json
+from vqdm.runs.items import read_item, write_item
 from vqdm.runs.texts import duration
 from vqdm.stages.finished import finished_denoiser
 from vqdm.stages.layout import label_of

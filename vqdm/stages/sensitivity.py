@@ -18,7 +18,8 @@ from vqdm.models.loader import denoiser_of
 from vqdm.models.specs import LayerSpec, layer_specs
 from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
-from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.files import write_json
+from vqdm.runs.items import read_item, write_item
 from vqdm.stages.finished import output_error
 from vqdm.weights.base import SHARED_NAME, SharedPart
 from vqdm.weights.layers import replace_layer, swap

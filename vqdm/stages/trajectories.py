@@ -21,7 +21,7 @@ from vqdm.models.loader import denoiser_of
 from vqdm.models.placement import visits
 from vqdm.prompts import Prompt, PromptList
 from vqdm.runs import progress
-from vqdm.runs.store import read_item, write_item
+from vqdm.runs.items import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
 from vqdm.seeds import torch_generator
 from vqdm.stages.caption_images import caption_image

@@ -14,8 +14,9 @@ from vqdm.distillation.blockwise import Changed, tune_blocks
 from vqdm.models.loader import denoiser_of
 from vqdm.runs import progress
 from vqdm.runs.device import one_thread_each
+from vqdm.runs.files import write_json
 from vqdm.runs.heap import return_free_pages
-from vqdm.runs.store import read_item, write_item, write_json
+from vqdm.runs.items import read_item, write_item
 from vqdm.stages.finished import finished_denoiser
 from vqdm.weights.layers import quantized_layers
 

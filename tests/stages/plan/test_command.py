@@ -9,8 +9,9 @@ from composed import compose
 
 from vqdm.config.checks import check
 from vqdm.errors import UserError
-from vqdm.runs.store import Store, write_item
-from vqdm.stages.graph import build_stages
+from vqdm.runs.items import write_item
+from vqdm.runs.store import Store
+from vqdm.stages.graph.experiment import build_stages
 from vqdm.stages.plan import command
 from vqdm.stages.plan.command import images_made, say_before_work
 

@@ -15,9 +15,10 @@ from vqdm.config.codecs import OPTIONS, GptqConfig, RtnConfig
 from vqdm.config.options import PLAN_CARDS, CalibrationConfig, Config, EvaluateConfig, ModelConfig, SamplerConfig
 from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
 from vqdm.runs.files import write_sealed
-from vqdm.runs.store import Stage, Store
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 from vqdm.runs.texts import duration
-from vqdm.stages.graph import build_stages
+from vqdm.stages.graph.experiment import build_stages
 from vqdm.stages.plan.cost import guidance_factor, least_encoding_flops, second_moment_cost, stage_costs
 from vqdm.stages.plan.expected import missing_stages
 from vqdm.stages.plan.forward import ForwardCost, measure

@@ -15,7 +15,7 @@ from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import Config, EvaluateConfig, ModelConfig, SamplerConfig
 from vqdm.models.loader import denoiser_on_meta, load_pipeline
 from vqdm.models.specs import layer_specs
-from vqdm.stages.accelerated import tells_work
+from vqdm.stages.graph.acceleration import tells_work
 from vqdm.stages.plan.forward import denoiser_inputs
 from vqdm.stages.plan.work import work_of
 

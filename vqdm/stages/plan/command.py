@@ -10,8 +10,9 @@ from vqdm.models.location import configs_directory
 from vqdm.models.samplers import check_sampler
 from vqdm.runs.items import batches, peek
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, build_stages, image_list
-from vqdm.stages.samplers import samplers
+from vqdm.stages.graph.denoiser import Quantization
+from vqdm.stages.graph.experiment import Graph, build_stages, image_list
+from vqdm.stages.graph.samplers import samplers
 
 log = logging.getLogger("vqdm")
 LARGE, LONG = 100_000_000, 12 * 3600  # parameters and seconds from which a CPU has to be asked for

@@ -21,7 +21,8 @@ from vqdm.models.location import decodes_sliced
 from vqdm.models.specs import LayerSpec
 from vqdm.runs.device import encoding_room
 from vqdm.runs.texts import duration
-from vqdm.stages import accelerated
+from vqdm.stages.graph import acceleration
+from vqdm.stages.graph.samplers import image_sampler, original_sampler
 from vqdm.stages.make import hessian_room
 from vqdm.stages.plan import memory
 from vqdm.stages.plan.distillation import DistillationPlan
@@ -41,7 +42,6 @@ from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import Experiment, StageCost, gibibytes
 from vqdm.stages.plan.training import measure_blocks
 from vqdm.stages.prune import CALLS as CALLS_OF_PRUNING
-from vqdm.stages.samplers import image_sampler, original_sampler
 from vqdm.stages.sensitivity import CALLS, CODE_BITS
 
 FORWARD_AND_BACKWARD = 3  # forwards
@@ -104,7 +104,7 @@ def stage_names(config: Config) -> list[str]:
     """Names of the stages that `config` needs, as fields of `Graph` and in its order."""
     cached = [name for name, stage in _of_cache(config).items() if stage]
     pruned = [] if config.prune.kind == "none" else ["scores", "prune"]
-    if config.quantize.kind == "none" and not accelerated.is_on(config):
+    if config.quantize.kind == "none" and not acceleration.is_on(config):
         return ["images", "evaluate"]
     sensitivity = ["sensitivity"] if config.quantize.sensitivity() is not None else []
     distillation = ["tune_blocks"] if config.finetune.block_steps else []
@@ -292,7 +292,7 @@ class _Stages(Experiment):
 
     def evaluate(self) -> StageCost:
         """Cost of comparing with the originals image by image; metrics that take a network are left out."""
-        compared = self.config.quantize.kind != "none" or accelerated.is_on(self.config)
+        compared = self.config.quantize.kind != "none" or acceleration.is_on(self.config)
         paired = "paired" in self.config.evaluate.metrics and compared
         at_once = min(self.scored, self.config.evaluate.batch_size)
         used = memory.evaluate_memory(self.model.image_numbers, at_once, device=self.machine.device)

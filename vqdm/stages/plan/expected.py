@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from vqdm.config.options import Config
 from vqdm.runs.store import Store
-from vqdm.stages.graph import Graph, Quantization, image_list
+from vqdm.stages.graph.denoiser import Quantization
+from vqdm.stages.graph.experiment import Graph, image_list
 from vqdm.stages.plan.command import images_made
 from vqdm.stages.plan.recorded import Recorded
 

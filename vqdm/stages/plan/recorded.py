@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vqdm.config.options import Config
 from vqdm.runs.files import read_sealed
-from vqdm.runs.store import Stage, Store
+from vqdm.runs.stage import Stage
+from vqdm.runs.store import Store
 
 NOT_THE_TIMES = {"seed", "noise_seed", "prompts"}  # options of a stage that it takes as long without
 NOT_THE_CODECS = {"seed", "damping", "hessian_from", "tokens_per_call", "layers", "min_size", "dtype", "rescale"}

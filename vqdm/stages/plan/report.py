@@ -12,8 +12,8 @@ from vqdm.config.options import Config
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.location import DENOISERS, configs_directory
 from vqdm.models.single_file import component_on_meta
-from vqdm.runs.store import write_json
-from vqdm.stages.accelerated import tells_work
+from vqdm.runs.files import write_json
+from vqdm.stages.graph.acceleration import tells_work
 from vqdm.stages.plan.cost import DISTILLATION, guidance_factor, stage_costs, stage_names
 from vqdm.stages.plan.forward import latent_size
 from vqdm.stages.plan.layers import DenoiserPlan, assignment_of, plan_denoiser

@@ -20,8 +20,8 @@ from vqdm.config.acceleration import LEAST_CALLS
 from vqdm.config.options import Config, layer_pattern
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.specs import LayerSpec, layer_specs
+from vqdm.stages.graph.samplers import image_sampler, original_sampler
 from vqdm.stages.plan.forward import BATCH, denoiser_inputs, inputs_of, measure
-from vqdm.stages.samplers import image_sampler, original_sampler
 
 FLOATS = 16  # bits of what is not quantized
 MULTIPLY_ADD = 2  # FLOPs

@@ -2,9 +2,8 @@
 
 from vqdm.config.options import Config
 from vqdm.config.ranges import settings_of
-from vqdm.runs.store import Stage
-
-VERSIONS = {"parts": 1}
+from vqdm.runs.stage import Stage
+from vqdm.stages.graph.versions import new_stage
 
 
 def parts_stage(config: Config, calibrate: Stage, model: Stage | str) -> Stage | None:
@@ -15,4 +14,4 @@ def parts_stage(config: Config, calibrate: Stage, model: Stage | str) -> Stage |
     settings = {"codecs": codecs, "dtype": config.model.dtype, "noise_seed": config.calibration.noise_seed}
     settings |= {"embeddings": config.parts.embeddings} if "text_encoders" in codecs else {}
     settings |= {"images": config.parts.images, "sampler": settings_of(config.model.sampler)} if "vae" in codecs else {}
-    return Stage("parts", VERSIONS["parts"], config.model.name, settings, {"calibrate": calibrate, "model": model})
+    return new_stage("parts", config.model.name, settings, calibrate=calibrate, model=model)

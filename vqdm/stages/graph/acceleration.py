@@ -3,10 +3,10 @@
 from vqdm.config.options import Config, SamplerConfig
 from vqdm.config.ranges import settings_of
 from vqdm.prompts import PromptList
-from vqdm.runs.store import Stage
-from vqdm.stages.samplers import compares_with_teacher
+from vqdm.runs.stage import Stage
+from vqdm.stages.graph.samplers import compares_with_teacher
+from vqdm.stages.graph.versions import new_stage
 
-VERSIONS = {"scores": 1, "prune": 1, "schedule": 1, "activations": 1, "correct": 1}
 _CACHE = ("kind", "interval", "depth", "schedule", "predict", "correction")
 
 
@@ -57,10 +57,10 @@ def prune(config: Config, calibrate: Stage, model: str) -> dict[str, Stage]:
         options |= {"prompts": own.prompts} | settings_of(config.calibration, "batch_size", "noise_seed")
     options |= {"dtype": config.model.dtype, "rescale": settings_of(config.model.rescale)}
     upstream = {"calibrate": calibrate, "model": model}
-    scores = Stage("scores", VERSIONS["scores"], f"{config.model.name}-{own.score}", options, upstream)
+    scores = new_stage("scores", f"{config.model.name}-{own.score}", options, **upstream)
     label = f"{config.model.name}-pruned{100 * own.share:g}"
     chosen = settings_of(own, "kind", "share", "keep")
-    return {"scores": scores, "prune": Stage("prune", VERSIONS["prune"], label, chosen, upstream | {"scores": scores})}
+    return {"scores": scores, "prune": new_stage("prune", label, chosen, **upstream, scores=scores)}
 
 
 def looking(
@@ -75,7 +75,7 @@ def looking(
 
     def add(name: str, count: int, chosen: dict) -> None:
         options = _sampled(config, prompts, sampler, count) | chosen
-        found[name] = Stage(name, VERSIONS[name], label, options, upstream | found)
+        found[name] = new_stage(name, label, options, **upstream, **found)
 
     if cache.kind != "none" and cache.schedule == "dynamic":
         add("schedule", cache.prompts, settings_of(cache, "interval", "depth"))

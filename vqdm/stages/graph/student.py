@@ -16,10 +16,10 @@ from vqdm.models.samplers import is_flow_matching
 from vqdm.models.shipped import builtin_directory
 from vqdm.prompts import PromptList
 from vqdm.runs.identity import files_identity
-from vqdm.runs.store import Stage
-from vqdm.stages.samplers import teacher_sampler
+from vqdm.runs.stage import Stage
+from vqdm.stages.graph.samplers import teacher_sampler
+from vqdm.stages.graph.versions import VERSIONS, new_stage
 
-VERSIONS = {"pairs": 1, "few_step": 1, "matched": 1}
 STUDENT = "pipeline"  # in the few_step stage: the directory that diffusers loads
 ADAPTER = "adapter"  # beside it: the file of a LoRA that makes the student of its teacher
 _TRAINING = (
@@ -47,13 +47,13 @@ def model_of(config: Config, read: Callable[[PromptsConfig], PromptList], *, cac
     _check_suits(config.model, own.kind)
     settings = {"prompts": pair_prompts(config, read).sha256, "sampler": settings_of(teacher_sampler(config))}
     settings |= {"dtype": config.model.dtype, "batch_size": own.pairs_batch_size, "noise_seed": own.noise_seed}
-    pairs = Stage("pairs", VERSIONS["pairs"], f"{config.model.name}-{own.pairs}", settings, {"model": files})
+    pairs = new_stage("pairs", f"{config.model.name}-{own.pairs}", settings, model=files)
     first = own.critic_first if own.steps else 0  # a student that is not trained has no critic
     settings = settings_of(dataclasses.replace(own, critic_first=first), *_TRAINING, *_OF_KIND.get(own.kind, ()))
     upstream = {"pairs": pairs, "model": files}
     if own.start is not None:
         upstream["start"] = files_identity(start_directory(own.start), cache)
-    return Stage("few_step", VERSIONS["few_step"], f"{config.model.name}-{own.kind}", settings, upstream)
+    return new_stage("few_step", f"{config.model.name}-{own.kind}", settings, **upstream)
 
 
 def matched_stage(config: Config, trained: dict, model: Stage, **upstream: Stage) -> Stage:
