@@ -19,9 +19,10 @@ from vqdm.runs.stage import Stage
 from vqdm.runs.store import Store
 from vqdm.runs.texts import duration
 from vqdm.stages.graph.experiment import build_stages
-from vqdm.stages.plan.cost import guidance_factor, least_encoding_flops, second_moment_cost, stage_costs
+from vqdm.stages.plan.cost import guidance_factor, stage_costs
 from vqdm.stages.plan.expected import missing_stages
 from vqdm.stages.plan.forward import ForwardCost, measure
+from vqdm.stages.plan.quantization import least_encoding_flops, second_moment_cost
 from vqdm.stages.plan.rates import CARDS, REACHED, Machine, Rates, machine_of
 from vqdm.stages.plan.recorded import Recorded
 from vqdm.stages.plan.stage import gibibytes

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from vqdm.config.options import Config
+from vqdm.config.options import Config, SamplerConfig
 from vqdm.models.specs import LayerSpec
 from vqdm.runs.texts import duration as duration  # for the files of this folder, beside sizes in words
 from vqdm.runs.texts import two_digits
 from vqdm.stages.plan.forward import DenoiserCost, ForwardCost
 from vqdm.stages.plan.memory import Memory, Model
-from vqdm.stages.plan.rates import Machine
+from vqdm.stages.plan.rates import Machine, Rates
 from vqdm.stages.plan.recorded import Rate, Recorded
 
 
@@ -61,6 +61,28 @@ class Experiment:
             return recorded.times(count), recorded.origin
         rates = self.machine.rates(dtype)
         return (None, "") if rates is None else (sum(map(rates.seconds, work)), rates.origin)
+
+    def rates(self) -> Rates | None:
+        """Rates for the model's own dtype."""
+        return self.machine.rates(self.config.model.dtype)
+
+    def sampling(self, images: int, sampler: SamplerConfig) -> tuple[float | None, str]:
+        """Seconds of sampling without decoding, and where they come from."""
+        steps = images * sampler.steps
+        cost = self.cost.sample.times(self.guided * steps)
+        return self.timed(self.recorded.sampling(), steps, [cost], dtype=self.config.model.dtype)
+
+    def forwards(self, samples: float) -> tuple[float | None, str]:
+        """Seconds of the denoiser on so many samples, and where they come from."""
+        return self.timed(None, 0, [self.cost.sample.times(samples)], dtype=self.config.model.dtype)
+
+    def samples_per_call(self) -> int:
+        return self.guided * max(1, min(self.config.calibration.batch_size, self.calibration_prompts))
+
+    def recorded_samples(self) -> int:
+        """Number of samples in all recorded calls."""
+        steps = min(self.config.calibration.recorded_steps, self.config.model.sampler.steps)
+        return self.calibration_prompts * self.guided * steps
 
     def stage(self, name: str, used: Memory, timed: tuple[float | None, str], note: str = "", **detail) -> StageCost:
         silence = self.machine.silence if timed[0] is None else ""
