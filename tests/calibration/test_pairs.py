@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqdm.calibration.pairs import DAMPING, corrected_target, pair_moments, same_inputs
+from vqdm.calibration.pairs import DAMPING, PairedInputs, corrected_target, pair_moments, same_inputs
 from vqdm.models.specs import spec_of, weight_to_matrix
 
 
@@ -39,6 +39,11 @@ def made():
     return teacher, student, specs, [{"sample": torch.randn(2, 3, 4, 4)} for _ in range(3)]
 
 
+def moments_of(teacher, student, spec, calls, *, held=0, **options):
+    with PairedInputs(teacher, student, lambda: calls, [spec], held=held) as inputs:
+        return pair_moments([spec], inputs.of(spec), **options)[spec.name]
+
+
 def test_layers_of_one_input_are_together(made):
     teacher, _, specs, calls = made
     found = same_inputs(teacher, list(specs.values()), calls[0])
@@ -53,8 +58,8 @@ def test_moments_say_how_far_two_layers_on_two_inputs_are_apart(made, name):
     if name == "conv":  # which reads the same in both: let them read different things
         student.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "sample": kwargs["sample"] + 0.5}),
                                           with_kwargs=True)  # fmt: skip
-    moment, cross = pair_moments(teacher, student, [specs[name]], calls)[name]
-    clean, _ = pair_moments(teacher, copy.deepcopy(teacher), [specs[name]], calls)[name]
+    moment, cross = moments_of(teacher, student, specs[name], calls)
+    clean, _ = moments_of(teacher, copy.deepcopy(teacher), specs[name], calls)
     layer = copy.deepcopy(teacher.get_submodule(name))
     other = copy.deepcopy(layer)
     nn.init.normal_(other.weight)
@@ -79,9 +84,9 @@ def inputs_of(model, name, call):
 
 def test_drawn_tokens_are_the_same_in_both(made):
     teacher, _, specs, calls = made
-    moment, cross = pair_moments(teacher, copy.deepcopy(teacher), [specs["one"]], calls, tokens_per_call=3)["one"]
+    moment, cross = moments_of(teacher, copy.deepcopy(teacher), specs["one"], calls, tokens_per_call=3)
     assert torch.equal(moment, cross)
-    again, _ = pair_moments(teacher, copy.deepcopy(teacher), [specs["one"]], calls, tokens_per_call=3, seed=1)["one"]
+    again, _ = moments_of(teacher, copy.deepcopy(teacher), specs["one"], calls, tokens_per_call=3, seed=1)
     assert not torch.equal(moment, again)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from vqdm.calibration.calls import recorded_calls, recorded_positions
 from vqdm.calibration.collect import collect, execution_groups, teacher_groups
+from vqdm.calibration.recording import play
 from vqdm.codecs.allocation import assign_schemes, read_harm
 from vqdm.config.codecs import OPTIONS, AdaroundConfig, RtnConfig, TrellisConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig
@@ -100,6 +101,20 @@ def test_the_memory_of_a_students_hessians_changes_no_weight(calibration, tmp_pa
         options = {"kind": "gptq", "bits": 3, "hessian_from": "student", "tokens_per_call": 16}
         made[room] = run(tmp_path / str(room), calibration, room=room, **options)[0]
         assert len(passes) == (3 if room > 1 else len([n for n in made[room] if n.endswith(".codes")]))
+    assert same(made[1], made[1 << 30])
+
+
+def test_calls_that_wait_between_layers_give_the_weights_of_calls_made_anew(calibration, tmp_path, monkeypatch):
+    made, read = {}, []
+    monkeypatch.setattr(
+        "vqdm.calibration.pairs.play", lambda denoiser, arguments: read.append(1) or play(denoiser, arguments)
+    )
+    options = {"kind": "gptq", "bits": 3, "hessian_from": "both", "tokens_per_call": 16}
+    for room in (1 << 30, 1):
+        read.clear()
+        (tmp_path / str(room)).mkdir()
+        made[room] = run(tmp_path / str(room), calibration, room=room, **options)[0]
+        assert (len(read) == 1) == (room > 1)  # one call tells what layers read together
     assert same(made[1], made[1 << 30])
 
 

@@ -7,13 +7,14 @@ usual problem with the Hessian H̃ for the weights W + W (C − H̃) (H̃ + λ)�
 
 import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from vqdm.calibration.hessian import drawn_tokens, token_count, tokens_of
+from vqdm.calibration.lockstep import Lockstep
 from vqdm.calibration.recording import Call, call_arguments, play
 from vqdm.models.specs import LayerSpec
 from vqdm.runs.device import exact_tf32, one_thread_each
@@ -66,27 +67,62 @@ def same_inputs(denoiser: nn.Module, specs: list[LayerSpec], call: Call) -> list
     return [list(layers) for _, layers in itertools.groupby(specs, key=lambda spec: id(read[spec.name]))]
 
 
+class PairedInputs:
+    """Context that says what a layer reads in two denoisers, call after call, for one layer after the other.
+
+    The first `held` calls wait from layer to layer, where they keep what they have in memory; all others begin anew for
+    every layer. What is read is the same. stops: the layers that will be asked for, in the order in which they run.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        calls: Callable[[], Iterable[Call]],
+        stops: list[LayerSpec],
+        *,
+        held: int,
+    ):
+        self._denoisers, self._calls, self._held = (teacher, student), calls, held
+        waiting, names = list(itertools.islice(calls(), held)), [spec.name for spec in stops]
+        self._waiting = [Lockstep(denoiser, waiting, names) for denoiser in self._denoisers]
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            for calls in self._waiting:
+                stack.enter_context(calls)
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self._leave.close()
+
+    def of(self, spec: LayerSpec) -> Iterator[tuple[Tensor, Tensor]]:
+        """(what the layer reads in the teacher, in the student) of every call."""
+        yield from zip(*(calls.inputs_at(spec.name) for calls in self._waiting), strict=True)
+        with _Inputs(self._denoisers[0], [spec]) as wanted, _Inputs(self._denoisers[1], [spec]) as found:
+            for call in itertools.islice(self._calls(), self._held, None):
+                yield wanted.of_call(call)[spec.name], found.of_call(call)[spec.name]
+
+
 def pair_moments(
-    teacher: nn.Module,
-    student: nn.Module,
     specs: list[LayerSpec],
-    calls: Iterable[Call],
+    inputs: Iterable[tuple[Tensor, Tensor]],
     *,
     tokens_per_call: int | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer (H̃, C), fp32 [in, in]: means of x̃ x̃ᵀ and x x̃ᵀ, x read in the teacher and x̃ in the student.
 
-    specs: layers that read one tensor in each of the two; with equal geometry they share their moments.
-    tokens_per_call: as `HessianRecorder` takes it, the same tokens for both.
+    specs: layers that read one tensor in each of the two; with equal geometry they share their moments. inputs: (x, x̃)
+    of every call. tokens_per_call: as `HessianRecorder` takes it, the same tokens for both.
     """
     sums = {spec.conv: _Sums(spec) for spec in specs}
-    with one_thread_each(), _Inputs(teacher, specs) as wanted, _Inputs(student, specs) as found:
-        for number, call in enumerate(calls):
-            clean, own = wanted.of_call(call), found.of_call(call)
+    with one_thread_each():
+        for number, (clean, own) in enumerate(inputs):
             for one in sums.values():
                 draw = torch_generator(seed, f"pairs/{one.spec.name}", number)
-                one.add(clean[one.spec.name], own[one.spec.name], tokens_per_call, draw)
+                one.add(clean, own, tokens_per_call, draw)
     return {spec.name: sums[spec.conv].means() for spec in specs}
 
 

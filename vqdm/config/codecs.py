@@ -92,7 +92,7 @@ class HessianOptions:
     """Options for the Hessian of a layer's inputs, whose tokens are drawn by `seed` and `tokens_per_call`."""
 
     # teacher: recorded calls | student: the student's own sampling (paper) | both: recorded calls through both, layer
-    # after layer, each coded for what it should give behind those that are quantized already (GPTAQ); slow
+    # after layer, each coded for what it should give behind those that are quantized already (GPTAQ)
     hessian_from: str = choice("teacher", "student", "both")
     damping: float = number(0.01, least=0, most=100)  # added to the Hessian's diagonal, relative to its mean
 

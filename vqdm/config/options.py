@@ -269,7 +269,8 @@ class Config:
     plan_for: str | None = None  # plan=true: for a GPU that need not be here: PLAN_CARDS; None = this machine
     device: str = "auto"  # auto | cpu | cuda | the type of another accelerator that torch sees
     threads: int | None = number(None, least=1, most=1024)  # torch's threads on the CPU; None = the free cores
-    # GiB of Hessians that quantize.hessian_from=student sums in one pass of sampling; less: more passes, same result
+    # GiB of Hessians that quantize.hessian_from=student sums in one pass of sampling, of calls that wait between layers
+    # for hessian_from=both; less: more passes, same result
     memory_budget_gb: float = number(4.0, least=0, most=100_000, above=True)
     results_dir: str = "results"  # the folder for all that runs make
     show_layers: bool = False  # True: print a line for every layer quantized

@@ -30,7 +30,8 @@ from vqdm.calibration.collect import (
     in_passes,
     teacher_groups,
 )
-from vqdm.calibration.pairs import corrected_target, pair_moments, same_inputs
+from vqdm.calibration.lockstep import waiting_bytes
+from vqdm.calibration.pairs import PairedInputs, corrected_target, pair_moments, same_inputs
 from vqdm.codecs.allocation import Assignment, assign_schemes, read_harm
 from vqdm.codecs.cards import CODECS
 from vqdm.codecs.codec import Codec
@@ -218,7 +219,8 @@ def quantize(
 
     pipeline: full precision, on `device`; its denoiser is quantized in place. calibration: that stage's directory.
     harm: directory of the sensitivity stage, which decides the layers' bits; None: all get the same.
-    show_layers: print a line for every layer. hessian_room: bytes of a student's Hessians in one pass of its sampling.
+    show_layers: print a line for every layer. hessian_room: bytes of a student's Hessians in one pass of its sampling,
+    or of the calls that wait between layers (hessian_from=both).
     """
     denoiser = denoiser_of(pipeline)
     dtype = next(denoiser.parameters()).dtype
@@ -239,7 +241,7 @@ def quantize(
         if encoder.codec.by_blocks is not None:
             _by_blocks(encoder, assignment, calibration, layers=layers)
         elif encoder.codec.needs_hessian(config) and config.hessian_from == "both":
-            _by_pairs(encoder, assignment, calibration, layers=layers)
+            _by_pairs(encoder, assignment, calibration, layers=layers, room=hessian_room)
         else:
             drive = functools.partial(drive_student, pipeline, config=calibration_config, sampler=model.sampler)
             _by_groups(encoder, assignment, calibration, drive, device=device, layers=layers, room=hessian_room)
@@ -275,25 +277,32 @@ def _by_groups(
         _take_in(encoder, assignment.specs)
 
 
-def _by_pairs(encoder: Encoder, assignment: Assignment, calibration: Path, *, layers) -> None:
-    """Quantize input after input: layers that read one tensor, each for what it should give behind those before it."""
+def _by_pairs(encoder: Encoder, assignment: Assignment, calibration: Path, *, layers, room: int) -> None:
+    """Quantize input after input: layers that read one tensor, each for what it should give behind those before it.
+
+    Calls that take no more than `room` bytes together wait between two inputs in place of beginning anew.
+    """
     config, student, schemes = encoder.config, encoder.denoiser, {s.name: scheme for s, scheme in assignment.quantized}
     teacher, workers = copy.deepcopy(student), threads.workers()
     order = [spec for group in execution_groups(student, assignment.specs, calibration) for spec in group]
-    for together in same_inputs(student, order, next(recorded_calls(calibration))):
-        missing = [spec for spec in together if read_item(encoder.directory, spec.name) is None]
-        layers.skip([spec for spec in together if spec not in missing])
-        hessians, targets = {}, {}
-        if missing:
-            options = {"tokens_per_call": config.tokens_per_call, "seed": config.seed}
-            moments = pair_moments(teacher, student, together, recorded_calls(calibration), **options)
-            for spec in missing:
-                hessians[spec.name], cross = moments[spec.name]
-                matrix = matrix_of(student, spec)
-                targets[spec.name] = corrected_target(matrix, hessians[spec.name], cross)
-        problems = [(spec, schemes[spec.name]) for spec in missing]
-        encoder.encode_all(problems, hessians, workers=workers, layers=layers, targets=targets)
-        _take_in(encoder, together)
+    calls = functools.partial(recorded_calls, calibration)
+    inputs = same_inputs(student, order, next(calls()))
+    missing = {spec.name for spec in order if read_item(encoder.directory, spec.name) is None}
+    stops = [together[0] for together in inputs if any(spec.name in missing for spec in together)]
+    held = room // (2 * max(1, waiting_bytes(student, next(calls()))))
+    with PairedInputs(teacher, student, calls, stops, held=held) as reading:
+        for together in inputs:
+            layers.skip([spec for spec in together if spec.name not in missing])
+            problems = [(spec, schemes[spec.name]) for spec in together if spec.name in missing]
+            hessians, targets = {}, {}
+            if problems:
+                options = {"tokens_per_call": config.tokens_per_call, "seed": config.seed}
+                moments = pair_moments(together, reading.of(together[0]), **options)
+                for spec, _ in problems:
+                    hessians[spec.name], cross = moments[spec.name]
+                    targets[spec.name] = corrected_target(matrix_of(student, spec), hessians[spec.name], cross)
+            encoder.encode_all(problems, hessians, workers=workers, layers=layers, targets=targets)
+            _take_in(encoder, together)
 
 
 def _take_in(encoder: Encoder, specs: list[LayerSpec]) -> None:

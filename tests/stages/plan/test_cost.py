@@ -260,6 +260,19 @@ def test_a_students_hessians_keep_to_a_memory_budget():
     assert found[4.0].seconds > 1.3 * found[16.0].seconds
 
 
+def test_calls_that_wait_between_layers_take_memory_in_place_of_passes():
+    config, found = sdxl_config(kind="gptq", bits=4, hessian_from="both", tokens_per_call=512), {}
+    options = {"parts": {"unet": 2_567_463_684}, "images": 0, "calibration_prompts": 16}
+    for budget in (0.001, 4.0, 1000.0):
+        own = dataclasses.replace(config, memory_budget_gb=budget)
+        stages = costs(own, sdxl_unet(), machine=Machine("cuda", 1, CARDS["h100"]), **options)
+        found[budget] = next(stage for stage in stages if stage.name == "quantize")
+    none, some, every = found.values()
+    assert "in 561 passes" in none.note and "in 561 passes" in some.note and "in 1 pass," in every.note
+    assert none.memory.device < some.memory.device <= none.memory.device + 4 * 2**30 < every.memory.device
+    assert every.seconds < some.seconds < none.seconds
+
+
 def test_what_is_not_estimated_says_so():
     unet = small_unet().to("meta")
     unet.register_to_config(addition_embed_type="image")

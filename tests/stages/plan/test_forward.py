@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from unets import SMALL, sdxl_unet, small_unet
 
+from vqdm.models.live_bytes import LiveBytes
 from vqdm.models.specs import layer_specs
 from vqdm.stages.plan.forward import (
-    LiveBytes,
     denoiser_inputs,
     inputs_of,
     latent_size,

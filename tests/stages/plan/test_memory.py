@@ -15,11 +15,12 @@ from vqdm.codecs.encode import encode_layer, encoder_bytes, make_shared, needs_h
 from vqdm.config.codecs import AdditiveConfig, GptqConfig, RtnConfig, TrellisConfig
 from vqdm.config.options import ModelConfig
 from vqdm.metrics.paired import Pairs
+from vqdm.models.live_bytes import LiveBytes
 from vqdm.models.loader import load_pipeline
 from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.runs import usage
 from vqdm.seeds import torch_generator
-from vqdm.stages.plan.forward import LayerInput, LiveBytes, measure
+from vqdm.stages.plan.forward import LayerInput, measure
 from vqdm.stages.plan.memory import (
     HESSIAN_WORKSPACE,
     LIBRARIES,

@@ -5,6 +5,7 @@ Left out of the time: training codebooks that layers share.
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ class QuantizationPlan(Experiment):
         hessians, note = 0.0, ""
         if needs_hessians(config):
             hessians = self._hessian_seconds(groups, config)
-            note = f"Hessians {duration(hessians)} in {len(groups)} pass{'es' if len(groups) > 1 else ''}, "
+            passes = 1 if self._waiting()[0] == 1 else len(groups)
+            note = f"Hessians {duration(hessians)} in {passes} pass{'es' if passes > 1 else ''}, "
         error = self.recorded_samples() * rates.seconds(self.cost.sample)
         note += f"encoding {duration(encode)} ({found[0][1] if found else 'nothing'})"
         return self.stage("quantize", used, (hessians + encode + error, rates.origin), note)
@@ -125,22 +127,33 @@ class QuantizationPlan(Experiment):
             room=encoding_room(),
             device=self.machine.device,
             needs_hessians=needs_hessians(self.config.quantize),
-            original=self._denoiser_bytes() if reads_both(self.config.quantize) else 0,
+            original=self._denoiser_bytes() + self._waiting()[1] if reads_both(self.config.quantize) else 0,
             student=student,
         )
+
+    def _waiting(self) -> tuple[float, int]:
+        """(share of the recorded calls that wait between layers in both denoisers, bytes that these hold)."""
+        if not reads_both(self.config.quantize):
+            return 0.0, 0
+        each = math.ceil(2 * self.samples_per_call() * self.cost.sample.peak_bytes)
+        calls = max(1, math.ceil(self.recorded_samples() / self.samples_per_call()))
+        held = min(calls, hessian_room(self.config) // max(1, each))
+        return held / calls, held * each
 
     def _hessian_seconds(self, groups: list[list[LayerSpec]], config: QuantizeConfig) -> float:
         """Seconds of every group's calls (the recorded ones, or all of a sampling student) and of summing their inputs.
 
-        Where both denoisers read the calls, each of them ends half way on average. On the CPU one thread does it, so
-        that the sums have one order.
+        Where both denoisers read the calls, those that wait between layers go once through both, and others end
+        half way on average. On the CPU one thread does it, so that the sums have one order.
         """
         rates = self.machine.rates(self.config.model.dtype, threads=1)
         sums_rates = self.machine.rates("float32", threads=1)
         forwards = self.recorded_samples()
         if config.hessian_from == "student":
             forwards = self.calibration_prompts * self.guided * self.config.model.sampler.steps
-        seconds = len(groups) * forwards * rates.seconds(self.cost.sample)
+        waiting = self._waiting()[0] if config.hessian_from == "both" else 0.0
+        passes = 2 * waiting + (1 - waiting) * len(groups)
+        seconds = passes * forwards * rates.seconds(self.cost.sample)
         samples = self.samples_per_call()
         limit = config.tokens_per_call
         costs: dict[tuple, ForwardCost] = {}  # layers of one shape cost the same

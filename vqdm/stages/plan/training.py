@@ -23,7 +23,8 @@ from vqdm.config.options import FinetuneConfig
 from vqdm.distillation.losses import block_outputs, feature_errors, squared_errors
 from vqdm.distillation.moving_codes import let_drift
 from vqdm.distillation.parameters import trained_parameters
-from vqdm.stages.plan.forward import LiveBytes, denoiser_inputs
+from vqdm.models.live_bytes import LiveBytes
+from vqdm.stages.plan.forward import denoiser_inputs
 from vqdm.weights.base import QuantizedWeight
 from vqdm.weights.layers import quantized_layers
 from vqdm.weights.scalar import ScalarWeight
