@@ -100,6 +100,7 @@ def test_a_compressed_student_is_trained_by_its_many_step_teacher(compressed):
         "finetune=matching",
         "finetune.steps=2",
         "finetune.batch_size=2",
+        "finetune.critic_first=3",
     )
     done = run(*asked, *RUN, f"results_dir={results}")
     assert done.returncode == 0, done.stderr
@@ -180,6 +181,9 @@ def test_matching_needs_pairs_and_teacher_but_no_trajectories(tmp_path):
     assert list(own)[:5] == ["pairs", "few_step", "calibrate", "quantize", "finetune"]
     assert own["finetune"].upstream["pairs"] is not None and own["finetune"].label == "tiny-dmd-rtn4-matched"
     assert own["finetune"].fingerprint != other["finetune"].fingerprint
+    unprepared = stages("few_step.start=tiny_turbo", "finetune.critic_first=0")
+    assert own["finetune"].config["critic_first"] == 150 and "critic_first" not in unprepared["finetune"].config
+    assert own["few_step"].fingerprint == unprepared["few_step"].fingerprint
     with pytest.raises(
         UserError, match=r"finetune\.loss=dmd trains a few-step student by its teacher: give few_step=dmd"
     ):

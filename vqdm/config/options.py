@@ -179,6 +179,8 @@ class FinetuneConfig:
     # error of the guided prediction (guided), or of both its halves alike (halves); dmd: no error, but the distribution
     # of the few-step student's images is matched to that of its many-step teacher, with few_step's critic and pairs
     loss: str = "guided"
+    # for dmd: steps of the critic before the student's first, since it begins as the teacher
+    critic_first: int = later(number(0, least=0, most=MOST))
     weighting: str = "uniform"  # weights of timesteps: uniform | min_snr (Hang et al. 2023)
     min_snr: float = number(5.0, least=0, most=1e6, above=True)  # limit of the weights of weighting=min_snr
     # weight of the blocks' relative squared error, for which the teacher has to run along

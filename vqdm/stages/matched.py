@@ -9,7 +9,6 @@ from torch import nn
 
 from vqdm.config.few_step import FewStepConfig
 from vqdm.config.options import Config
-from vqdm.config.ranges import settings_of
 from vqdm.distillation.end_to_end import optimizer_of
 from vqdm.distillation.moving_codes import let_drift, stop_drifting
 from vqdm.distillation.parameters import trained_parameters
@@ -18,7 +17,9 @@ from vqdm.stages.few_step import train_on_pairs
 from vqdm.stages.finished import finished_denoiser
 
 log = logging.getLogger("vqdm")
-_SHARED = ("steps", "batch_size", "learning_rate", "warmup", "decay_from", "precision", "seed", "check_every")
+_SHARED = (
+    "steps", "batch_size", "learning_rate", "warmup", "decay_from", "precision", "seed", "check_every", "critic_first",
+)  # fmt: skip
 
 
 def match(
@@ -56,5 +57,5 @@ def match(
 
 def matching_config(config: Config) -> FewStepConfig:
     """The few-step trainer's options with the rates and budgets of `finetune`; the last average is kept."""
-    shared = settings_of(config.finetune, *_SHARED)
+    shared = {name: getattr(config.finetune, name) for name in _SHARED}
     return dataclasses.replace(config.few_step, kind="dmd", keep="last", **shared)

@@ -26,15 +26,16 @@ _TRAINING = (
     "kind", "steps", "batch_size", "learning_rate", "warmup", "decay_from", "average", "precision", "seed",
     "check_every", "validated_steps", "keep", "validation",
 )  # fmt: skip
-_MATCHING = ("divergence", "critic_steps", "critic_first", "critic_rate", "teacher_guidance")
+_MATCHING = ("divergence", "critic_steps", "critic_rate", "teacher_guidance")
 _OF_KIND = {
     "lcm": ("teacher_guidance", "learned_steps", "solver_steps", "aim"),
-    "dmd": _MATCHING,
-    "fdistill": (*_MATCHING, "adversarial_weight"),
+    "dmd": (*_MATCHING, "critic_first"),
+    "fdistill": (*_MATCHING, "critic_first", "adversarial_weight"),
     "hipa": ("rank", "frequency_weight"),
 }
 _MATCHED = (  # of finetune, where it matches distributions
     "loss", "steps", "batch_size", "learning_rate", "relative_rate", "warmup", "decay_from", "precision", "check_every",
+    "critic_first",
 )  # fmt: skip
 
 
