@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqdm.acceleration.activations import (
     InputRanges,
@@ -23,9 +22,11 @@ from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig, l
 from vqdm.config.ranges import settings_of
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
+from vqdm.runs import progress
 from vqdm.runs.files import atomic_write
 from vqdm.runs.items import read_item, write_item
 from vqdm.runs.threads import threads_that_are_free
+from vqdm.stages.layout import label_of
 
 RANGES_FILE = "ranges.safetensors"
 _QUANTIZER = ("kind", "bits", "per", "block", "groups", "column_scales")  # options that a checkpoint keeps
@@ -46,15 +47,18 @@ def find_ranges(
     _add(denoiser, config, model)
     chosen = PromptList(prompts.prompts[: config.prompts], prompts.origin)
     batches = sample_batches(pipeline, chosen, config=calibration, sampler=sampler)
-    with threads_that_are_free() as adjust_threads:
-        for name, _, run in tqdm(batches, desc=f"activations {directory.name}", unit="batch"):
+    shown = progress.bar(f"ranges {label_of(directory)}", len(batches), unit="batch")
+    with threads_that_are_free() as adjust_threads, shown as bar:
+        for name, _, run in batches:
             if read_item(directory, name) is not None:
+                bar.skip()
                 continue
             adjust_threads()
             with InputRanges(denoiser) as ranges:
                 run()
             seen = {layer: torch.stack(pair) for layer, pair in ranges.found.items()}
             write_item(directory, name, {f"seen/{name}.safetensors": to_bytes(seen)}, {})
+            bar.add()
     parts = [load_file(directory / "seen" / f"{name}.safetensors") for name, _, _ in batches]
     quantizers, grids = input_quantizers(denoiser), {}
     for layer in parts[0]:
