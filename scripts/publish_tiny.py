@@ -6,7 +6,7 @@ python scripts/publish_tiny.py results/stages/tiny_train/<directory> --parts   #
 
 Into the package goes tiny; small is too large for it. What lies in models/ has its sha256 in models/SHA256SUMS, and its
 growth curve and losses in models/<world>_training/. A snapshot has no few-step student. Finished parts go to
-models/<world>_parts/, each in a folder.
+models/<world>_parts/, each in a folder, the denoiser as it was last looked at in unet_begun/.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from vqdm.runs.command_line import run_script
 
 from vqdm.config.options import TINY_WORLDS
-from vqdm.models.shipped import BESIDE, SUMS, part_names
+from vqdm.models.shipped import BESIDE, SUMS, UNET_BEGUN, part_names
 from vqdm.runs.files import atomic_write, whole_directory
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vqdm" / "models"
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a tiny_train stage directory")
     parser.add_argument("--snapshot", action="store_true", help="the denoiser as it was last looked at in its training")
-    parser.add_argument("--parts", action="store_true", help="only what is finished before the denoiser")
+    parser.add_argument("--parts", action="store_true", help="what is finished, and the denoiser as far as it is")
     options = parser.parse_args()
     world, folders = _parts(options.directory) if options.parts else _folders(options.directory, options.snapshot)
     size = sum(path.stat().st_size for folder in folders.values() for path in folder.rglob("*") if path.is_file())
@@ -59,6 +59,7 @@ def _parts(directory: Path) -> tuple[str, dict[str, Path]]:
     world = _world_of(directory)
     places = {name: directory / "training" / name for name in part_names(world)}
     places[f"{world}_evaluators"] = directory / f"{world}_evaluators"
+    places[UNET_BEGUN] = directory / "training" / "snapshot" / "unet"
     return world, {f"{world}_parts/{name}": folder for name, folder in places.items() if folder.is_dir()}
 
 

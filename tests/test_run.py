@@ -199,6 +199,21 @@ def test_training_goes_on_from_a_pipeline(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_unet_that_was_begun_is_trained_on(tmp_path):
+    parts = tmp_path / "parts"
+    for name, own in {"unet_begun": "unet", "vae": "vae"}.items():
+        shutil.copytree(ROOT / "vqdm" / "models" / "tiny" / own, parts / name)
+    smoke = ("tiny_train=smoke", f"tiny_train.parts={parts}", "threads=1")
+    done = run("+experiment=tiny_train", *smoke, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "stages" / "tiny_train").iterdir()
+    file = "diffusion_pytorch_model.safetensors"
+    old, new = load_file(parts / "unet_begun" / file), load_file(stage / "tiny" / "unet" / file)
+    moved = sum(float((new[name].float() - old[name].float()).square().sum()) for name in old)
+    assert 0 < moved < 0.01 * sum(float(tensor.float().square().sum()) for tensor in old.values())
+
+
+@pytest.mark.slow
 def test_training_takes_finished_parts_and_ends_with_the_same_model(tmp_path):
     smoke = ("+experiment=tiny_train", "tiny_train=smoke", "threads=1")
     assert run(*smoke, f"results_dir={tmp_path / 'one'}").returncode == 0

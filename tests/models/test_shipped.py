@@ -99,6 +99,9 @@ def test_finished_parts_are_published_and_checked_when_they_are_taken(beside, tm
     publish_tiny.main()
     made = beside / "small_parts"
     assert {path.name for path in made.iterdir()} == {"vae", "small_evaluators"}
+    shutil.copytree(builtin_directory("tiny") / "unet", stage / "training" / "snapshot" / "unet")
+    publish_tiny.main()
+    assert {path.name for path in made.iterdir()} == {"vae", "small_evaluators", "unet_begun"}
     assert check_parts(made, world="small") == made
     with pytest.raises(UserError, match=r"parts=.*none of vae, tokenizer"):
         check_parts(tmp_path, world="small")

@@ -255,7 +255,8 @@ class TinyTrainConfig:
     growth_every: int | None = later(number(None, least=1, most=MOST))
     growth_captions: int = later(number(128, least=1, most=MOST))  # captions of such a look
     init_from: str | None = None  # diffusers directory with a U-Net to train on from
-    parts: str | None = None  # directory with finished parts, a folder each, which are taken as they are
+    # directory with finished parts, a folder each, which are taken as they are; unet_begun there is trained on
+    parts: str | None = None
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs"
 BESIDE = _HERE.parents[1] / "models"  # of the repository: models too large for the package
 SUMS = "SHA256SUMS"
+UNET_BEGUN = "unet_begun"  # among the parts of a world: a denoiser whose training is to go on
 
 
 def builtin_directory(name: str) -> Path:

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from vqdm.config.options import TinyTrainConfig
 from vqdm.models.location import check_pipeline_directory
-from vqdm.models.shipped import part_names
+from vqdm.models.shipped import UNET_BEGUN, part_names
 from vqdm.runs.files import atomic_write, whole_directory, write_json
 from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
 from vqdm.stages.tiny_train.growth import Growth
@@ -60,7 +60,7 @@ def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     """Fill a stage directory; returns the step counts for the manifest.
 
     With `init_from`, VAE and text encoders are that pipeline's, and the U-Net is trained on from there. With `parts`,
-    those that lie there are taken.
+    those that lie there are taken, and a U-Net that was begun is trained on.
     """
     work = directory / "training"
     work.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _denoisers(directory: Path, work: Path, config: TinyTrainConfig, *, start: P
             latents(),
             world=WORLDS[config.world],
             steps=config.unet_steps,
-            init_from=None if start is None else start / "unet",
+            init_from=_begun(config) if start is None else start / "unet",
             after_step=_growth(directory, work, config, shared),
             **settings,
         )
@@ -166,6 +166,12 @@ def _denoisers(directory: Path, work: Path, config: TinyTrainConfig, *, start: P
         load,
     )
     return unet, turbo
+
+
+def _begun(config: TinyTrainConfig) -> Path | None:
+    """The U-Net among `parts` whose training was begun."""
+    place = None if config.parts is None else Path(config.parts) / UNET_BEGUN
+    return place if place is not None and place.is_dir() else None
 
 
 def _growth(directory: Path, work: Path, config: TinyTrainConfig, shared: dict) -> Growth | None:

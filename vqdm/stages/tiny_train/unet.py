@@ -142,7 +142,10 @@ def train_unet(
     init_from: Path | None = None,
     after_step=None,
 ) -> UNet2DConditionModel:
-    """Train noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 9) and 10 % empty (zero) conditions."""
+    """Train noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 9) and 10 % empty (zero) conditions.
+
+    init_from: the directory of a U-Net to train on from, with draws of its own, since the same seed may have made it.
+    """
     with seeded_initialisation(seed, "unet"):
         unet = build_unet(world)
     gaussian_initialisation(unet, seed=seed)
@@ -168,7 +171,7 @@ def train_unet(
     average = fit(
         unet,
         loss_of,
-        purpose="unet",
+        purpose="unet" if init_from is None else "unet_on",
         directory=directory,
         steps=steps,
         learning_rate_peak=LEARNING_RATES[world.name],
