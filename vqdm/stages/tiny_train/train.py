@@ -25,6 +25,7 @@ from safetensors.torch import save as to_bytes
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from vqdm.config.options import TinyTrainConfig
+from vqdm.hub.pipelines import quiet_diffusers
 from vqdm.models.location import check_pipeline_directory
 from vqdm.models.shipped import UNET_BEGUN, part_names
 from vqdm.runs.files import atomic_write, whole_directory, write_json
@@ -56,6 +57,7 @@ def _part(path: Path, train: Callable, load: Callable):
     return load(path)
 
 
+@quiet_diffusers()
 def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     """Fill a stage directory; returns the step counts for the manifest.
 
