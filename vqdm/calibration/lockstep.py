@@ -41,9 +41,6 @@ class Lockstep:
         for run in self._runs:
             run.abandon()
 
-    def __len__(self) -> int:
-        return len(self._runs)
-
     def inputs_at(self, name: str) -> Iterator[Tensor]:
         """What every call hands to the layer `name`, each going on only when it is asked for.
 
