@@ -1,10 +1,11 @@
 """Quantized denoisers and their pipelines in directories, through diffusers' own loading and saving."""
 
 import contextlib
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from vqdm.models.foreign import json_object, loading, safetensors_header, withou
 from vqdm.models.loader import denoiser_of, denoiser_part
 from vqdm.models.location import DENOISERS
 from vqdm.models.parts import weight_files
-from vqdm.runs.files import full_disk_is_mendable, replace_directory
+from vqdm.runs.files import full_disk_is_mendable, replace_directory, write_json
 from vqdm.runs.locks import LOCK, locked
 from vqdm.weights.layers import check_decode, quantized_layers
 
@@ -162,6 +163,12 @@ def _remove_all_in(directory: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def forget_origins(configs: Iterable[Path]) -> None:
+    """Take out of JSON files where diffusers notes that a part came from, a local path."""
+    for path in configs:
+        write_json(path, {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"})
 
 
 def replace_denoiser(pipeline, denoiser: nn.Module) -> None:

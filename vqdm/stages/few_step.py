@@ -5,7 +5,6 @@ Pairs are `train/<batch>.safetensors` and `validation/…`, each an item; checkp
 
 import copy
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from vqdm.errors import UserError
 from vqdm.few_step.adapters import add_adapter, decoder, save_adapter
 from vqdm.few_step.pairs import pack_pairs, student_scheduler
 from vqdm.few_step.train import Training
-from vqdm.hub.pipelines import INDEX, quiet_diffusers, replace_denoiser
+from vqdm.hub.pipelines import INDEX, forget_origins, quiet_diffusers, replace_denoiser
 from vqdm.models.loader import denoiser_of, load_pipeline, sample
 from vqdm.prompts import PromptList
 from vqdm.runs import progress
@@ -135,6 +134,4 @@ def save_student(pipeline, place: Path) -> None:
     with whole_directory(place) as partial:
         with quiet_diffusers():
             pipeline.save_pretrained(partial)
-        for path in (partial / INDEX, *partial.glob("*/config.json")):
-            kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
-            write_json(path, kept)
+        forget_origins([partial / INDEX, *partial.glob("*/config.json")])

@@ -5,7 +5,7 @@ import functools
 from vqdm.config.options import PromptsConfig
 from vqdm.prompts import PromptList, load_prompts
 
-_load = functools.lru_cache(maxsize=8)(load_prompts)  # the rows of a table share their lists
+_load = functools.lru_cache(maxsize=8)(load_prompts)
 
 
 def read_prompts(config: PromptsConfig) -> PromptList:

@@ -6,7 +6,6 @@ ships it, for the world tiny: tiny/, tiny_turbo/ (diffusers pipelines) and tiny_
 
 import copy
 import functools
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from vqdm.config.options import TinyTrainConfig
-from vqdm.hub.pipelines import quiet_diffusers
+from vqdm.hub.pipelines import forget_origins, quiet_diffusers
 from vqdm.models.location import check_pipeline_directory
 from vqdm.models.shipped import UNET_BEGUN, part_names
 from vqdm.runs.files import atomic_write, whole_directory, write_json
@@ -259,5 +258,4 @@ def save_pipeline(directory: Path, unet, scheduler, *, vae, tokenizer, text_enco
     )
     with whole_directory(directory) as partial:
         pipeline.save_pretrained(partial)
-        for path in partial.glob("*/config.json"):  # diffusers notes where a part came from: a local path
-            write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"})
+        forget_origins(partial.glob("*/config.json"))
