@@ -5,11 +5,14 @@ An item is its files plus `items/<name>.json`, written last, which holds its rec
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from vqdm.errors import UserError
+from vqdm.runs import progress
 from vqdm.runs.files import atomic_write, file_fault, read_sealed, write_sealed
+from vqdm.runs.threads import threads_that_are_free
 
 log = logging.getLogger("vqdm")
 
@@ -49,6 +52,23 @@ def read_item(directory: Path, name: str) -> dict | None:
         sidecar.unlink(missing_ok=True)
         return None
     return None if content is None else content["record"]
+
+
+def make_missing(
+    directory: Path, makers: dict[str, Callable[[], tuple[dict[str, bytes], dict]]], *, title: str, unit: str = "batch"
+) -> None:
+    """Make every item that is missing, under a bar; inference only, on the threads that are free.
+
+    makers: by an item's name what gives its files and its record, as `write_item` takes them.
+    """
+    with threads_that_are_free() as adjust_threads, progress.bar(title, len(makers), unit=unit) as bar:
+        for name, make in makers.items():
+            if read_item(directory, name) is not None:
+                bar.skip()
+                continue
+            adjust_threads()
+            write_item(directory, name, *make())
+            bar.add()
 
 
 def peek(directory: Path, name: str) -> Item:

@@ -1,5 +1,7 @@
 """Static ranges of activations, found while calibration's captions are sampled, and quantizers put into a denoiser."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,10 +24,8 @@ from vqdm.config.options import CalibrationConfig, ModelConfig, SamplerConfig, l
 from vqdm.config.ranges import settings_of
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
-from vqdm.runs import progress
 from vqdm.runs.files import atomic_write
-from vqdm.runs.items import read_item, write_item
-from vqdm.runs.threads import threads_that_are_free
+from vqdm.runs.items import make_missing
 from vqdm.stages.layout import label_of
 
 RANGES_FILE = "ranges.safetensors"
@@ -45,21 +45,18 @@ def find_ranges(
     """Fill the stage's directory with `ranges.safetensors`: every layer's grids. Each batch of captions is an item."""
     denoiser = denoiser_of(pipeline)
     _add(denoiser, config, model)
+
+    def seen(name: str, run: Callable[[], None]) -> tuple[dict[str, bytes], dict]:
+        with InputRanges(denoiser) as ranges:
+            run()
+        pairs = {layer: torch.stack(pair) for layer, pair in ranges.found.items()}
+        return {f"seen/{name}.safetensors": to_bytes(pairs)}, {}
+
     chosen = PromptList(prompts.prompts[: config.prompts], prompts.origin)
     batches = sample_batches(pipeline, chosen, config=calibration, sampler=sampler)
-    shown = progress.bar(f"ranges {label_of(directory)}", len(batches), unit="batch")
-    with threads_that_are_free() as adjust_threads, shown as bar:
-        for name, _, run in batches:
-            if read_item(directory, name) is not None:
-                bar.skip()
-                continue
-            adjust_threads()
-            with InputRanges(denoiser) as ranges:
-                run()
-            seen = {layer: torch.stack(pair) for layer, pair in ranges.found.items()}
-            write_item(directory, name, {f"seen/{name}.safetensors": to_bytes(seen)}, {})
-            bar.add()
-    parts = [load_file(directory / "seen" / f"{name}.safetensors") for name, _, _ in batches]
+    makers = {name: functools.partial(seen, name, run) for name, _, run in batches}
+    make_missing(directory, makers, title=f"ranges {label_of(directory)}")
+    parts = [load_file(directory / "seen" / f"{name}.safetensors") for name in makers]
     quantizers, grids = input_quantizers(denoiser), {}
     for layer in parts[0]:
         least, most = _joined([part[layer] for part in parts])

@@ -3,6 +3,7 @@
 Both sample calibration's first prompts without a cache; every batch is an item.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,8 @@ from vqdm.config.acceleration import CacheConfig
 from vqdm.config.options import CalibrationConfig, SamplerConfig
 from vqdm.models.loader import denoiser_of
 from vqdm.prompts import PromptList
-from vqdm.runs import progress
 from vqdm.runs.files import atomic_write, write_json
-from vqdm.runs.items import read_item, write_item
-from vqdm.runs.threads import threads_that_are_free
+from vqdm.runs.items import make_missing, read_item
 from vqdm.stages.layout import label_of
 
 SCHEDULE_FILE, CORRECTION_FILE = "schedule.json", "correction.safetensors"
@@ -44,22 +43,18 @@ def _observe(
 
     make: gives, by a batch's name, what takes its features, and a function for its item: files, record.
     """
+
+    def observed(name: str, run: Callable[[], None]) -> tuple[dict[str, bytes], dict]:
+        taker, finish = make(name)
+        with FeatureTap(denoiser_of(pipeline), config.depth, taker.take):
+            run()
+        return finish()
+
     chosen = PromptList(prompts.prompts[: config.prompts], prompts.origin)
     batches = sample_batches(pipeline, chosen, config=calibration, sampler=sampler)
-    shown = progress.bar(f"features {label_of(directory)}", len(batches), unit="batch")
-    with threads_that_are_free() as adjust_threads, shown as bar:
-        for name, _, run in batches:
-            if read_item(directory, name) is not None:
-                bar.skip()
-                continue
-            adjust_threads()
-            taker, finish = make(name)
-            with FeatureTap(denoiser_of(pipeline), config.depth, taker.take):
-                run()
-            files, record = finish()
-            write_item(directory, name, files, record)
-            bar.add()
-    return [name for name, _, _ in batches]
+    makers = {name: functools.partial(observed, name, run) for name, _, run in batches}
+    make_missing(directory, makers, title=f"features {label_of(directory)}")
+    return [*makers]
 
 
 def measure_schedule(

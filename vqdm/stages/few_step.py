@@ -5,7 +5,9 @@ Pairs are `train/<batch>.safetensors` and `validation/…`, each an item; checkp
 
 import copy
 import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +23,9 @@ from vqdm.few_step.pairs import pack_pairs, student_scheduler
 from vqdm.few_step.train import Training
 from vqdm.hub.pipelines import INDEX, forget_origins, quiet_diffusers, replace_denoiser
 from vqdm.models.loader import denoiser_of, load_pipeline, sample
-from vqdm.prompts import PromptList
-from vqdm.runs import progress
+from vqdm.prompts import Prompt, PromptList
 from vqdm.runs.files import whole_directory, write_json
-from vqdm.runs.items import batches, read_item, write_item
-from vqdm.runs.threads import threads_that_are_free
+from vqdm.runs.items import batches, make_missing
 from vqdm.seeds import torch_generator
 from vqdm.stages.graph.student import ADAPTER, STUDENT, start_directory, student_model
 from vqdm.stages.trajectories import TRAIN, VALIDATION, split_prompts, trajectories_in
@@ -40,30 +40,21 @@ def make_pairs(
 
     pipeline: the teacher's. sampler: the one that it was made with.
     """
+
+    def pairs_of(part: str, name: str, captions: Sequence[Prompt]) -> tuple[dict[str, bytes], dict]:
+        draws = [torch_generator(config.noise_seed, f"few_step/{part}", prompt.id) for prompt in captions]
+        texts = [prompt.text for prompt in captions]
+        with Recorder(denoiser_of(pipeline), steps={0}) as recorder:
+            latents = sample(pipeline, texts, sampler=sampler, generators=draws, output="latent")
+        content = pack_pairs(recorder.calls[0], latents)
+        return {f"{part}/{name}.safetensors": content}, {"captions": [prompt.id for prompt in captions]}
+
     for part, own in zip((TRAIN, VALIDATION), split_prompts(prompts, config.validation), strict=True):
-        todo = batches(len(own), config.pairs_batch_size)
-        shown = progress.bar(f"pairs for {part}", len(todo), unit="batch")
-        with threads_that_are_free() as adjust_threads, shown as bar:
-            for name, rows in todo:
-                item = f"{part}-{name}"
-                if read_item(directory, item) is not None:
-                    bar.skip()
-                    continue
-                adjust_threads()
-                captions = own.prompts[rows.start : rows.stop]
-                draws = [torch_generator(config.noise_seed, f"few_step/{part}", prompt.id) for prompt in captions]
-                with Recorder(denoiser_of(pipeline), steps={0}) as recorder:
-                    latents = sample(
-                        pipeline,
-                        [prompt.text for prompt in captions],
-                        sampler=sampler,
-                        generators=draws,
-                        output="latent",
-                    )
-                content = pack_pairs(recorder.calls[0], latents)
-                record = {"captions": [prompt.id for prompt in captions]}
-                write_item(directory, item, {f"{part}/{name}.safetensors": content}, record)
-                bar.add()
+        makers = {
+            f"{part}-{name}": functools.partial(pairs_of, part, name, own.prompts[rows.start : rows.stop])
+            for name, rows in batches(len(own), config.pairs_batch_size)
+        }
+        make_missing(directory, makers, title=f"pairs for {part}")
     return {part: len(trajectories_in(directory, part)) for part in (TRAIN, VALIDATION)}
 
 

@@ -3,6 +3,7 @@
 Scores are items, one per operator, so that hours of them go on after a stop.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -20,10 +21,8 @@ from vqdm.config.acceleration import PruneConfig
 from vqdm.config.options import CalibrationConfig, ModelConfig
 from vqdm.models.loader import denoiser_of, sample
 from vqdm.prompts import PromptList
-from vqdm.runs import progress
 from vqdm.runs.files import write_json
-from vqdm.runs.items import batches, read_item, write_item
-from vqdm.runs.threads import threads_that_are_free
+from vqdm.runs.items import batches, make_missing, read_item, write_item
 from vqdm.seeds import torch_generator
 from vqdm.stages.finished import finished_denoiser
 from vqdm.stages.layout import label_of
@@ -47,24 +46,19 @@ def score_operators(
     pipeline: full precision; it is as it was afterwards. calibration: that stage's directory.
     """
     unet = denoiser_of(pipeline)
-    candidates = list(operators(unet))
     score = {"latents": _by_latents, "prediction": _by_prediction}[config.score]
     score_of = score(directory, pipeline, calibration, config, model, calibration_config)
-    scores: dict[str, float] = {}
-    shown = progress.bar(f"operators {label_of(directory)}", len(candidates), unit="operator")
-    with threads_that_are_free() as adjust_threads, shown as bar:
-        for name in candidates:
-            count = bar.skip
-            if (record := read_item(directory, name)) is None:
-                count = bar.add
-                adjust_threads()
-                original = unet.get_submodule(name)
-                replace_layer(unet, name, without(original).eval())
-                record = {"score": score_of()}
-                replace_layer(unet, name, original)
-                write_item(directory, name, {}, record)
-            scores[name] = record["score"]
-            count()
+
+    def scored(name: str) -> tuple[dict[str, bytes], dict]:
+        original = unet.get_submodule(name)
+        replace_layer(unet, name, without(original).eval())
+        score = score_of()
+        replace_layer(unet, name, original)
+        return {}, {"score": score}
+
+    makers = {name: functools.partial(scored, name) for name in operators(unet)}
+    make_missing(directory, makers, title=f"operators {label_of(directory)}", unit="operator")
+    scores = {name: read_item(directory, name)["score"] for name in makers}
     write_json(directory / SCORES_FILE, scores)
     return {"operators": len(scores)}
 

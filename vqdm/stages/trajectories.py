@@ -4,6 +4,7 @@ Files are `train/<batch>-<steps>.safetensors` and `validation/…`, each an item
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,9 +21,7 @@ from vqdm.errors import UserError
 from vqdm.models.loader import denoiser_of
 from vqdm.models.placement import visits
 from vqdm.prompts import Prompt, PromptList
-from vqdm.runs import progress
-from vqdm.runs.items import read_item, write_item
-from vqdm.runs.threads import threads_that_are_free
+from vqdm.runs.items import make_missing
 from vqdm.seeds import torch_generator
 from vqdm.stages.caption_images import caption_image
 
@@ -57,21 +56,16 @@ def trajectories_in(directory: Path, part: str) -> Trajectories:
 
 
 def _record(directory: Path, part: str, pipeline, prompts: PromptList, *, config, sampler, noised=False) -> None:
-    batches = list(recorded_batches(pipeline, prompts, config=config, sampler=sampler))
-    shown = progress.bar(f"trajectories to {WHAT_FOR[part]}", len(batches), unit="batch")
-    with threads_that_are_free() as adjust_threads, shown as bar:
-        for name, captions, sampled in batches:
-            item = f"{part}-{name}"
-            if read_item(directory, item) is not None:
-                bar.skip()
-                continue
-            adjust_threads()
-            calls = sampled()
-            if noised:
-                calls = noised_calls(pipeline, calls, captions, config=config)
-            record = {"prompts": [p.id for p in captions], "calls": len(calls)}
-            write_item(directory, item, {f"{part}/{name}.safetensors": pack(calls, captions=len(captions))}, record)
-            bar.add()
+    def record(name: str, captions: list[Prompt], sampled: Callable[[], list[Call]]) -> tuple[dict[str, bytes], dict]:
+        calls = sampled()
+        if noised:
+            calls = noised_calls(pipeline, calls, captions, config=config)
+        content = pack(calls, captions=len(captions))
+        return {f"{part}/{name}.safetensors": content}, {"prompts": [p.id for p in captions], "calls": len(calls)}
+
+    batches = recorded_batches(pipeline, prompts, config=config, sampler=sampler)
+    makers = {f"{part}-{batch[0]}": functools.partial(record, *batch) for batch in batches}
+    make_missing(directory, makers, title=f"trajectories to {WHAT_FOR[part]}")
 
 
 def recorded_batches(

@@ -26,6 +26,8 @@ TEXT_WIDTHS = {"tiny": 64 + 128, "small": 96 + 128}
 LEARNING_RATES = {"tiny": 8e-4, "small": 6e-4}
 # in small, two fifths of a step were the backward pass of the fused attention; tiny's weights were made with it
 ATTENTION = {"tiny": AttnProcessor2_0, "small": AttnProcessor}
+# where small's first 5,000 steps showed that a wrong word costs most (scripts/lab/caption_timesteps.py)
+TELLING_TIMESTEPS = {"small": (75, 700)}
 CHECKPOINT_EVERY = {"tiny": 500, "small": 250}  # steps
 
 
@@ -131,6 +133,16 @@ def guided_noise(unet, noisy, timesteps, text, pooled, *, guidance: float) -> to
     return empty + guidance * (noise - empty)
 
 
+def draw_timesteps(count: int, generator: torch.Generator, *, telling: tuple[int, int] | None = None) -> torch.Tensor:
+    """Uniform timesteps in [0, 1000), or a quarter of them so and the others uniform in `telling`: int64 [count]."""
+    total = SCHEDULE["num_train_timesteps"]
+    drawn = torch.randint(total, (count,), generator=generator, device="cpu")
+    if telling is None:
+        return drawn
+    among = torch.randint(*telling, (count,), generator=generator, device="cpu")
+    return torch.where(torch.rand(count, generator=generator, device="cpu") < 0.25, drawn, among)
+
+
 def train_unet(
     latents: LatentSet,
     *,
@@ -157,7 +169,7 @@ def train_unet(
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         clean, text, pooled = latents.batch(batch_size, generator)
-        timesteps = torch.randint(len(alphas), (batch_size,), generator=generator, device="cpu")
+        timesteps = draw_timesteps(batch_size, generator, telling=TELLING_TIMESTEPS.get(world.name))
         noise = torch.randn(clean.shape, generator=generator, device="cpu")
         keep = (torch.rand(batch_size, generator=generator, device="cpu") >= 0.1).float()
         level = alphas[timesteps].view(-1, 1, 1, 1)
