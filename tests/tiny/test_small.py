@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from vqdm.prompts import load_prompts
-from vqdm.stages.tiny_train.unet import build_unet, conditions
+from vqdm.stages.tiny_train.unet import TELLING_TIMESTEPS, build_unet, conditions, draw_timesteps
 from vqdm.tiny.attributes import AttributeNet, as_seen, fidelity, kinds_of, labels, seen_by, targets_of, values_of
 from vqdm.tiny.captions import caption_of, requested, vocabulary
 from vqdm.tiny.data import SceneSet, scene_pixels
@@ -220,6 +220,22 @@ def test_the_attention_that_trains_fast_computes_what_the_fused_one_does():
         fused = unet(noisy, 500, text, added_cond_kwargs=conditions(unet, pooled)).sample
     torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
     assert not torch.equal(plain, fused)  # they are two
+
+
+def test_three_in_four_timesteps_of_small_tell_of_words_and_none_is_left_out():
+    low, high = TELLING_TIMESTEPS["small"]
+    drawn = draw_timesteps(100_000, torch.Generator().manual_seed(0), telling=(low, high))
+    density = torch.bincount(drawn, minlength=1000) / len(drawn)
+    assert len(density) == 1000 and density.min() > 0
+    within = density[low:high].sum()
+    assert within.item() == pytest.approx(0.75 + 0.25 * (high - low) / 1000, abs=0.01)
+    assert density[:low].mean().item() == pytest.approx(0.25 / 1000, rel=0.05)
+
+
+def test_timesteps_of_tiny_are_drawn_as_they_were():
+    same = torch.randint(1000, (64,), generator=torch.Generator().manual_seed(3))
+    assert "tiny" not in TELLING_TIMESTEPS
+    assert torch.equal(draw_timesteps(64, torch.Generator().manual_seed(3)), same)
 
 
 def test_prompts_and_pictures_of_small_belong_together():
