@@ -240,6 +240,8 @@ class TinyTrainConfig:
     vae_batch_size: int = number(32, least=1, most=65_536)  # scenes per step of the VAE
     vae_scenes: int = number(100_000, least=1, most=MOST)  # scenes to train the VAE on
     text_steps: int = number(3000, least=1, most=MOST)  # steps of the text encoders
+    # steps in which the text encoders then learn to say all that is said of a thing
+    word_steps: int = later(number(0, least=0, most=MOST))
     text_scenes: int = number(100_000, least=1, most=MOST)  # scenes to train the text encoders on
     unet_steps: int = number(12_000, least=1, most=MOST)  # steps of the U-Net
     turbo_steps: int = number(2500, least=1, most=MOST)  # steps of the few-step student

@@ -66,23 +66,10 @@ def caption_of(scene: Scene, *, seed: int, split: str, index: int, world: World 
 
 def requested(caption: str, *, world: World = TINY) -> Request | None:
     """The attributes that a caption asks for, or None if it is not a caption of the world."""
-    lexicon = _lexicon(world)
-    things: list[RequestedThing] = []
-    said: dict[str, str] = {}  # since the last thing, and of the background
-    relation = None
-    for word in caption.lower().split():
-        if word not in lexicon:
-            return None
-        kind, value = lexicon[word]
-        if kind == "shape":
-            if "colour" not in said:
-                return None
-            about = {name: said.pop(name, None) for name in ("colour", "size", "texture")}
-            things.append(RequestedThing(value, **about))
-        elif kind == "relation":
-            relation = word
-        elif kind != "":
-            said[kind] = value
+    if (read := _read(caption, world)) is None:
+        return None
+    places_and_things, relation, said = read
+    things = [thing for _, thing in places_and_things]
     ground = {"background": said.get("background"), "pattern": said.get("pattern")}
     if len(things) == 1 and relation is None:
         return Request(tuple(things), "single", **ground)
@@ -90,6 +77,36 @@ def requested(caption: str, *, world: World = TINY) -> Request | None:
         return None
     layout, places = world.readings[relation, len(things)]
     return Request(tuple(things[places.index(i)] for i in range(len(things))), layout, **ground)
+
+
+def said_things(caption: str, *, world: World) -> list[tuple[int, RequestedThing]]:
+    """The things of a caption as they are said, each with the place among its words of the last of the thing's."""
+    read = _read(caption, world)
+    if read is None:
+        raise ValueError(f"no caption of the world {world.name}: {caption!r}")
+    return read[0]
+
+
+def _read(caption: str, world: World) -> tuple[list[tuple[int, RequestedThing]], str | None, dict[str, str]] | None:
+    """(things and the places of their last words, word of the relation, what is said behind the last thing)."""
+    lexicon = _lexicon(world)
+    things: list[tuple[int, RequestedThing]] = []
+    said: dict[str, str] = {}  # since the last thing, and of the background
+    relation = None
+    for place, word in enumerate(caption.lower().split()):
+        if word not in lexicon:
+            return None
+        kind, value = lexicon[word]
+        if kind == "shape":
+            if "colour" not in said:
+                return None
+            about = {name: said.pop(name, None) for name in ("colour", "size", "texture")}
+            things.append((place, RequestedThing(value, **about)))
+        elif kind == "relation":
+            relation = word
+        elif kind != "":
+            said[kind] = value
+    return things, relation, said
 
 
 @functools.cache

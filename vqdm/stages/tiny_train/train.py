@@ -34,6 +34,7 @@ from vqdm.stages.tiny_train.text import train_text_encoders
 from vqdm.stages.tiny_train.turbo import distil_turbo
 from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, load_unet, train_unet
 from vqdm.stages.tiny_train.vae import train_vae
+from vqdm.stages.tiny_train.words import teach_words
 from vqdm.tiny.attributes import AttributeNet
 from vqdm.tiny.clip import CLIP_CONFIGS
 from vqdm.tiny.data import SceneSet
@@ -125,13 +126,11 @@ def _text_encoders(work: Path, config: TinyTrainConfig, start: Path | None) -> t
             loaded = {name: kind.from_pretrained(start / name) for name, kind in TEXT_PARTS.items()}
             # transformers would keep the files' 16 bit
             return {name: part if name == "tokenizer" else part.float() for name, part in loaded.items()}
-        parts = train_text_encoders(
-            _scenes(config, config.text_scenes),
-            directory=work / "checkpoints",
-            steps=config.text_steps,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+        scenes = _scenes(config, config.text_scenes)
+        settings = {"directory": work / "checkpoints", "batch_size": config.batch_size, "seed": config.seed}
+        parts = train_text_encoders(scenes, steps=config.text_steps, **settings)
+        if config.word_steps:
+            teach_words(*parts, scenes.captions, world=scenes.world, steps=config.word_steps, **settings)
         return dict(zip(TEXT_PARTS, parts, strict=True))
 
     return tuple(

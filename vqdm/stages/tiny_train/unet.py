@@ -24,6 +24,7 @@ SIZES = {  # heads of 32; the first level has no transformers, as in SDXL
 HEADS = {"tiny": [1, 2, 4], "small": [2, 3, 4]}  # numbers of heads, which SDXL's config calls attention_head_dim
 TEXT_WIDTHS = {"tiny": 64 + 128, "small": 96 + 128}
 LEARNING_RATES = {"tiny": 8e-4, "small": 6e-4}
+DECAY_FROM = {"tiny": 0.6, "small": 0.85}  # part of the steps with the full rate
 # in small, two fifths of a step were the backward pass of the fused attention; tiny's weights were made with it
 ATTENTION = {"tiny": AttnProcessor2_0, "small": AttnProcessor}
 # where small's first 5,000 steps showed that a wrong word costs most (scripts/lab/caption_timesteps.py)
@@ -189,6 +190,7 @@ def train_unet(
         learning_rate_peak=LEARNING_RATES[world.name],
         seed=seed,
         warmup=min(500, steps),
+        decay_from=DECAY_FROM[world.name],
         checkpoint_every=CHECKPOINT_EVERY[world.name],
         weight_decay=0.01,
         after_step=after_step,
