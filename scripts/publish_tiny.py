@@ -59,7 +59,8 @@ def _parts(directory: Path) -> tuple[str, dict[str, Path]]:
     world = _world_of(directory)
     places = {name: directory / "training" / name for name in part_names(world)}
     places[f"{world}_evaluators"] = directory / f"{world}_evaluators"
-    places[UNET_BEGUN] = directory / "training" / "snapshot" / "unet"
+    if not places["unet"].is_dir():
+        places[UNET_BEGUN] = directory / "training" / "snapshot" / "unet"
     return world, {f"{world}_parts/{name}": folder for name, folder in places.items() if folder.is_dir()}
 
 

@@ -103,6 +103,9 @@ def test_finished_parts_are_published_and_checked_when_they_are_taken(beside, tm
     publish_tiny.main()
     assert {path.name for path in made.iterdir()} == {"vae", "small_evaluators", "unet_begun"}
     assert check_parts(made, world="small") == made
+    shutil.copytree(builtin_directory("tiny") / "unet", stage / "training" / "unet")
+    world, folders = publish_tiny._parts(stage)
+    assert (world, {*folders}) == ("small", {f"small_parts/{name}" for name in ("vae", "small_evaluators", "unet")})
     with pytest.raises(UserError, match=r"parts=.*none of vae, tokenizer"):
         check_parts(tmp_path, world="small")
     (made / "vae" / "config.json").write_text("{}")

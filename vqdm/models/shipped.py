@@ -24,8 +24,8 @@ def builtin_directory(name: str) -> Path:
 
 
 def part_names(world: str) -> tuple[str, ...]:
-    """Folders of the parts that a world's training finishes before its denoiser."""
-    return "vae", "tokenizer", "text_encoder", "text_encoder_2", f"{world}_evaluators"
+    """Folders of the parts that a world's training finishes before its few-step student."""
+    return "vae", "tokenizer", "text_encoder", "text_encoder_2", f"{world}_evaluators", "unet"
 
 
 def check_parts(directory: Path, *, world: str) -> Path:
