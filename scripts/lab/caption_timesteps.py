@@ -1,6 +1,6 @@
 """At which timesteps a denoiser of a world needs which words of its captions.
 
-python scripts/lab/caption_timesteps.py small models/small_parts [--unet unet_begun] [--n 96]
+python scripts/lab/caption_timesteps.py small models/small [--unet unet] [--n 96]
 
 In every caption of a validation scene one word of an attribute is replaced by another one of its kind. Printed for
 timesteps from clean to noise: the loss as it is trained (min-SNR-5), and by how much, × 10⁻⁴, it is larger with the

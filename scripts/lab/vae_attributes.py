@@ -1,6 +1,6 @@
 """What a world's VAE keeps: PSNR of reconstructions, and attributes that the attribute network still finds in them.
 
-python scripts/lab/vae_attributes.py models/small_parts [--n 512]
+python scripts/lab/vae_attributes.py models/small [--n 512]
 
 Of validation scenes, which nothing was trained on. Printed for renders and for their reconstructions: the share of
 every attribute that is found, and the mean; last the share that reconstructions keep of what is found in renders.
@@ -23,10 +23,11 @@ from vqdm.tiny.evaluator import TinyWorld
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", type=Path, help="directory with vae/ and <world>_evaluators/")
+    parser.add_argument("parts", type=Path, help="directory with vae/, and the world's evaluators in it or beside it")
     parser.add_argument("--n", type=int, default=512)
     options = parser.parse_args()
-    (evaluators,) = options.parts.glob("*_evaluators")
+    beside = options.parts.parent.glob(f"{options.parts.name}_evaluators")
+    (evaluators,) = [*options.parts.glob("*_evaluators"), *beside]
     judge = TinyWorld(evaluators)
     vae = AutoencoderKL.from_pretrained(options.parts / "vae")
     scenes = SceneSet(seed=0, split="validation", n=options.n, world=judge.world)

@@ -1,6 +1,6 @@
 """How visible the words of a thing are in what a world's text encoders hand to its denoiser.
 
-python scripts/lab/word_shares.py small models/small_parts [--n 1200]
+python scripts/lab/word_shares.py small models/small [--n 1200]
 
 At the last word of every thing in captions of validation scenes, for both encoders' penultimate states joined: the
 share of what differs between things that each attribute makes (variance between its words), and how often a linear
