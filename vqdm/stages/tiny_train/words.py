@@ -29,7 +29,8 @@ class WordHeads(nn.Module):
 
     def __init__(self, counts: dict[str, int], width: int):
         super().__init__()
-        self.directions = nn.ParameterDict({name: nn.Parameter(torch.randn(n, width)) for name, n in counts.items()})
+        drawn = {name: torch.randn(count, width, device="cpu") for name, count in counts.items()}
+        self.directions = nn.ParameterDict({name: nn.Parameter(rows) for name, rows in drawn.items()})
 
     def forward(self, states: torch.Tensor, classes: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross entropy over the attributes; states: [things, width]."""
