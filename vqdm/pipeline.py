@@ -20,7 +20,7 @@ from vqdm.stages.graph.denoiser import Quantization
 from vqdm.stages.graph.experiment import Graph, build_stages
 from vqdm.stages.graph.samplers import samplers
 from vqdm.stages.graph.tiny_train import tiny_train_stage
-from vqdm.stages.plan.command import print_plan, say_before_work
+from vqdm.stages.plan.command import print_plan, say_before_work, warn_of_emulated_bfloat16
 
 log = logging.getLogger("vqdm")
 
@@ -51,6 +51,7 @@ def _shown_as(configs: list[Config], graphs: list[Graph | Quantization], store: 
 
     device = resolve_device(configs[0].device, threads=configs[0].threads)
     log.info("%s", device)
+    warn_of_emulated_bfloat16(configs, device.name)
     missing, recorded = missing_stages(zip(configs, graphs, strict=True), store, device=device.name)
     return progress.whole([config.method or config.name for config in configs], missing, recorded)
 
@@ -361,11 +362,12 @@ def _tiny_train(config: Config, store: Store) -> dict | None:
     if config.plan:
         print(f"tiny_train {store.status(stage)} {store.directory(stage)}")
         return None
-    from vqdm.runs.device import resolve_device
+    from vqdm.runs.device import computes_in_bfloat16, resolve_device
     from vqdm.stages.tiny_train.train import train_tiny
 
     device = resolve_device("cpu", threads=config.threads)
     environment = {"device": "cpu", "reason": "the tiny world trains on the CPU", "threads": device.threads}
+    environment["precision"] = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
     directory = store.ensure(stage, functools.partial(train_tiny, config.tiny_train), environment=environment)
     record = {
         "fingerprint": stage.fingerprint,

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vqdm.stages.tiny_train.loop import fit, learning_rate
+from vqdm.stages.tiny_train import loop
+from vqdm.stages.tiny_train.loop import fast_precision, fit, learning_rate
 
 STEPS, EVERY = 40, 7
 SETTINGS = {
@@ -184,3 +185,10 @@ def test_a_loss_that_cannot_be_followed_stops_and_the_checkpoint_stays_good(spoi
     model = Line()
     fit(model, model.loss, directory=tmp_path, **settings)
     assert_same(state_of(model), uninterrupted[0])
+
+
+@pytest.mark.parametrize(("has_kernels", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_computed_in_only_where_torch_does_not_emulate_it(monkeypatch, has_kernels, dtype):
+    monkeypatch.setattr(loop, "computes_in_bfloat16", lambda device: has_kernels)
+    with fast_precision():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -54,6 +54,13 @@ def resolve_device(wanted: str, *, threads: int | None) -> Device:
     return Device(name, reason, torch.get_num_threads())
 
 
+def computes_in_bfloat16(device: str) -> bool:
+    """False for a CPU that torch has no bfloat16 kernels for: it emulates them, many times as slow as float32."""
+    import torch
+
+    return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def accelerator() -> str | None:
     """The type of the accelerator that torch sees, whatever it is: cuda (ROCm's too), xpu, one of an extension."""
     import torch

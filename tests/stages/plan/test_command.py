@@ -13,7 +13,7 @@ from vqdm.runs.items import write_item
 from vqdm.runs.store import Store
 from vqdm.stages.graph.experiment import build_stages
 from vqdm.stages.plan import command
-from vqdm.stages.plan.command import images_made, say_before_work
+from vqdm.stages.plan.command import images_made, say_before_work, warn_of_emulated_bfloat16
 
 
 def test_a_shorter_lists_last_batch_does_not_count_as_full(tmp_path):
@@ -80,3 +80,23 @@ def test_training_blocks_says_what_it_takes_before_any_work(tmp_path, monkeypatc
             say_before_work(config, store, build_stages(config, cache=store.hashes))
         said = [record.getMessage() for record in caplog.records if "before any work" in record.getMessage()]
         assert len(said) == lines and all("36 blocks, 2,000 steps of 16 rows each" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["finetune=paper"], ["finetune"]),
+        (["finetune=paper", "finetune.steps=0"], []),
+        (["finetune=both"], []),  # in float32
+        (["few_step=dmd", "finetune=paper"], ["few_step", "finetune"]),
+        (["few_step=dmd", "few_step.precision=float32"], []),
+    ],
+)
+def test_training_in_a_precision_that_is_emulated_is_told(monkeypatch, caplog, options, named):
+    config = compose("+experiment=tiny_codec", "quantize=rtn4", *options)
+    for kernels, at, expected in ((False, "cpu", named), (False, "cuda", []), (True, "cpu", [])):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda kernels=kernels: kernels)
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="vqdm"):
+            warn_of_emulated_bfloat16([config, config], at)
+        assert [message.partition(".")[0] for message in caplog.messages] == expected

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vqdm.config.options import Config
@@ -101,6 +102,21 @@ def say_before_work(config: Config, store: Store, stages: Graph | Quantization) 
             f"{config.name}: torch sees no GPU, and a denoiser of {size / 1e6:,.0f} M parameters "
             f"takes {duration(seconds)} on this CPU (estimate): install a driver and a torch build that match, "
             "or go on all the same with device=cpu"
+        )
+
+
+def warn_of_emulated_bfloat16(configs: Sequence[Config], device: str) -> None:
+    """Log, before any work, which option has this CPU train in a precision that it does not compute in."""
+    from vqdm.runs.device import computes_in_bfloat16
+
+    groups = [("finetune", c.finetune) for c in configs]
+    groups += [("few_step", c.few_step) for c in configs if c.few_step.kind != "none"]
+    asked = {name for name, own in groups if own.steps and own.precision == "bfloat16"}
+    for name in sorted(asked) if asked and not computes_in_bfloat16(device) else ():
+        log.warning(
+            "%s.precision=bfloat16 is emulated on this CPU, many times as slow as float32: "
+            "%s.precision=float32 (which gives other digits)",
+            *(name, name),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vqdm.seeds import seeded_initialisation
-from vqdm.stages.tiny_train.loop import fit, plain_attention
+from vqdm.stages.tiny_train.loop import fast_precision, fit, plain_attention
 from vqdm.tiny.attributes import AttributeNet, targets_of
 from vqdm.tiny.clip import CLIP_CONFIGS, clip_tokens
 from vqdm.tiny.data import SceneSet
@@ -33,7 +33,7 @@ def train_attribute_net(scenes: SceneSet, *, directory: Path, steps: int, batch_
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = scenes.pick(batch_size, generator)
         images = _roughen(scenes.images(rows), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             logits = net.logits(net(images))
         return sum(F.cross_entropy(value.float(), targets[name][rows]) for name, value in logits.items())
 
@@ -67,7 +67,7 @@ def train_clip(scenes: SceneSet, tokenizer, *, directory: Path, steps: int, batc
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = scenes.pick(batch_size, generator)
         images = _roughen(scenes.images(rows), generator)
-        with torch.autocast("cpu", torch.bfloat16), plain_attention(scenes.world):
+        with fast_precision(), plain_attention(scenes.world):
             seen, read, scale = model(images, tokens[rows])
         logits = seen.float() @ read.float().T * scale
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vqdm.distillation.optimizer import learning_rate, optimizer_tensors, restore_optimizer
 from vqdm.runs import progress
+from vqdm.runs.device import computes_in_bfloat16
 from vqdm.runs.files import atomic_write
 from vqdm.seeds import derive
 from vqdm.tiny.world import World
@@ -39,6 +40,11 @@ def _load(path: Path, model: nn.Module, average: dict, optimizer: torch.optim.Ad
         average[key].copy_(tensors[f"average.{key}"])
     restore_optimizer(optimizer, {p: k for k, p in model.named_parameters()}, tensors, step=step)
     return step
+
+
+def fast_precision() -> torch.autocast:
+    """bf16 autocast on a CPU that computes in it, and nothing on others, where torch's bf16 is many times as slow."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16("cpu"))
 
 
 def plain_attention(world: World) -> contextlib.AbstractContextManager:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from vqdm.seeds import seeded_initialisation
-from vqdm.stages.tiny_train.loop import fit, plain_attention
+from vqdm.stages.tiny_train.loop import fast_precision, fit, plain_attention
 from vqdm.tiny.data import SceneSet
 from vqdm.tiny.tokenizer import build_tokenizer
 from vqdm.tiny.world import World
@@ -90,7 +90,7 @@ def train_text_encoders(scenes: SceneSet, *, directory: Path, steps: int, batch_
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = scenes.pick(batch_size, generator)
-        with torch.autocast("cpu", torch.bfloat16), plain_attention(scenes.world):
+        with fast_precision(), plain_attention(scenes.world):
             return pair(scenes.images(rows), ids[rows])
 
     average = fit(

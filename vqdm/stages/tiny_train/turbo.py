@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from vqdm.few_step.losses import Grid, consistency
-from vqdm.stages.tiny_train.loop import fit
+from vqdm.stages.tiny_train.loop import fast_precision, fit
 from vqdm.stages.tiny_train.unet import SCHEDULE, LatentSet, conditions, guided_noise
 
 GRID = 20  # teacher steps from pure noise to a clean latent
@@ -50,12 +50,12 @@ def distil_turbo(
         noise = torch.randn(clean.shape, generator=generator, device="cpu")
 
         def guided(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_precision():
                 return guided_noise(teacher, noisy, times, text, pooled, guidance=guidance)
 
         def predicted(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
             """The student's noise, each time anew: weights cast under no_grad stay cached without gradient."""
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_precision():
                 conditioned = conditions(student, pooled)
                 return student(noisy, times, text, added_cond_kwargs=conditioned).sample.float()
 

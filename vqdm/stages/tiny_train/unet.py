@@ -11,7 +11,7 @@ from torch import nn
 
 from vqdm.runs import progress
 from vqdm.seeds import derive, seeded_initialisation
-from vqdm.stages.tiny_train.loop import fit
+from vqdm.stages.tiny_train.loop import fast_precision, fit
 from vqdm.stages.tiny_train.text import token_ids
 from vqdm.tiny.data import SceneSet
 from vqdm.tiny.world import World
@@ -175,7 +175,7 @@ def train_unet(
         keep = (torch.rand(batch_size, generator=generator, device="cpu") >= 0.1).float()
         level = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             about = conditions(unet, pooled * keep.view(-1, 1))
             predicted = unet(noisy, timesteps, text * keep.view(-1, 1, 1), added_cond_kwargs=about).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from vqdm.seeds import seeded_initialisation
-from vqdm.stages.tiny_train.loop import fit
+from vqdm.stages.tiny_train.loop import fast_precision, fit
 from vqdm.tiny.data import SceneSet
 
 
@@ -64,7 +64,7 @@ def train_vae(
         vae = build_vae(scenes.world.image_size)
 
     def loss(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             posterior = vae.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator, device="cpu")
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from vqdm.seeds import seeded_initialisation
-from vqdm.stages.tiny_train.loop import fit, plain_attention
+from vqdm.stages.tiny_train.loop import fast_precision, fit, plain_attention
 from vqdm.stages.tiny_train.text import token_ids
 from vqdm.tiny.captions import said_things
 from vqdm.tiny.world import World
@@ -96,7 +96,7 @@ def teach_words(
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(captions), (batch_size,), generator=generator, device="cpu")
         row, token, classes = said.of(rows)
-        with torch.autocast("cpu", torch.bfloat16), plain_attention(world):
+        with fast_precision(), plain_attention(world):
             with torch.no_grad():
                 known = [part.float() for part in before(ids[rows])]
             found = [part.float() for part in pair(ids[rows])]
