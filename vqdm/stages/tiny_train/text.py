@@ -81,6 +81,13 @@ def token_ids(tokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def text_states(text_encoder, text_encoder_2, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Penultimate states of both encoders [n, tokens, width], and pooled text of the second [n, 128]."""
+    first = text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    second = text_encoder_2(ids, output_hidden_states=True)
+    return first, second.hidden_states[-2], second.text_embeds
+
+
 def train_text_encoders(scenes: SceneSet, *, directory: Path, steps: int, batch_size: int, seed: int):
     """Train and return (tokenizer, text_encoder, text_encoder_2), in evaluation mode."""
     tokenizer = build_tokenizer(scenes.world)

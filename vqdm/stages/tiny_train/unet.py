@@ -12,7 +12,7 @@ from torch import nn
 from vqdm.runs import progress
 from vqdm.seeds import derive, seeded_initialisation
 from vqdm.stages.tiny_train.loop import fast_precision, fit
-from vqdm.stages.tiny_train.text import token_ids
+from vqdm.stages.tiny_train.text import text_states, token_ids
 from vqdm.tiny.data import SceneSet
 from vqdm.tiny.world import World
 
@@ -80,9 +80,8 @@ def gaussian_initialisation(model: nn.Module, *, seed: int) -> None:
 @torch.no_grad()
 def encode_text(text_encoder, text_encoder_2, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Penultimate states of both encoders [n, tokens, sum of widths], and pooled text of the second [n, 128]."""
-    first = text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-    second = text_encoder_2(ids, output_hidden_states=True)
-    return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
+    first, second, pooled = text_states(text_encoder, text_encoder_2, ids)
+    return torch.cat([first, second], -1), pooled
 
 
 class LatentSet:

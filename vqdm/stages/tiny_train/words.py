@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from vqdm.seeds import seeded_initialisation
 from vqdm.stages.tiny_train.loop import fast_precision, fit, plain_attention
-from vqdm.stages.tiny_train.text import token_ids
+from vqdm.stages.tiny_train.text import text_states, token_ids
 from vqdm.tiny.captions import said_things
 from vqdm.tiny.world import World
 
@@ -62,24 +61,6 @@ class SaidThings:
         return row, token, dict(zip(self.counts, classes, strict=True))
 
 
-class _WordPair(nn.Module):
-    """Both encoders with heads that read words off their penultimate states."""
-
-    def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModelWithProjection, counts: dict):
-        super().__init__()
-        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
-        self.heads = nn.ModuleList(WordHeads(counts, e.config.hidden_size) for e in (text_encoder, text_encoder_2))
-
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Penultimate states of both, and pooled text of the second."""
-        second = self.text_encoder_2(ids, output_hidden_states=True)
-        return (
-            self.text_encoder(ids, output_hidden_states=True).hidden_states[-2],
-            second.hidden_states[-2],
-            second.text_embeds,
-        )
-
-
 def teach_words(
     tokenizer, text_encoder, text_encoder_2, captions: list[str], *, world: World, directory: Path, steps: int,
     batch_size: int, seed: int,
@@ -90,18 +71,21 @@ def teach_words(
     """
     said, ids = SaidThings(captions, world), token_ids(tokenizer, captions)
     with seeded_initialisation(seed, "words"):
-        pair = _WordPair(text_encoder.requires_grad_(True), text_encoder_2.requires_grad_(True), said.counts)
-    before = copy.deepcopy(pair).eval().requires_grad_(False)
+        widths = (text_encoder.config.hidden_size, text_encoder_2.config.hidden_size)
+        heads = nn.ModuleList(WordHeads(said.counts, width) for width in widths)
+    before = [copy.deepcopy(encoder).eval().requires_grad_(False) for encoder in (text_encoder, text_encoder_2)]
+    taught = nn.ModuleDict({"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "heads": heads})
+    taught.requires_grad_(True)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(captions), (batch_size,), generator=generator, device="cpu")
         row, token, classes = said.of(rows)
         with fast_precision(), plain_attention(world):
             with torch.no_grad():
-                known = [part.float() for part in before(ids[rows])]
-            found = [part.float() for part in pair(ids[rows])]
+                known = [part.float() for part in text_states(*before, ids[rows])]
+            found = [part.float() for part in text_states(text_encoder, text_encoder_2, ids[rows])]
         loss = (found[2] - known[2]).square().sum(-1).mean() / known[2].var(0).sum()
-        for head, new, old in zip(pair.heads, found, known, strict=False):
+        for head, new, old in zip(heads, found, known, strict=False):
             power = old[row, token].var(0).sum()  # mean square length of what differs between things
             moved = (new - old).square().sum(-1) / power
             loss = loss + moved.mean() + moved[row, token].mean()
@@ -109,7 +93,7 @@ def teach_words(
         return loss / 3
 
     average = fit(
-        pair,
+        taught,
         loss_of,
         purpose="words",
         directory=directory,
@@ -119,5 +103,5 @@ def teach_words(
         weight_decay=0.01,
         average_decay=0.99,
     )
-    pair.load_state_dict(average, strict=False)
-    pair.eval().requires_grad_(False)
+    taught.load_state_dict(average, strict=False)
+    taught.eval().requires_grad_(False)
