@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
+from vqdm.config.options import TINY_WORLDS
 from vqdm.errors import UserError
 from vqdm.report.any_runs import find_records
 from vqdm.report.formats import DIGITS
@@ -118,18 +119,13 @@ def _reference(path: str | None, cache: Path):
 
 def reference_loader(options: argparse.Namespace):
     """(family, run) -> the tensors that the run was scored against; UserError if the given ones are others."""
-    from vqdm.models.shipped import evaluators_directory
-    from vqdm.runs.identity import files_identity
     from vqdm.tiny.evaluator import load_reference
 
     cache = Store(options.results).hashes
 
     def load(family: str, run: Run) -> dict | None:
         if family == "tiny":
-            directory = evaluators_directory(options.evaluators)
-            if [files_identity(directory, cache)] != run.metrics["clip_score"]["protocol"]["weights_sha256"]:
-                raise UserError(f"{run.record['experiment']} was scored with other evaluators; give --evaluators DIR")
-            return load_reference(directory)
+            return load_reference(_evaluators_of(run, options.evaluators, cache))
         used = next(
             (
                 entry["protocol"]["reference_sha256"]
@@ -149,6 +145,18 @@ def reference_loader(options: argparse.Namespace):
         return reference.load(family)
 
     return load
+
+
+def _evaluators_of(run: Run, named: str | None, cache: Path) -> Path:
+    """The directory of the evaluators that scored a run: the one that is named, or that of a shipped world."""
+    from vqdm.models.shipped import evaluators_directory
+    from vqdm.runs.identity import files_identity
+
+    for world in TINY_WORLDS if named is None else (named,):
+        directory = evaluators_directory(world)
+        if [files_identity(directory, cache)] == run.metrics["clip_score"]["protocol"]["weights_sha256"]:
+            return directory
+    raise UserError(f"{run.record['experiment']} was scored with other evaluators; give --evaluators DIR")
 
 
 def _metrics_of(family: str) -> tuple[str, ...]:
@@ -178,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--resamples", type=int, default=100, help="draws of prompts")
     parser.add_argument("--reference", help="evaluate.reference of the runs")
-    parser.add_argument("--evaluators", help="evaluate.evaluators of the runs")
+    parser.add_argument("--evaluators", help="evaluate.evaluators of the runs, if not a shipped world's")
     parser.add_argument("--images-only", action="store_true", help="only what is a mean over images")
     parser.add_argument("--mixed", action="store_true", help="also where protocols, dtypes or devices differ")
     parser.add_argument("--exact", action="store_true", help="numbers with five digits, the interval and the bias")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import types
 
 import compare_runs
 import equal_bits
@@ -13,9 +14,12 @@ import scipy.stats
 import torch
 from safetensors.torch import save_file
 
+from vqdm.errors import UserError
 from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd
 from vqdm.metrics.reference import find_reference
 from vqdm.metrics.resampling import Resamples
+from vqdm.models.shipped import evaluators_directory
+from vqdm.runs.identity import files_identity
 
 N, COPIES = 12, 2
 WEIGHTS = "w" * 64
@@ -291,3 +295,13 @@ def test_equal_bits_are_read_off_the_trellis_curve():
     assert rows["equal psnr_to_fp at"].tolist() == ["2.50"] * 2
     assert rows["equal distance_to_fp at"].tolist() == ["2.50"] * 2
     assert rows["equal fid_to_fp at"].tolist() == ["< 2.00"] * 2
+
+
+@pytest.mark.parametrize("world", ["tiny", "small"])
+def test_evaluators_of_a_shipped_world_need_not_be_named(tmp_path, world):
+    cache, directory = tmp_path / "hashes.json", evaluators_directory(world)
+    scored = {"clip_score": {"protocol": {"weights_sha256": [files_identity(directory, cache)]}}}
+    run = types.SimpleNamespace(record={"experiment": "mine"}, metrics=scored)
+    assert compare_runs._evaluators_of(run, None, cache) == directory
+    with pytest.raises(UserError, match="mine was scored with other evaluators; give --evaluators DIR"):
+        compare_runs._evaluators_of(run, {"tiny": "small", "small": "tiny"}[world], cache)
