@@ -4,11 +4,13 @@ python scripts/lab/harm_shares.py results/stages/sensitivity/small-… models/sm
 
 Reads what the sensitivity stage measured: the squared error of the denoiser's output, relative to the output, with one
 layer alone in few bits. Prints the layers of most harm, in how few weights half and nine tenths of all harm lie, what
-the quieter half of the weights makes of it, and what each kind of layer makes beside its share of the weights.
+the quieter half of the weights makes of it, and what each kind of layer and each block make beside their share of the
+weights.
 """
 
 import argparse
 import itertools
+import re
 from pathlib import Path
 
 from vqdm.runs.command_line import run_script
@@ -36,6 +38,10 @@ def kind_of(name: str) -> str:
     return next((kind for kind in KINDS if kind in name), "other")
 
 
+def block_of(name: str) -> str:
+    return re.sub(r"\.(?!\d).*", "", name)  # up_blocks.0, mid_block
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sensitivity", type=Path, help="directory of the stage, with harm.json")
@@ -57,10 +63,11 @@ def main() -> None:
     for share in (0.5, 0.9, 0.99):
         print(f"{share:.0%} of all harm lies in {held[np.searchsorted(made, share)]:.1%} of the weights")
     print(f"the quieter half of the weights makes {1 - made[np.searchsorted(held, 0.5)]:.2%} of all harm")
-    for kind, own in itertools.groupby(sorted(harm, key=kind_of), kind_of):
-        names = list(own)
-        parts = sum(harm[n] for n in names) / all_harm, sum(weights[n] for n in names) / all_weights
-        print(f"{kind:<16} {len(names):3d} layers, of harm {parts[0]:6.1%}, of weights {parts[1]:6.1%}")
+    for group in (kind_of, block_of):
+        for found, own in itertools.groupby(sorted(harm, key=group), group):
+            names = list(own)
+            parts = sum(harm[n] for n in names) / all_harm, sum(weights[n] for n in names) / all_weights
+            print(f"{found:<16} {len(names):3d} layers, of harm {parts[0]:6.2%}, of weights {parts[1]:6.2%}")
 
 
 if __name__ == "__main__":
