@@ -112,11 +112,14 @@ def warn_of_emulated_bfloat16(configs: Sequence[Config], device: str) -> None:
     groups = [("finetune", c.finetune) for c in configs]
     groups += [("few_step", c.few_step) for c in configs if c.few_step.kind != "none"]
     asked = {name for name, own in groups if own.steps and own.precision == "bfloat16"}
-    for name in sorted(asked) if asked and not computes_in_bfloat16(device) else ():
+    if computes_in_bfloat16(device):
+        return
+    for name in sorted(asked):
         log.warning(
             "%s.precision=bfloat16 is emulated on this CPU, many times as slow as float32: "
             "%s.precision=float32 (which gives other digits)",
-            *(name, name),
+            name,
+            name,
         )
 
 
