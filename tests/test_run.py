@@ -230,6 +230,20 @@ def test_training_takes_finished_parts_and_ends_with_the_same_model(tmp_path):
     assert len(files) == 4 and all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
 
 
+@pytest.mark.slow
+def test_the_few_step_student_alone_is_trained_beside_a_finished_model(tmp_path):
+    shutil.copytree(ROOT / "vqdm" / "models" / "tiny", tmp_path / "parts" / "tiny")
+    shutil.copytree(ROOT / "vqdm" / "models" / "tiny_evaluators", tmp_path / "parts" / "tiny_evaluators")
+    smoke = ("tiny_train=smoke", f"tiny_train.parts={tmp_path / 'parts'}", "threads=1")
+    done = run("+experiment=tiny_train", *smoke, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "stages" / "tiny_train").iterdir()
+    assert {path.name for path in (stage / "training").glob("*.jsonl")} == {"turbo.jsonl"}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    start = (tmp_path / "parts" / "tiny" / weights).read_bytes()
+    assert (stage / "tiny" / weights).read_bytes() == start != (stage / "tiny_turbo" / weights).read_bytes()
+
+
 @pytest.mark.parametrize("name", ["coco/captions_val2017.json", "prompts/PartiPrompts.tsv"])
 def test_real_captions_calibrate(tmp_path, name):
     if not (SHARED / name).is_file():

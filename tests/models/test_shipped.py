@@ -9,7 +9,13 @@ from tiny_world import run_script
 
 from vqdm.errors import UserError
 from vqdm.models import shipped
-from vqdm.models.shipped import builtin_directory, check_parts, evaluators_directory
+from vqdm.models.shipped import (
+    builtin_directory,
+    check_parts,
+    evaluators_directory,
+    finished_parts,
+    part_names,
+)
 
 
 @pytest.fixture
@@ -112,6 +118,25 @@ def test_finished_parts_are_published_and_checked_when_they_are_taken(beside, tm
     shipped._checked.cache_clear()
     with pytest.raises(UserError, match=r"vae/config\.json is not the file"):
         check_parts(made, world="small")
+
+
+def test_parts_are_found_in_a_shipped_pipeline_too_and_checked(beside):
+    import publish_tiny
+
+    shutil.copytree(builtin_directory("tiny"), beside / "small")
+    (beside / "small_evaluators").mkdir()
+    (beside / "small_evaluators" / "attribute_net.safetensors").write_bytes(b"weights")
+    publish_tiny._write_sums(beside)
+    found = finished_parts(beside, world="small")
+    assert found == {name: beside / "small" / name for name in part_names("small")[:-2]} | {
+        "small_evaluators": beside / "small_evaluators",
+        "unet": beside / "small" / "unet",
+    }
+    assert check_parts(beside, world="small") == beside
+    (beside / "small" / "unet" / "config.json").write_text("{}")
+    shipped._checked.cache_clear()
+    with pytest.raises(UserError, match=r"unet/config\.json is not the file"):
+        check_parts(beside, world="small")
 
 
 def test_a_directory_without_a_training_is_refused(tmp_path):

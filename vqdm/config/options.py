@@ -257,7 +257,8 @@ class TinyTrainConfig:
     growth_every: int | None = later(number(None, least=1, most=MOST))
     growth_captions: int = later(number(128, least=1, most=MOST))  # captions of such a look
     init_from: str | None = None  # diffusers directory with a U-Net to train on from
-    # directory with finished parts, a folder each, which are taken as they are; unet_begun there is trained on
+    # directory with finished parts, a folder each or in the world's pipeline, which are taken as they are (with
+    # init_from, its evaluators alone); unet_begun there is trained on
     parts: str | None = None
 
 

@@ -28,11 +28,20 @@ def part_names(world: str) -> tuple[str, ...]:
     return "vae", "tokenizer", "text_encoder", "text_encoder_2", f"{world}_evaluators", "unet"
 
 
+def finished_parts(directory: Path, *, world: str) -> dict[str, Path]:
+    """Where each part lies that is there: in a folder of its own, or in the world's pipeline, as models/ has them."""
+    places = ((name, place / name) for name in part_names(world) for place in (directory / world, directory))
+    return {name: path for name, path in places if path.is_dir()}
+
+
 def check_parts(directory: Path, *, world: str) -> Path:
     """The directory, if it has one finished part of the world at least; else UserError."""
-    if not any((directory / name).is_dir() for name in part_names(world)):
+    found = finished_parts(directory, world=world)
+    if not found:
         raise UserError(f"tiny_train.parts={directory}: none of {', '.join(part_names(world))} lies there")
-    return directory if directory.resolve().parent != BESIDE else _checked(directory.resolve())
+    for place in {directory} | {path if path.parent == directory else path.parent for path in found.values()}:
+        _checked(place.resolve())
+    return directory
 
 
 def _not_made(what: str, folder: str) -> UserError:

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from vqdm.config.options import TinyTrainConfig
 from vqdm.hub.pipelines import forget_origins, quiet_diffusers
 from vqdm.models.location import check_pipeline_directory
-from vqdm.models.shipped import UNET_BEGUN, part_names
+from vqdm.models.shipped import UNET_BEGUN, finished_parts
 from vqdm.runs.files import atomic_write, whole_directory, write_json
 from vqdm.stages.tiny_train.evaluators import train_attribute_net, train_clip
 from vqdm.stages.tiny_train.growth import Growth
@@ -62,12 +62,12 @@ def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     """Fill a stage directory; returns the step counts for the manifest.
 
     With `init_from`, VAE and text encoders are that pipeline's, and the U-Net is trained on from there. With `parts`,
-    those that lie there are taken, and a U-Net that was begun is trained on.
+    those that lie there are taken, and a U-Net that was begun is trained on. With both, the evaluators are taken.
     """
     work = directory / "training"
     work.mkdir(parents=True, exist_ok=True)
     if config.parts is not None:
-        _take_parts(Path(config.parts), directory, work, world=config.world)
+        _take_parts(config, directory, work)
     start = None if config.init_from is None else check_pipeline_directory(Path(config.init_from))
     vae = _vae(work, config, start)
     tokenizer, text_encoder, text_encoder_2 = _text_encoders(work, config, start)
@@ -82,12 +82,14 @@ def train_tiny(config: TinyTrainConfig, directory: Path) -> dict:
     return {"steps": {name: value for name, value in vars(config).items() if name.endswith("_steps")}}
 
 
-def _take_parts(given: Path, directory: Path, work: Path, *, world: str) -> None:
-    for name in part_names(world):
-        target = (directory if name == f"{world}_evaluators" else work) / name
-        if (given / name).is_dir() and not target.exists():
+def _take_parts(config: TinyTrainConfig, directory: Path, work: Path) -> None:
+    given = finished_parts(Path(config.parts), world=config.world)
+    evaluators = f"{config.world}_evaluators"
+    for name in given if config.init_from is None else given.keys() & {evaluators}:
+        target = (directory if name == evaluators else work) / name
+        if not target.exists():
             with whole_directory(target) as partial:
-                shutil.copytree(given / name, partial, dirs_exist_ok=True)
+                shutil.copytree(given[name], partial, dirs_exist_ok=True)
 
 
 def _scenes(config: TinyTrainConfig, count: int) -> SceneSet:
