@@ -13,7 +13,7 @@ from vqdm.runs.items import write_item
 from vqdm.runs.store import Store
 from vqdm.stages.graph.experiment import build_stages
 from vqdm.stages.plan import command
-from vqdm.stages.plan.command import images_made, say_before_work, warn_of_emulated_bfloat16
+from vqdm.stages.plan.command import images_made, print_plan, say_before_work, warn_of_emulated_bfloat16
 
 
 def test_a_shorter_lists_last_batch_does_not_count_as_full(tmp_path):
@@ -29,6 +29,15 @@ def test_a_damaged_batch_does_not_count(tmp_path):
     for damaged in (json.dumps({"record": {}})[:5], whole.replace('"rows": 4', '"rows": 3')):
         sidecar.write_text(damaged)
         assert damaged != whole and images_made(tmp_path, 4, batch_size=4) == 0
+
+
+@pytest.mark.parametrize(
+    "own", ["cache=deepcache2", "cache=cachequant3", "activations=a8", "activations=dgq6", "prune=ld30"]
+)
+def test_accelerated_full_precision_is_planned(tmp_path, capsys, own):
+    config = compose("+experiment=tiny_fp", own, "evaluate.prompts.n=3")
+    plan = print_plan(config, Store(tmp_path), every_layer=False)
+    assert plan.work and "work of an image: " in capsys.readouterr().out
 
 
 def test_days_on_a_cpu_have_to_be_asked_for(tmp_path, monkeypatch):

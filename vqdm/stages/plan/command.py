@@ -167,7 +167,7 @@ def _counts(config: Config, stages: Graph | Quantization | None) -> dict[str, in
         return counts
     quantization = _quantization(stages)
     counts["images"] = _image_count(config, stages) if isinstance(stages, Graph) else 0
-    counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts)
+    counts["calibration_prompts"] = 0 if quantization is None else len(quantization.prompts or [])
     if quantization is not None and quantization.finetune_prompts is not None:
         counts["finetune_prompts"] = len(quantization.finetune_prompts)
     return counts
