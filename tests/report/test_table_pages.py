@@ -91,6 +91,23 @@ def test_a_table_says_on_which_processor_the_weights_were_made(tmp_path):
     )
 
 
+def test_what_most_rows_share_is_said_of_all_others(tmp_path):
+    """Else a table of thirty rows, two of them of fewer steps, names all thirty. Rows of three seeds are one method."""
+    steps = {"a": 20, "b, 2 steps": 2, "c": 20, "d, 1 step": 1, "e": 20}
+    rows = [[run(tmp_path, name)] for name in steps]
+    for (record,), count in zip(rows, steps.values(), strict=True):
+        file = tmp_path / record["directories"]["evaluate"] / "metrics.json"
+        content = json.loads(file.read_text())
+        content["protocol"]["sampler.steps"] = count
+        content["metrics"]["psnr_to_fp"]["note"] = "few images"
+        file.write_text(json.dumps(content))
+    rows[0] *= 3
+    table = Table("made", "Made up", "sdxl", tuple(Row(name, "none") for name in steps), ("psnr_to_fp",))
+    notes = table_content(table, rows, model="sdxl", results=tmp_path, mixed=True).notes
+    assert "sampler: scheduler ddim, steps 2 (b, 2 steps), 1 (d, 1 step), 20 (all others)" in notes
+    assert "psnr_to_fp: few images" in notes
+
+
 def test_no_run_at_all_is_a_page_of_what_was_published(tmp_path):
     row = Row("a", "none", "VQDM", published={"psnr_to_fp": 30.0})
     table = Table("made", "Made up", "sdxl", (row,), ("psnr_to_fp",), source="a paper")

@@ -101,20 +101,20 @@ def _remarks(table: Table, runs: list[dict], results: Path) -> list[str]:
     for metric in table.metrics:
         made = [(method, scores["metrics"][metric]) for method, scores in scored if metric in scores["metrics"]]
         said = [(method, score["note"]) for method, score in made if score.get("note")]
-        lines += [f"{metric}: {text}" for text in _with_methods(said, of=len(made))]
+        lines += [f"{metric}: {text}" for text in _with_methods(said, of=len(dict(made)))]
         biases = [score["bias"] for _, score in made if score.get("bias") is not None]
         if biases:
             ends = sorted({f"{min(biases):.3g}", f"{max(biases):.3g}"}, key=float)
             lines.append(f"{metric}: bootstrap bias {' to '.join(ends)}")
         missing = [(method, scores["not_run"][metric]) for method, scores in scored if metric in scores["not_run"]]
-        lines += [f"{metric}: not run: {text}" for text in _with_methods(missing, of=len(runs))]
+        lines += [f"{metric}: not run: {text}" for text in _with_methods(missing, of=len(dict(scored)))]
     return lines
 
 
 def _with_methods(said: list[tuple[str, str]], *, of: int) -> list[str]:
     """List every text once, with the methods it applies to unless these are all."""
     methods = _by_value(said)
-    return [text if len(of_it) == of else f"{text} ({', '.join(of_it)})" for text, of_it in methods.items()]
+    return [text if len(of_it) == of else f"{text} ({'; '.join(of_it)})" for text, of_it in methods.items()]
 
 
 def _merged(protocols: list[tuple[str, dict]]) -> dict[str, str]:
@@ -122,9 +122,16 @@ def _merged(protocols: list[tuple[str, dict]]) -> dict[str, str]:
     found = {}
     for key in dict.fromkeys(key for _, protocol in protocols for key in protocol):
         values = _by_value((method, _text(protocol.get(key, "not stated"))) for method, protocol in protocols)
-        alike = len(values) == 1
-        found[key] = next(iter(values)) if alike else ", ".join(f"{v} ({', '.join(m)})" for v, m in values.items())
+        found[key] = next(iter(values)) if len(values) == 1 else _told_apart(values)
     return found
+
+
+def _told_apart(values: dict[str, list[str]]) -> str:
+    """Each value with its methods; the commonest comes last, of "all others", where naming them would be long."""
+    common = max(values, key=lambda value: len(values[value]))
+    last = [f"{common} (all others)"] if len(values[common]) > 2 else []
+    named = (f"{value} ({'; '.join(of_it)})" for value, of_it in values.items() if not last or value != common)
+    return ", ".join([*named, *last])
 
 
 def _by_value(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
