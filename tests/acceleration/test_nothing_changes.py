@@ -40,6 +40,13 @@ def test_what_is_on_changes_its_own_stages_and_those_after(override, new, kept, 
     assert other["evaluate"].fingerprint != plain["evaluate"].fingerprint
 
 
+def test_original_steps_that_are_the_images_own_are_still_told(tmp_path):
+    """Else scores that were made without them, for another table, would serve a table whose other rows state them."""
+    plain = stages(tmp_path, "+experiment=tiny_trellis3")
+    told = stages(tmp_path, "+experiment=tiny_trellis3", "evaluate.original_steps=20")
+    assert {name for name in plain if told[name].fingerprint != plain[name].fingerprint} == {"evaluate"}
+
+
 def test_ranges_come_with_the_cache_running_and_corrections_last(tmp_path):
     found = stages(tmp_path, "+experiment=tiny_trellis3", "cache=cachequant3", "activations=dgq6")
     assert found["activations"].upstream["schedule"] == found["schedule"]

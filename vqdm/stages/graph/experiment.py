@@ -146,6 +146,8 @@ def _evaluate(config: Config, prompts: PromptList, scoring: Scoring, *, upstream
     """The evaluation stage. upstream: includes images, though only features are read, for runs without features."""
     settings = {"n": len(prompts), "prompts": prompts.sha256, "bootstrap": config.evaluate.bootstrap}
     settings |= {"not_run": sorted(scoring.not_run)}
+    if config.evaluate.original_steps is not None:  # the protocol states it, even where it is the images' own
+        settings |= settings_of(config.evaluate, "original_steps")
     if scoring.reference is not None:
         upstream = upstream | {"reference": scoring.reference.sha256}
     return new_stage("evaluate", upstream["images"].label, settings, **upstream)
