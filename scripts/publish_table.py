@@ -6,6 +6,7 @@ python scripts/publish_table.py demo --command "python run.py +experiment=demo" 
 import argparse
 import fnmatch
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 from vqdm.runs.command_line import run_script
 
 from vqdm.errors import UserError
-from vqdm.runs.files import write_json
+from vqdm.runs.files import atomic_write, write_json
 from vqdm.runs.provenance import provenance
 from vqdm.runs.texts import check_file_name
 
 TABLE, FIGURES = (".md", ".tex", ".csv"), (".svg", ".png")
+MADE_BY = re.compile(r"To make it: `[^`]*`")  # the table's own line, which knows nothing of the overrides
 
 
 def files_of(name: str, results: Path) -> list[Path]:
@@ -47,7 +49,11 @@ def publish(name: str, results: Path, *, command: str, figures: str = "*") -> Pa
     files = [f for f in files_of(name, results) if f.suffix in TABLE or fnmatch.fnmatch(f.name, figures)]
     published.mkdir(parents=True, exist_ok=True)
     for file in files:
-        shutil.copyfile(file, published / file.name)
+        if file.suffix in FIGURES:
+            shutil.copyfile(file, published / file.name)
+        else:
+            text = MADE_BY.sub(lambda _: f"To make it: `{command}`", file.read_text(encoding="utf-8"))
+            atomic_write(published / file.name, text.encode())
     write_json(published / f"{name}.json", about | {"files": [file.name for file in files]})
     return published
 

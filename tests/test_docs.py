@@ -1,5 +1,6 @@
 """The README's commands are real: every `python run.py …` line in it composes, every script it names is there."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_the_readmes_table_is_the_published_one():
 def test_sdxls_table_is_the_published_one():
     table = (ROOT / "results" / "published" / "sdxl_random.md").read_text().split("\n\n")[0]
     assert f"\n{table}\n" in (ROOT / "docs" / "sdxl.md").read_text()
+
+
+def test_a_published_table_says_the_command_that_made_it():
+    """With all its overrides: another number of captions gives other figures."""
+    folder = ROOT / "results" / "published"
+    said = {}
+    for file in [*folder.glob("*.md"), *folder.glob("*.tex")]:
+        found = re.search(r"To make it: `([^`]*)`", file.read_text(encoding="utf-8"))
+        if found:
+            said[file.name] = found[1] == json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["command"]
+    assert len(said) > 20 and all(said.values()), [name for name, same in said.items() if not same]
 
 
 def test_the_formats_worked_example_is_what_is_really_stored():

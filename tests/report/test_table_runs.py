@@ -65,13 +65,16 @@ def test_a_table_is_published_with_its_own_figures_and_its_command(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             for end in ends:
                 (tmp_path / folder / f"{name}.{end}").write_text(f"{name}.{end}")
+    (tmp_path / "tables" / "turbo.md").write_text("a table\n\nTo make it: `python run.py table=turbo`.\n")
     (tmp_path / "figures" / "turbo-pareto.svg").write_text("pareto")
     (tmp_path / "figures" / "turbo_tiny-pareto.svg").write_text("another's")
-    published = publish_table.publish("turbo", tmp_path, command="python run.py table=turbo")
+    published = publish_table.publish("turbo", tmp_path, command="python run.py table=turbo threads=1")
     names = {file.name for file in published.iterdir()}
     assert names == {"turbo.md", "turbo.tex", "turbo.csv", "turbo.png", "turbo.svg", "turbo-pareto.svg", "turbo.json"}
     about = json.loads((published / "turbo.json").read_text())
-    assert about["command"] == "python run.py table=turbo" and about["git_sha"] and "turbo.tex" in about["files"]
+    assert about["command"] == "python run.py table=turbo threads=1"
+    assert (published / "turbo.md").read_text() == "a table\n\nTo make it: `python run.py table=turbo threads=1`.\n"
+    assert about["git_sha"] and "turbo.tex" in about["files"]
     (tmp_path / "tables" / "turbo.tex").unlink()
     with pytest.raises(UserError, match=r"turbo\.tex is not there"):
         publish_table.publish("turbo", tmp_path, command="python run.py table=turbo")
