@@ -8,7 +8,7 @@ from vqdm.metrics.distribution import FrechetDistance, Gaussian, cmmd, kid
 from vqdm.metrics.extractors import make_extractor
 from vqdm.metrics.resampling import Resamples
 from vqdm.metrics.scores import score
-from vqdm.metrics.tiny_world import _agreement, fidelity_scores
+from vqdm.metrics.tiny_world import _agreement, fidelity_scores, standardised
 from vqdm.models.shipped import evaluators_directory
 from vqdm.tiny.attributes import KINDS, Seen, as_seen, fidelity, look
 from vqdm.tiny.captions import caption_of, requested
@@ -131,6 +131,26 @@ def test_scores_of_the_set_are_those_of_standardised_features(world, columns, re
     assert sets["fid_to_fp"]["value"] == pytest.approx(fid(original, fake), rel=1e-6)
     assert sets["cmmd"]["value"] == pytest.approx(float(cmmd(reference["image"], negatives["image"])), rel=1e-6)
     assert "n too small for FID: 40 images" in sets["fid"]["note"] and "note" not in sets["fidelity"]
+
+
+def test_a_feature_that_renders_hardly_stir_does_not_outweigh_the_others():
+    """As in small's network: one image that stirs it had raised FID from 6 to 18."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 6, generator=generator) * torch.tensor([8.0, 9, 10, 11, 12, 1e-4])
+    stirred = features.clone()
+    stirred[3, 5] = 5.0
+    plain = (features - features.mean(0)) / features.std(0)
+    assert torch.allclose(standardised(features, features)[:, :5], plain[:, :5], atol=1e-5)
+    moved = (standardised(stirred, features) - standardised(features, features)).abs()
+    assert 4 < moved.max() < 6 and moved.max() == moved[3, 5], "a tenth of the median spread, about 1"
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_spreads_of_the_shipped_features(name):
+    """All of tiny's count as they are; nine of small's 96 are as good as dead."""
+    features = load_reference(evaluators_directory(name))["features"]
+    spread = features.std(0)
+    assert int((spread < 0.1 * spread.median()).sum()) == {"tiny": 0, "small": 9}[name]
 
 
 def test_copies_of_a_prompt_are_drawn_together(world, columns, reference):

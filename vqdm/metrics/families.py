@@ -45,7 +45,8 @@ class Family:
 
 _RENDERS = "against 4,096 renders"
 DETAILS = {
-    "fid": f"Fréchet distance on 64 standardised features of the attribute network, {_RENDERS}; no Inception FID",
+    "fid": "Fréchet distance on the attribute network's features, each in units of its spread over the renders (at "
+    f"least a tenth of the median one), {_RENDERS}; no Inception FID",
     "fid_to_fp": "Fréchet distance on the same features to the full-precision images of the same captions and noise",
     "kid": f"unbiased MMD², cubic kernel, on the same features, {_RENDERS}, all rows",
     "cmmd": f"1000 × MMD², Gaussian kernel of width 10, on the tiny open_clip model's unit vectors, {_RENDERS}",

@@ -41,7 +41,7 @@ class TinyWorld:
 
 
 def load_reference(directory: Path) -> dict[str, torch.Tensor]:
-    """Features and CLIP vectors of real renders: float32 [n, 64] each."""
+    """Features and CLIP vectors of real renders: float32 [n, size of the network's] each."""
     return {name: tensor.float() for name, tensor in load_file(directory / "reference.safetensors").items()}
 
 

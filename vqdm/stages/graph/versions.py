@@ -24,7 +24,7 @@ VERSIONS = {
     "correct": 1,
     "generate": 2,
     "features": 1,
-    "evaluate": 3,
+    "evaluate": 4,
     "tiny_train": 1,
 }
 
