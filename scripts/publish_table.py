@@ -19,7 +19,7 @@ from vqdm.runs.provenance import provenance
 from vqdm.runs.texts import check_file_name
 
 TABLE, FIGURES = (".md", ".tex", ".csv"), (".svg", ".png")
-MADE_BY = re.compile(r"To make it: `[^`]*`")  # the table's own line, which knows nothing of the overrides
+MADE_BY = re.compile(r"(To make it: |were run; )`[^`]*`")  # the table's own lines, which know nothing of the overrides
 
 
 def files_of(name: str, results: Path) -> list[Path]:
@@ -52,7 +52,7 @@ def publish(name: str, results: Path, *, command: str, figures: str = "*") -> Pa
         if file.suffix in FIGURES:
             shutil.copyfile(file, published / file.name)
         else:
-            text = MADE_BY.sub(lambda _: f"To make it: `{command}`", file.read_text(encoding="utf-8"))
+            text = MADE_BY.sub(lambda found: f"{found[1]}`{command}`", file.read_text(encoding="utf-8"))
             atomic_write(published / file.name, text.encode())
     write_json(published / f"{name}.json", about | {"files": [file.name for file in files]})
     return published

@@ -65,7 +65,10 @@ def test_a_table_is_published_with_its_own_figures_and_its_command(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             for end in ends:
                 (tmp_path / folder / f"{name}.{end}").write_text(f"{name}.{end}")
-    (tmp_path / "tables" / "turbo.md").write_text("a table\n\nTo make it: `python run.py table=turbo`.\n")
+    (tmp_path / "tables" / "turbo.md").write_text(
+        "a table\n\n1 of 2 rows were run; `python run.py table=turbo` goes on with the others.\n"
+        "To make it: `python run.py table=turbo`.\n"
+    )
     (tmp_path / "figures" / "turbo-pareto.svg").write_text("pareto")
     (tmp_path / "figures" / "turbo_tiny-pareto.svg").write_text("another's")
     published = publish_table.publish("turbo", tmp_path, command="python run.py table=turbo threads=1")
@@ -73,7 +76,10 @@ def test_a_table_is_published_with_its_own_figures_and_its_command(tmp_path):
     assert names == {"turbo.md", "turbo.tex", "turbo.csv", "turbo.png", "turbo.svg", "turbo-pareto.svg", "turbo.json"}
     about = json.loads((published / "turbo.json").read_text())
     assert about["command"] == "python run.py table=turbo threads=1"
-    assert (published / "turbo.md").read_text() == "a table\n\nTo make it: `python run.py table=turbo threads=1`.\n"
+    assert (published / "turbo.md").read_text() == (
+        "a table\n\n1 of 2 rows were run; `python run.py table=turbo threads=1` goes on with the others.\n"
+        "To make it: `python run.py table=turbo threads=1`.\n"
+    )
     assert about["git_sha"] and "turbo.tex" in about["files"]
     (tmp_path / "tables" / "turbo.tex").unlink()
     with pytest.raises(UserError, match=r"turbo\.tex is not there"):
