@@ -29,18 +29,21 @@ def part_names(world: str) -> tuple[str, ...]:
 
 
 def finished_parts(directory: Path, *, world: str) -> dict[str, Path]:
-    """Where each part lies that is there: in a folder of its own, or in the world's pipeline, as models/ has them."""
+    """{name: folder} of the part_names that are there: <directory>/<name>, else <directory>/<world>/<name>.
+
+    The second is where the pipelines of models/ have them.
+    """
     places = ((name, place / name) for name in part_names(world) for place in (directory / world, directory))
     return {name: path for name, path in places if path.is_dir()}
 
 
 def check_parts(directory: Path, *, world: str) -> Path:
     """The directory, if it has one finished part of the world at least; else UserError."""
-    found = finished_parts(directory, world=world)
-    if not found:
+    if not finished_parts(directory, world=world):
         raise UserError(f"tiny_train.parts={directory}: none of {', '.join(part_names(world))} lies there")
-    for place in {directory} | {path if path.parent == directory else path.parent for path in found.values()}:
-        _checked(place.resolve())
+    for place in (directory, directory / world, directory / f"{world}_evaluators"):
+        if place.is_dir():
+            _checked(place.resolve())
     return directory
 
 

@@ -112,7 +112,7 @@ def warn_of_emulated_bfloat16(configs: Sequence[Config], device: str) -> None:
     groups = [("finetune", c.finetune) for c in configs]
     groups += [("few_step", c.few_step) for c in configs if c.few_step.kind != "none"]
     asked = {name for name, own in groups if own.steps and own.precision == "bfloat16"}
-    if computes_in_bfloat16(device):
+    if not asked or computes_in_bfloat16(device):
         return
     for name in sorted(asked):
         log.warning(
