@@ -13,7 +13,7 @@ from unets import sdxl_unet, small_unet
 from vqdm.calibration.hessian import add_second_moment
 from vqdm.config.codecs import OPTIONS, GptqConfig, RtnConfig
 from vqdm.config.options import PLAN_CARDS, CalibrationConfig, Config, EvaluateConfig, ModelConfig, SamplerConfig
-from vqdm.models.specs import ConvGeometry, LayerSpec, layer_specs
+from vqdm.models.specs import ConvGeometry, layer_specs
 from vqdm.runs.files import write_sealed
 from vqdm.runs.stage import Stage
 from vqdm.runs.store import Store
@@ -75,17 +75,16 @@ def test_the_cards_are_those_of_the_option():
 
 
 def test_flops_of_second_moments():
-    linear = LayerSpec("a", "linear", (5, 12))
-    whole = second_moment_cost(linear, (2, 50, 12), samples=6, limit=None)
+    whole = second_moment_cost(12, None, (2, 50, 12), samples=6, limit=None)
     assert whole.flops == 2 * 6 * 50 * 12**2
-    assert second_moment_cost(linear, (2, 50, 12), samples=6, limit=30).flops == pytest.approx(2 * 30 * 12**2)
-    assert second_moment_cost(linear, (2, 50, 12), samples=6, limit=1000).flops == whole.flops
-    conv = LayerSpec("b", "conv", (5, 36), ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1))
+    assert second_moment_cost(12, None, (2, 50, 12), samples=6, limit=30).flops == pytest.approx(2 * 30 * 12**2)
+    assert second_moment_cost(12, None, (2, 50, 12), samples=6, limit=1000).flops == whole.flops
+    conv = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
     inputs, total = torch.empty(2, 4, 16, 16, device="meta"), torch.empty(36, 36, device="meta")
-    really = measure(lambda: add_second_moment(total, inputs, conv.conv))
-    assert second_moment_cost(conv, (2, 4, 16, 16), samples=6, limit=None).flops == 3 * really.flops
+    really = measure(lambda: add_second_moment(total, inputs, conv))
+    assert second_moment_cost(36, conv, (2, 4, 16, 16), samples=6, limit=None).flops == 3 * really.flops
     assert really.flops == 2 * 2 * 4**2 * products_of_pixels(16)
-    assert second_moment_cost(conv, (2, 4, 4, 4), samples=6, limit=None).flops == 2 * 6 * 4**2 * 36**2
+    assert second_moment_cost(36, conv, (2, 4, 4, 4), samples=6, limit=None).flops == 2 * 6 * 4**2 * 36**2
 
 
 def products_of_pixels(size):

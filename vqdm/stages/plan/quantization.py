@@ -5,6 +5,7 @@ Left out of the time: training codebooks that layers share.
 
 import copy
 import dataclasses
+import functools
 import math
 
 import torch
@@ -14,7 +15,7 @@ from vqdm.calibration.blocks import LARGE
 from vqdm.calibration.hessian import add_second_moment, token_count
 from vqdm.codecs.encode import needs_hessians, trains_blocks
 from vqdm.config.codecs import PeerConfig, QuantizeConfig
-from vqdm.models.specs import LayerSpec
+from vqdm.models.specs import ConvGeometry, LayerSpec
 from vqdm.runs.device import encoding_room
 from vqdm.runs.texts import duration
 from vqdm.stages.make import hessian_room
@@ -155,14 +156,10 @@ class QuantizationPlan(Experiment):
         passes = 2 * waiting + (1 - waiting) * len(groups)
         seconds = passes * forwards * rates.seconds(self.cost.sample)
         samples = self.samples_per_call()
-        limit = config.tokens_per_call
-        costs: dict[tuple, ForwardCost] = {}  # layers of one shape cost the same
         for spec in readers(groups, self.cost.inputs):
-            shape = self.cost.inputs[spec.name].shape
-            key = spec.shape, spec.conv, shape
-            if key not in costs:
-                costs[key] = second_moment_cost(spec, shape, samples=samples, limit=limit)
-            seconds += sums_rates.seconds(costs[key].times(self.recorded_samples() / samples))
+            shape, columns = self.cost.inputs[spec.name].shape, spec.shape[1]
+            cost = second_moment_cost(columns, spec.conv, shape, samples=samples, limit=config.tokens_per_call)
+            seconds += sums_rates.seconds(cost.times(self.recorded_samples() / samples))
         return seconds
 
 
@@ -172,15 +169,18 @@ def least_encoding_flops(shape: tuple[int, int], config: QuantizeConfig) -> floa
     return 2 * out * size**2 + size**3 / 3 if needs_hessians(config) else 2 * out * size
 
 
-def second_moment_cost(spec: LayerSpec, shape: tuple[int, ...], *, samples: int, limit: int | None) -> ForwardCost:
-    """Cost of adding one call's tokens to a layer's Hessian, measured on meta.
+@functools.cache  # most layers share their shapes, and rows of a table their layers
+def second_moment_cost(
+    columns: int, conv: ConvGeometry | None, shape: tuple[int, ...], *, samples: int, limit: int | None
+) -> ForwardCost:
+    """Cost of adding one call's tokens to a layer's Hessian [columns, columns], measured on meta.
 
     shape: of what the layer reads in a batch of BATCH; samples: of the call's batch; limit: tokens_per_call.
     """
     parts = BATCH if shape[0] % BATCH == 0 else 1  # one sample stands for the batch, in half the time
-    sample, square = (shape[0] // parts, *shape[1:]), (spec.shape[1], spec.shape[1])
+    sample, square = (shape[0] // parts, *shape[1:]), (columns, columns)
     inputs, total = (torch.empty(size, device="meta") for size in (sample, square))
-    if limit is None or limit >= token_count(inputs, spec.conv) * parts * samples / BATCH:
-        return measure(lambda: add_second_moment(total, inputs, spec.conv)).times(parts * samples / BATCH)
+    if limit is None or limit >= token_count(inputs, conv) * parts * samples / BATCH:
+        return measure(lambda: add_second_moment(total, inputs, conv)).times(parts * samples / BATCH)
     chosen = torch.empty(limit, dtype=torch.int64, device="meta")
-    return measure(lambda: add_second_moment(total, inputs, spec.conv, chosen=chosen))
+    return measure(lambda: add_second_moment(total, inputs, conv, chosen=chosen))
