@@ -74,12 +74,14 @@ def run_table(table: Table, rows: list[list[Config]], *, row: str | None = None,
     store = Store(Path(first.results_dir))  # one command, so one folder
     rows = [[_grouped(config, table.name) for config in configs] for configs in rows]
     graphs = {(i, config.name): _ready(config, store) for i in chosen for config in rows[i]}  # before any work
-    made = [[] if i in chosen else _finished(configs, store) for i, configs in enumerate(rows)]
     work, files = [(i, config) for i in chosen for config in rows[i]], []
+    own: dict[int, list[dict]] = {i: [] for i in chosen}
     with _shown_as([config for _, config in work], list(graphs.values()), store) as begin:
         for number, (i, config) in enumerate(work):
             begin(number)
-            made[i] += _run_unless_refused(config, store, graphs[i, config.name])
+            own[i] += _run_unless_refused(config, store, graphs[i, config.name])
+            # other rows are looked for now, since they may have ended meanwhile in processes of their own
+            made = [own[k] if k in own else _finished(configs, store) for k, configs in enumerate(rows)]
             content = table_content(table, made, model=config.model.name, results=store.root, mixed=mixed)
             if is_writable(store.root):
                 _, files = write_table(content, made, results=store.root)

@@ -7,6 +7,7 @@ import publish_table
 import pytest
 from tiny_world import FEW, run
 
+from vqdm import pipeline
 from vqdm.errors import UserError
 from vqdm.report.records import read_record
 from vqdm.runs.stage import Stage
@@ -20,7 +21,18 @@ def test_rows_are_run_one_by_one_and_the_table_shows_what_is_there(tmp_path, mon
     assert done.returncode == 0, done.stderr
     data = pd.read_csv(tmp_path / "tables" / "bits_sweep_tiny.csv", index_col="method")
     assert len(data) == 14 and data["fid"].notna().sum() == 1
-    done = run("+table=bits_sweep_tiny", "row=bits_sweep_tiny_rtn4", *small)
+    records, away = tmp_path / "runs" / "bits_sweep_tiny_fp", tmp_path / "away"
+    records.rename(away)
+    run_one = pipeline._run
+
+    def run_while_another_row_ends(*about):
+        made = run_one(*about)
+        away.rename(records)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_run", run_while_another_row_ends)
+        done = run("+table=bits_sweep_tiny", "row=bits_sweep_tiny_rtn4", *small)
     assert done.returncode == 0, done.stderr
     file = tmp_path / "tables" / "bits_sweep_tiny.csv"
     data = pd.read_csv(file, index_col="method")
