@@ -124,6 +124,9 @@ class DenoiserCost:
 BATCH = 2
 
 
+_measured: dict[str, DenoiserCost | None] = {}  # by what tells denoisers apart
+
+
 def measure_denoiser(
     denoiser: nn.Module, specs: Iterable[LayerSpec], *, size: int | None = None
 ) -> DenoiserCost | None:
@@ -134,17 +137,19 @@ def measure_denoiser(
     specs, shapes = list(specs), {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
     alike = repr([type(denoiser), denoiser.config, shapes, denoiser.dtype, [spec.name for spec in specs], size])
     if alike not in _measured:
-        _measured[alike] = _measure_denoiser(denoiser, specs, size=size)
+        _measured[alike] = measure_call(denoiser, specs, size=size)
     return _measured[alike]
 
 
-_measured: dict[str, DenoiserCost | None] = {}
-
-
-def _measure_denoiser(denoiser: nn.Module, specs: list[LayerSpec], *, size: int | None) -> DenoiserCost | None:
+def measure_call(
+    denoiser: nn.Module, specs: Iterable[LayerSpec], *, size: int | None, timestep: float | None = None
+) -> DenoiserCost | None:
+    """`measure_denoiser` of this very call. timestep: for a denoiser whose calls differ by it, as under a cache."""
     arguments = denoiser_inputs(denoiser, batch=BATCH, size=size)
     if arguments is None:
         return None
+    if timestep is not None:
+        arguments["timestep"] = timestep
     with inputs_of(denoiser, specs) as inputs:
         cost = measure(lambda: denoiser(**arguments, return_dict=False))
     return DenoiserCost(cost.times(1 / BATCH), inputs)

@@ -21,7 +21,7 @@ from vqdm.config.options import Config, layer_pattern
 from vqdm.models.loader import denoiser_on_meta
 from vqdm.models.specs import LayerSpec, layer_specs
 from vqdm.stages.graph.samplers import image_sampler, original_sampler
-from vqdm.stages.plan.forward import BATCH, denoiser_inputs, inputs_of, measure
+from vqdm.stages.plan.forward import BATCH, measure_call
 
 FLOATS = 16  # bits of what is not quantized
 MULTIPLY_ADD = 2  # FLOPs
@@ -128,16 +128,12 @@ def _calls(config: Config, denoiser: nn.Module) -> tuple[CallWork, CallWork, int
 
 def _call_work(denoiser: nn.Module, *, size: int | None, timestep: float | None = None) -> CallWork | None:
     """The work of one call on meta. timestep: for a cache, which goes by it."""
-    arguments = denoiser_inputs(denoiser, batch=BATCH, size=size)
-    if arguments is None:
-        return None
-    if timestep is not None:
-        arguments["timestep"] = timestep
     specs = layer_specs(denoiser, pattern=".", min_size=1)
-    with inputs_of(denoiser, specs) as inputs:
-        cost = measure(lambda: denoiser(**arguments, return_dict=False))
-    layers = {spec.name: _macs(spec, inputs[spec.name].shape) for spec in specs if spec.name in inputs}
-    return CallWork(layers, cost.attention_flops / MULTIPLY_ADD / BATCH)
+    cost = measure_call(denoiser, specs, size=size, timestep=timestep)
+    if cost is None:
+        return None
+    layers = {spec.name: _macs(spec, cost.inputs[spec.name].shape) for spec in specs if spec.name in cost.inputs}
+    return CallWork(layers, cost.sample.attention_flops / MULTIPLY_ADD)
 
 
 def _macs(spec: LayerSpec, shape: tuple[int, ...]) -> float:
